@@ -1,0 +1,1 @@
+"""MetaEmbed: multimodal retrieval with as many vectors as you choose at search time."""

