@@ -1,0 +1,124 @@
+"""Scores equal a float64 reference; every bad input raises an error that says what to do."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from metaembed.scoring_metaembed import maxsim, search, top_k
+from torch.nn.functional import normalize
+
+
+def reference(queries, documents, budget=None):
+    """MaxSim in float64, as the formula is written."""
+    r_q, r_c = budget or (queries.shape[1], documents.shape[1])
+    q, d = queries[:, :r_q].double(), documents[:, :r_c].double()
+    return torch.einsum("qid,njd->qnij", q, d).amax(3).sum(2)
+
+
+def vectors(seed, *shape, dtype=torch.float32):
+    return normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)), dim=-1).to(dtype)
+
+
+@st.composite
+def sides(draw):
+    """Queries, documents and a budget of random shapes, dtypes and memory layouts."""
+    q, n = draw(st.integers(0, 5)), draw(st.integers(0, 40))
+    r_q, r_c, dim = draw(st.integers(1, 20)), draw(st.integers(1, 20)), draw(st.integers(1, 70))
+    dtype = draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64]))
+    seed = draw(st.integers(0, 2**31))
+    queries, documents = vectors(seed, q, r_q, dim, dtype=dtype), vectors(seed + 1, n, r_c, dim, dtype=dtype)
+    layout = draw(st.sampled_from(["plain", "transposed", "strided"]))
+    if layout == "transposed":
+        documents = documents.transpose(0, 2).contiguous().transpose(0, 2)
+    elif layout == "strided":
+        documents = documents.repeat(2, 1, 2)[:n, :, ::2][:, :, : (dim + 1) // 2]
+        queries = queries[:, :, : (dim + 1) // 2]
+    if draw(st.booleans()) and n:
+        documents[draw(st.integers(0, n - 1))] = 0
+    budget = draw(st.none() | st.tuples(st.integers(1, r_q), st.integers(1, r_c)))
+    return queries, documents, budget
+
+
+@settings(max_examples=150, deadline=None)
+@given(sides())
+def test_scores_equal_a_float64_reference(case):
+    queries, documents, budget = case
+    scores = maxsim(queries, documents, budget)
+    assert scores.dtype == torch.float32
+    torch.testing.assert_close(scores.double(), reference(queries, documents, budget), atol=1e-5, rtol=1e-5)
+
+
+@settings(max_examples=75, deadline=None)
+@given(sides(), st.integers(1, 50))
+def test_search_returns_the_best_k_in_order(case, k):
+    queries, documents, budget = case
+    scores, indices = search(queries, documents, k, budget)
+    assert scores.shape == indices.shape == (len(queries), min(k, len(documents)))
+    every = maxsim(queries, documents, budget)
+    assert torch.equal(every.gather(1, indices), scores)
+    assert torch.equal(scores, every.sort(dim=1, descending=True).values[:, :k])
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(1, 4), st.integers(0, 60), st.integers(1, 70), st.integers(0, 2**31))
+def test_ties_go_to_the_lower_index(q, n, k, seed):
+    scores = torch.randint(0, 4, (q, n), generator=torch.Generator().manual_seed(seed)).float()
+    values, indices = top_k(scores, k)
+    expected = sorted(range(n), key=lambda i: (-scores[0, i].item(), i))[:k]
+    assert indices[0].tolist() == expected
+    assert torch.equal(values, scores.gather(1, indices))
+
+
+def test_an_all_zero_vector_scores_zero_and_is_not_padding():
+    query, negative = torch.tensor([[1.0, 0.0]]), torch.tensor([[-1.0, 0.0]])
+    assert maxsim(query, torch.cat([negative, torch.zeros(1, 2)])[None]).item() == 0
+    assert maxsim(query, negative).item() == -1
+
+
+def test_many_documents_are_scored_block_by_block_with_the_same_answer():
+    queries, documents = vectors(0, 3, 2, 4), vectors(1, 1, 2, 4).expand(3_000_000, 2, 4)
+    scores, indices = search(queries, documents, 3)  # more documents than one block of scores holds, all equal
+    assert indices.tolist() == [[0, 1, 2]] * 3
+    assert torch.equal(scores[:, :1].expand(3, 3), scores)
+
+
+def test_lists_and_arrays_are_taken():
+    queries, documents = vectors(0, 2, 3, 5), vectors(1, 4, 6, 5)
+    expected = maxsim(queries, documents)
+    assert torch.equal(maxsim(list(queries), [d.numpy() for d in documents]), expected)
+    assert torch.equal(maxsim(queries.numpy(), documents.numpy()), expected)
+    assert torch.equal(maxsim(queries[0], documents[0]), maxsim(queries[:1], documents[:1]))
+
+
+def test_the_result_names_its_backend():
+    assert "torch" in repr(search(vectors(0, 2, 3, 5), vectors(1, 4, 6, 5), k=2))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "match"),
+    [
+        ({"queries": torch.zeros(2, 3, 4)}, ValueError, "4 dimensions and documents 5"),
+        ({"queries": torch.zeros(5)}, ValueError, r"must be \[n, r, D\]"),
+        ({"documents": torch.zeros(2, 0, 5)}, ValueError, r"must be \[n, r, D\]"),
+        ({"documents": torch.zeros(2, 6, 5, dtype=torch.int64)}, TypeError, "floating point"),
+        ({"documents": "text"}, TypeError, "tensor, an array or a list"),
+        ({"documents": []}, ValueError, "empty list"),
+        ({"documents": [torch.zeros(1, 5), torch.zeros(2, 5)]}, ValueError, "equally shaped"),
+        ({"documents": torch.full((2, 6, 5), float("nan"))}, ValueError, "documents hold NaN or infinity"),
+        ({"documents": torch.full((2, 6, 5), float("-inf"))}, ValueError, "documents hold NaN or infinity"),
+        ({"queries": np.full((3, 5), np.inf)}, ValueError, "queries hold NaN or infinity"),
+        ({"budget": 3}, TypeError, "pair"),
+        ({"budget": (1, 2, 3)}, TypeError, "pair"),
+        ({"budget": (1.0, 2)}, TypeError, "int"),
+        ({"budget": (True, 2)}, TypeError, "int"),
+        ({"budget": (0, 2)}, ValueError, "0 query vectors; from 1 to 3"),
+        ({"budget": (3, 7)}, ValueError, "7 document vectors; from 1 to 6"),
+        ({"k": 0}, ValueError, "at least 1"),
+        ({"k": 2.0}, TypeError, "int"),
+    ],
+)
+def test_bad_input_is_an_error_that_says_what_to_do(change, error, match):
+    good = {"queries": vectors(0, 2, 3, 5), "documents": vectors(1, 4, 6, 5), "k": 2, "budget": None}
+    with pytest.raises(error, match=match):
+        search(**{**good, **change})
