@@ -89,8 +89,8 @@ def check_rebuilds(backbone: PreTrainedModel) -> None:
     if differing := sorted(name for name in expected.keys() | actual.keys() if expected.get(name) != actual.get(name)):
         name = differing[0]
         raise ValueError(
-            f"the configuration of {type(backbone).__name__} does not describe it after adding Meta Tokens, so what is "
-            f"saved would not load: {name} is {actual.get(name)}, but would be built as {expected.get(name)}."
+            f"the configuration of {type(backbone).__name__} does not describe it after adding Meta Tokens, so what "
+            f"is saved would not load: {name} is {actual.get(name)}, but would be built as {expected.get(name)}."
         )
 
 

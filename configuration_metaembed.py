@@ -124,16 +124,16 @@ class MetaEmbedConfig(PreTrainedConfig):
     sub_configs = {"backbone_config": AutoConfig}
     _auto_class = "AutoConfig"
 
-    backbone_config: dict | PreTrainedConfig | None = None
+    backbone_config: Any = None
     num_query_tokens: int = 16
     num_document_tokens: int = 64
-    budgets: list | None = None
+    budgets: Any = None
     embedding_dim: int | None = None
     causal: bool = True
     mixes_images: bool = True
     document_sees_query_tokens: bool = False
-    query_token_ids: list | None = None
-    document_token_ids: list | None = None
+    query_token_ids: Any = None
+    document_token_ids: Any = None
     query_num_meta: int | None = None
     document_num_meta: int | None = None
     query_instruction: str | None = None
@@ -168,8 +168,8 @@ class MetaEmbedConfig(PreTrainedConfig):
         """Return R, the number of Meta Tokens of `side` ("query" or "document")."""
         return getattr(self, f"num_{side}_tokens")
 
-    def token_ids(self, side: str) -> list[int] | None:
-        """Return the Meta Token ids of `side` ("query" or "document")."""
+    def token_ids(self, side: str) -> Any:
+        """Return the Meta Token ids of `side` ("query" or "document"): a list, or None before there are any."""
         return getattr(self, f"{side}_token_ids")
 
     def num_meta(self, side: str) -> int | None:

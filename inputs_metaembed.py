@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,8 @@ ACCEPTED = (
     'or chat messages [{"role": ..., "content": ...}]'
 )
 
-Message = dict[
-    str, Any
-]  # {"role": str, "content": [{"type": "text", "text": str} or {"type": "image", "image": PIL}]}
+# {"role": str, "content": [{"type": "text", "text": str} or {"type": "image", "image": PIL image}, ...]}
+Message = dict[str, Any]
 
 
 def is_single(inputs: Any) -> bool:
@@ -213,10 +212,6 @@ def as_batch(inputs: Any) -> list[Any]:
     Raises:
         TypeError: If `inputs` is not a sequence of inputs.
     """
-    if isinstance(inputs, (list, tuple)):
-        return list(inputs)
-    if isinstance(inputs, np.ndarray) or (isinstance(inputs, Sequence) or hasattr(inputs, "__iter__")):
-        return list(inputs)
-    raise TypeError(
-        f"cannot encode {inputs!r} of type {type(inputs).__name__}. Expected {ACCEPTED}, or a list of these."
-    )
+    if not isinstance(inputs, Iterable):
+        raise TypeError(f"cannot encode {inputs!r} of type {type(inputs).__name__}. Expected {ACCEPTED}, or a list.")
+    return list(inputs)

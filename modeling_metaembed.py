@@ -10,7 +10,6 @@ from .sentence_metaembed import MetaEmbedTransformer
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -121,8 +120,8 @@ class MetaEmbedModel(PreTrainedModel):
 
         Raises:
             TypeError: If `backbone` is neither a name nor a model.
-            ValueError: If a weight of the backbone is missing from its checkpoint, the processor is missing or does not
-                take new tokens, or the sizes and budgets do not fit.
+            ValueError: If a weight of the backbone is missing from its checkpoint, the processor is missing or takes no
+                new tokens, or the sizes and budgets do not fit.
 
         Example:
             >>> model = MetaEmbedModel.from_backbone("Qwen/Qwen2.5-VL-3B-Instruct", dtype=torch.bfloat16)
@@ -138,9 +137,7 @@ class MetaEmbedModel(PreTrainedModel):
             backbone, loaded_processor = load_backbone(backbone, **kwargs)
             processor = processor or loaded_processor
         elif not isinstance(backbone, PreTrainedModel):
-            raise TypeError(
-                f"backbone must be a Hub id, a folder or a PreTrainedModel, got {type(backbone).__name__}."
-            )
+            raise TypeError(f"backbone must be a Hub id, a folder or a loaded model, got {type(backbone).__name__}.")
         elif processor is None:
             raise ValueError("a loaded backbone comes without its processor: pass it as `processor`.")
         processor = copy.deepcopy(processor)  # the caller's own is not changed
@@ -196,12 +193,12 @@ class MetaEmbedModel(PreTrainedModel):
         if self._processor is None:
             where = self.config._name_or_path
             if not where:
-                raise ValueError(
-                    "this model was not loaded from anywhere, so it has no processor: set model.processor."
-                )
+                raise ValueError("this model was not loaded from anywhere, so has no processor: set model.processor.")
             commit = getattr(self.config, "_commit_hash", None)
             arguments = {**self._hub_arguments, **({"revision": commit} if commit else {})}
-            self.processor = MetaEmbedProcessor.from_pretrained(where, trust_remote_code=True, **arguments)
+            processor = MetaEmbedProcessor.from_pretrained(where, trust_remote_code=True, **arguments)
+            self.processor = processor
+            return processor
         return self._processor
 
     @processor.setter
@@ -317,9 +314,9 @@ class MetaEmbedModel(PreTrainedModel):
             >>> model.encode_queries("a red apple", num_meta=4).shape
             torch.Size([4, 64])
         """
-        options = dict(num_meta=num_meta, instruction=instruction, batch_size=batch_size)
-        output = dict(show_progress_bar=show_progress_bar, convert_to_numpy=convert_to_numpy)
-        return self._encode(inputs, "query", **options, **output, **kwargs)
+        return self._encode(
+            inputs, "query", num_meta, instruction, batch_size, show_progress_bar, convert_to_numpy, **kwargs
+        )
 
     def encode_documents(
         self,
@@ -333,16 +330,15 @@ class MetaEmbedModel(PreTrainedModel):
         **kwargs: Any,
     ) -> Tensor | np.ndarray:
         """Encode documents as `num_meta` vectors each, 1..R_c: see [`encode_queries`]."""
-        options = dict(num_meta=num_meta, instruction=instruction, batch_size=batch_size)
-        output = dict(show_progress_bar=show_progress_bar, convert_to_numpy=convert_to_numpy)
-        return self._encode(inputs, "document", **options, **output, **kwargs)
+        return self._encode(
+            inputs, "document", num_meta, instruction, batch_size, show_progress_bar, convert_to_numpy, **kwargs
+        )
 
     @torch.inference_mode()
     def _encode(
         self,
         inputs: Any,
         side: str,
-        *,
         num_meta: int | None,
         instruction: str | None,
         batch_size: int,

@@ -66,7 +66,7 @@ def add_meta_tokens(tokenizer: PreTrainedTokenizerBase, num_query_tokens: int, n
     vocabulary = tokenizer.get_vocab()
     if present := [name for name in every if name in vocabulary]:
         raise ValueError(
-            f"the tokenizer already holds Meta Tokens ({present[0]}, ...): this backbone is a MetaEmbed model already. "
+            f"the tokenizer already holds Meta Tokens ({present[0]}, ...): this is a MetaEmbed model already. "
             "Load it with MetaEmbedModel.from_pretrained, or pass its plain backbone."
         )
     # `add_tokens` and not `add_special_tokens`: some processors call the latter again later, which replaces the list.

@@ -46,7 +46,7 @@ class MMRLoss(nn.Module):
         temperature: tau. 0.03 in the paper.
         normalize: What a score is divided by before the temperature. "sum": nothing, the paper's logit; "mean": the
             number of query vectors; "sqrt": its root. The default is what did best over six seeds on the task of
-            `examples/quickstart.py`: a sum over 16 vectors is 16 times as sharp as over one, and the root lies between.
+            `examples/quickstart.py`: a sum over 16 vectors is 16 times as sharp as over one, the root lies between.
 
     Raises:
         TypeError: If the model is not a MetaEmbed encoder, or a budget is not a pair of whole numbers.
@@ -69,7 +69,7 @@ class MMRLoss(nn.Module):
         normalize: Normalize = "sqrt",
     ):
         super().__init__()
-        config = getattr(getattr(model[0], "model", None), "config", None)
+        config: Any = getattr(getattr(model[0], "model", None), "config", None)
         if getattr(config, "model_type", None) != "metaembed":
             raise TypeError(
                 f"MMRLoss trains MetaEmbed encoders, got one of {type(model[0]).__name__}. Make one with "
@@ -82,7 +82,7 @@ class MMRLoss(nn.Module):
             for size, side in zip(full, ("query", "document"), strict=True):
                 if isinstance(size, int) and size > config.num_tokens(side):
                     raise ValueError(f"budget {full} asks for more than the {config.num_tokens(side)} {side} tokens.")
-            budgets = check_budgets(budgets, *full)
+            check_budgets(budgets, *full)
         else:
             raise ValueError("budgets must name at least one (r_q, r_c) pair.")
         weights = [1.0] * len(budgets) if weights is None else list(weights)
@@ -136,7 +136,7 @@ class MMRLoss(nn.Module):
         if queries.shape[1] < r_q or documents.shape[1] < r_c:
             raise ValueError(
                 f"training at {self.budgets[-1]} needs as many vectors, got {queries.shape[1]} a query and "
-                f"{documents.shape[1]} a document. Set query_num_meta and document_num_meta of the first module to None."
+                f"{documents.shape[1]} a document. Set query_num_meta and document_num_meta of encoder[0] to None."
             )
         sims = torch.einsum("qid,mjd->qimj", queries[:, :r_q], documents[:, :r_c])  # [Q, r_q, M, r_c]
         losses = {}
