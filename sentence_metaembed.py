@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-from .inputs_metaembed import as_batch
+from .inputs_metaembed import as_batch, count_images
 from .modeling_metaembed import MetaEmbedModel
 
 try:  # in a `try`, so that transformers does not ask users of AutoModel alone to install it
@@ -118,13 +118,19 @@ class MetaEmbedTransformer(InputModule):
         inputs = as_batch(inputs)
         groups = self.processor.group(inputs)
         if len(groups) == 1:
-            return dict(self.processor.process(inputs, side, **options))
-        parts = []
-        for rows in groups:
-            features = self.processor.process([inputs[i] for i in rows], side, **options)
-            parts.append({**features, "rows": torch.tensor(rows)})
+            return self._process(inputs, side, options)
+        parts = [
+            {**self._process([inputs[i] for i in rows], side, options), "rows": torch.tensor(rows)} for rows in groups
+        ]
         # The trainer tells the columns of a batch apart by their input_ids, and counts rows by them.
         return {"input_ids": torch.empty(len(inputs), 0, dtype=torch.long), "groups": parts}
+
+    def _process(self, inputs: list[Any], side: str, options: dict[str, Any]) -> dict[str, Any]:
+        features = dict(self.processor.process(inputs, side, **options))
+        counts = [count_images(item) for item in inputs]
+        if any(counts):  # says which images are whose, where a cached loss cuts the batch into smaller ones
+            features["num_images_per_sample"] = torch.tensor(counts)
+        return features
 
     def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         """Embed model inputs.
@@ -148,7 +154,7 @@ class MetaEmbedTransformer(InputModule):
         return features
 
     def _embed(self, features: dict[str, Any], device: torch.device) -> Tensor:
-        skipped = ("rows", "task", "modality", "prompt_length", "token_embeddings")
+        skipped = ("rows", "num_images_per_sample", "task", "modality", "prompt_length", "token_embeddings")
         inputs = {name: value for name, value in features.items() if name not in skipped}
         inputs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
         return self.model(**inputs).embeddings
