@@ -23,15 +23,16 @@ from pathlib import Path
 import matplotlib
 import torch
 from datasets import Dataset
-from metaembed import MetaEmbedModel, maxsim, search
-from metaembed.sentence_metaembed import to_multi_vector_encoder
-from metaembed.training_metaembed import MMRLoss
 from safetensors.torch import load_file, save_file
 from scenes import Scene, make_query, make_scene, name_query
 from sentence_transformers import MultiVectorEncoderTrainer, MultiVectorEncoderTrainingArguments
 from tiny_backbone import build_backbone, build_processor
 from torch import Tensor
 from transformers import AutoModel, set_seed
+
+from metaembed import MetaEmbedModel, maxsim, search
+from metaembed.sentence_metaembed import to_multi_vector_encoder
+from metaembed.training_metaembed import MMRLoss
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
