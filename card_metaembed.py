@@ -26,8 +26,8 @@ CARD = """
 # {title}
 
 A multi-vector retriever whose cost is chosen at search time. A query is encoded as 1 to {num_query_tokens} vectors
-and a document as 1 to {num_document_tokens}, of {dim} dimensions each; any prefix of them can be scored with MaxSim. It is
-a [MetaEmbed](https://arxiv.org/abs/2509.18095) model{based_on}.
+and a document as 1 to {num_document_tokens}, of {dim} dimensions each; any prefix of them can be scored with MaxSim.
+It is a [MetaEmbed](https://arxiv.org/abs/2509.18095) model{based_on}.
 
 ## Use
 

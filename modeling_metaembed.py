@@ -120,7 +120,7 @@ class MetaEmbedModel(PreTrainedModel):
 
         Raises:
             TypeError: If `backbone` is neither a name nor a model.
-            ValueError: If a weight of the backbone is missing from its checkpoint, the processor is missing or takes no
+            ValueError: If a weight is missing from the backbone's checkpoint, there is no processor or it takes no
                 new tokens, or the sizes and budgets do not fit.
 
         Example:
