@@ -41,7 +41,8 @@ class MMRLoss(nn.Module):
 
     Args:
         model: The encoder, whose first module is a `MetaEmbedTransformer`.
-        budgets: `(r_q, r_c)` pairs: nested, strictly growing. None: those of the model's configuration.
+        budgets: `(r_q, r_c)` pairs: nested, strictly growing; the largest need not be the full size. None: those of the
+            model's configuration.
         weights: w_g, one a budget. None: 1 each.
         temperature: tau. 0.03 in the paper.
         normalize: What a score is divided by before the temperature. "sum": nothing, the paper's logit; "mean": the
@@ -75,16 +76,8 @@ class MMRLoss(nn.Module):
                 f"MMRLoss trains MetaEmbed encoders, got one of {type(model[0]).__name__}. Make one with "
                 "to_multi_vector_encoder(model), or load one with MultiVectorEncoder(...)."
             )
-        if budgets is None:
-            budgets = config.budgets
-        elif budgets:  # fewer budgets than the model has are fine: the largest need not be the full size
-            full = budgets[-1] if isinstance(budgets[-1], (list, tuple)) and len(budgets[-1]) == 2 else (1, 1)
-            for size, side in zip(full, ("query", "document"), strict=True):
-                if isinstance(size, int) and size > config.num_tokens(side):
-                    raise ValueError(f"budget {full} asks for more than the {config.num_tokens(side)} {side} tokens.")
-            check_budgets(budgets, *full)
-        else:
-            raise ValueError("budgets must name at least one (r_q, r_c) pair.")
+        sizes = (config.num_query_tokens, config.num_document_tokens)
+        budgets = check_budgets(config.budgets if budgets is None else budgets, *sizes, complete=False)
         weights = [1.0] * len(budgets) if weights is None else list(weights)
         if len(weights) != len(budgets) or any(not weight >= 0 for weight in weights) or not sum(weights) > 0:
             raise ValueError(f"weights must be {len(budgets)} numbers >= 0, one a budget, not all 0; got {weights}.")
@@ -93,7 +86,7 @@ class MMRLoss(nn.Module):
         if normalize not in ("sum", "mean", "sqrt"):
             raise ValueError(f'normalize must be "sum", "mean" or "sqrt", got {normalize!r}.')
         self.model = model
-        self.budgets = [tuple(budget) for budget in budgets]
+        self.budgets = [(r_q, r_c) for r_q, r_c in budgets]
         self.weights = weights
         self.temperature = temperature
         self.normalize = normalize
