@@ -103,7 +103,8 @@ class MetaEmbedTransformer(InputModule):
 
         Args:
             inputs: Queries or documents: whatever [`MetaEmbedModel.encode_queries`] takes.
-            prompt: Instruction put before each input. None: the model's own.
+            prompt: Instruction put before each input. None or "" (what sentence-transformers sends where there is no
+                prompt): the configuration's default.
             task: "query" or "document". None means "document".
             num_meta: Number of vectors of each. None: the persistent default, else all.
             **kwargs: `processing_kwargs`, a dict for the backbone's processor; and what sentence-transformers sends
@@ -114,7 +115,7 @@ class MetaEmbedTransformer(InputModule):
             `groups`, each with the `rows` it fills.
         """
         side = "query" if task == "query" else "document"
-        options = dict(num_meta=num_meta, instruction=prompt, **(kwargs.get("processing_kwargs") or {}))
+        options = dict(num_meta=num_meta, instruction=prompt or None, **(kwargs.get("processing_kwargs") or {}))
         inputs = as_batch(inputs)
         groups = self.processor.group(inputs)
         if len(groups) == 1:

@@ -90,26 +90,18 @@ class MMRObjective:
                 f"{type(self).__name__} trains MetaEmbed encoders, got one of {type(model[0]).__name__}. Make one "
                 "with to_multi_vector_encoder(model), or load one with MultiVectorEncoder(...)."
             )
-        if budgets is None:
-            budgets = config.budgets
-        elif budgets:  # fewer budgets than the model has are fine: the largest need not be the full size
-            full = budgets[-1] if isinstance(budgets[-1], (list, tuple)) and len(budgets[-1]) == 2 else (1, 1)
-            for size, side in zip(full, ("query", "document"), strict=True):
-                if isinstance(size, int) and size > config.num_tokens(side):
-                    raise ValueError(f"budget {full} asks for more than the {config.num_tokens(side)} {side} tokens.")
-            check_budgets(budgets, *full)
-        else:
-            raise ValueError("budgets must name at least one (r_q, r_c) pair.")
-        weights = [1.0] * len(budgets) if weights is None else list(weights)
-        if len(weights) != len(budgets) or any(not weight >= 0 for weight in weights) or not sum(weights) > 0:
-            raise ValueError(f"weights must be {len(budgets)} numbers >= 0, one a budget, not all 0; got {weights}.")
+        sizes = (config.num_query_tokens, config.num_document_tokens)
+        pairs = check_budgets(config.budgets if budgets is None else budgets, *sizes, complete=False)
+        weights = [1.0] * len(pairs) if weights is None else list(weights)
+        if len(weights) != len(pairs) or any(not weight >= 0 for weight in weights) or not sum(weights) > 0:
+            raise ValueError(f"weights must be {len(pairs)} numbers >= 0, one a budget, not all 0; got {weights}.")
         if not temperature > 0:
             raise ValueError(f"temperature must be above 0, got {temperature}.")
         if normalize not in ("sum", "mean", "sqrt"):
             raise ValueError(f'normalize must be "sum", "mean" or "sqrt", got {normalize!r}.')
         if score_mini_batch_size is not None:
             check_count("score_mini_batch_size", score_mini_batch_size, 1_000_000)
-        self.budgets = [tuple(budget) for budget in budgets]
+        self.budgets = [(r_q, r_c) for r_q, r_c in pairs]
         self.weights = weights
         self.temperature = temperature
         self.normalize = normalize
@@ -141,7 +133,7 @@ class MMRObjective:
         return totals
 
     def loss_parts(self, queries: Tensor, documents: Tensor, targets: Tensor) -> Iterable[dict[str, Tensor]]:
-        """Yield the summands of [`losses`], one a chunk of `score_mini_batch_size` queries, which bounds the memory."""
+        """Yield the summands of [`losses`], one a chunk of `score_mini_batch_size` queries: this bounds memory."""
         r_q, r_c = self.budgets[-1]
         if queries.shape[1] < r_q or documents.shape[1] < r_c:
             raise ValueError(
@@ -184,7 +176,7 @@ class MMRLoss(MMRObjective, nn.Module):
 
     Args:
         model: The encoder, whose first module is a `MetaEmbedTransformer`.
-        budgets: `(r_q, r_c)` pairs: nested, strictly growing. None: those of the model's configuration.
+        budgets: `(r_q, r_c)` pairs: nested, strictly growing; they need not reach the full size. None: the model's.
         weights: w_g, one a budget. None: 1 each.
         temperature: tau. 0.03 in the paper.
         normalize: What a score is divided by before the temperature. "sum": nothing, the paper's logit; "mean": the
@@ -217,9 +209,7 @@ class MMRLoss(MMRObjective, nn.Module):
         score_mini_batch_size: int | None = None,
     ):
         super().__init__()
-        self.configure(
-            model, budgets, weights, temperature, normalize, gather_across_devices, score_mini_batch_size
-        )
+        self.configure(model, budgets, weights, temperature, normalize, gather_across_devices, score_mini_batch_size)
         self.model = model
 
     def forward(self, sentence_features: Iterable[dict[str, Any]], labels: Tensor | None = None) -> dict[str, Tensor]:
@@ -240,7 +230,7 @@ class MMRLoss(MMRObjective, nn.Module):
 
 
 class CachedMMRLoss(MMRObjective, CachedMultiVectorMultipleNegativesRankingLoss):
-    """[`MMRLoss`] with gradient caching (GradCache, arXiv 2101.06983): batches of any size in the memory of a small one.
+    """[`MMRLoss`] with gradient caching (GradCache, arXiv 2101.06983): any batch in the memory of a small one.
 
     The same loss and gradients. Every input is encoded twice: about a third slower, in return for which only
     `mini_batch_size` inputs are held in memory at a time.
@@ -325,7 +315,7 @@ class CachedMMRLoss(MMRObjective, CachedMultiVectorMultipleNegativesRankingLoss)
         # Leaves, so that the chunks' backward passes stop here, and the ranks need talk only once.
         leaves = [tensor.detach().requires_grad_(with_backward) for tensor in (queries, gathered)]
         totals: dict[str, Tensor] = {}
-        for part in self.loss_parts(*leaves, targets):
+        for part in self.loss_parts(leaves[0], leaves[1], targets):
             if with_backward:
                 torch.stack(list(part.values())).sum().backward()
             totals = {name: totals.get(name, 0) + value.detach() for name, value in part.items()}
@@ -353,7 +343,8 @@ class CachedMMRLoss(MMRObjective, CachedMultiVectorMultipleNegativesRankingLoss)
             return super().embed_minibatch(sentence_feature, begin, end, with_grad, copy_random_state, random_state)
         device = sentence_feature["input_ids"].device
         states = [None] * len(groups) if random_state is None else random_state
-        every_row, vectors, masks, new_states = [], [], [], []
+        every_row, vectors, masks = [], [], []
+        new_states: list[Any] = []
         for group, state in zip(groups, states, strict=True):
             rows = group["rows"]  # ascending
             first, last = torch.searchsorted(rows, torch.tensor([begin, end], device=rows.device)).tolist()

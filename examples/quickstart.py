@@ -50,7 +50,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--learning-rate", type=float, help="default: 3e-3 for the tiny backbone, 1e-5 for a real one")
     parser.add_argument("--cell", type=int, help="pixels a cell; default: 16 for the tiny backbone, 56 for a real one")
-    parser.add_argument("--test-scenes", type=int, default=500)
+    parser.add_argument("--test-scenes", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--query", help='answer this query, e.g. "cat face, red apple", with the saved model if any')
     parser.add_argument("--output", type=Path, help="default: outputs/quickstart, or one named after the budgets")
@@ -154,14 +154,14 @@ def format_table(rows: list[dict]) -> str:
 
 def plot_curve(rows: list[dict], path: Path) -> None:
     """Draw quality against the size of a document."""
-    figure, axes = plt.subplots(figsize=(6.4, 4), layout="constrained")
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     sizes = [row["bytes/document"] for row in rows]
     for metric, marker in (("recall@1", "o"), ("recall@5", "s"), ("nDCG@10", "^")):
         axes.plot(sizes, [row[metric] for row in rows], marker=marker, label=metric)
     for row in rows:
         axes.annotate(row["budget"], (row["bytes/document"], row["recall@1"]), (0, -14), textcoords="offset points")
-    axes.set(xscale="log", xlabel="bytes a document (float32)", ylim=(0, 1), title="One model, one index")
-    axes.margins(x=0.12)
+    axes.set(xscale="log", xlabel="bytes a document (float32)", title="One model, one index")
+    axes.margins(x=0.12, y=0.12)
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
     figure.savefig(path, dpi=150)
@@ -179,7 +179,8 @@ def draw_sheet(texts: list[str], found: Tensor, right: Tensor, scenes: list[Scen
         path: File to write.
     """
     count = found.shape[1]
-    figure, axes = plt.subplots(len(texts), count, figsize=(2 * count, 2.3 * len(texts)), squeeze=False)
+    size = (1.6 * count, 1.9 * len(texts))
+    figure, axes = plt.subplots(len(texts), count, figsize=size, squeeze=False, layout="compressed")
     for row, text in enumerate(texts):
         for column in range(count):
             cell = axes[row, column]
@@ -189,7 +190,6 @@ def draw_sheet(texts: list[str], found: Tensor, right: Tensor, scenes: list[Scen
             for spine in cell.spines.values():
                 spine.set(color="tab:green" if is_right else "lightgrey", linewidth=4 if is_right else 1)
         axes[row, 0].set_title(text, loc="left", fontsize=9)
-    figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

@@ -11,11 +11,15 @@ from PIL import Image
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT / "examples"))
 
-from metaembed import MetaEmbedModel  # noqa: E402
-from metaembed.sentence_metaembed import to_multi_vector_encoder  # noqa: E402
 from tiny_backbone import build_backbone, build_processor  # noqa: E402
 
-WORDS = "red green blue apple boat cat dog egg fish goat hat ice jam key lamp moon".split()
+from metaembed import MetaEmbedModel  # noqa: E402
+from metaembed.sentence_metaembed import to_multi_vector_encoder  # noqa: E402
+
+WORDS = [
+    *("red", "green", "blue", "apple", "boat", "cat", "dog", "egg"),
+    *("fish", "goat", "hat", "ice", "jam", "key", "lamp", "moon"),
+]
 
 
 @cache
