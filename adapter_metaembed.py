@@ -253,8 +253,8 @@ def check_saves_whole(model: PreTrainedModel, folder: Path) -> None:
     """Raise if what is saved would not load as `model`.
 
     Raises:
-        ValueError: If the model was wrapped with `get_peft_model`, so that its weights have other names, or if `folder`
-            holds an adapter and the model has none, or the other way round.
+        ValueError: If the model was wrapped with `get_peft_model`, so that its weights have other names, or if
+            `folder` holds an adapter and the model has none, or the other way round.
     """
     adapter = model._hf_peft_config_loaded
     if not adapter and any("lora_A" in name for name, _ in model.named_parameters()):

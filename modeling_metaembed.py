@@ -187,8 +187,8 @@ class MetaEmbedModel(PreTrainedModel):
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
         """Load a saved model, whole or not at all. Takes what transformers' `from_pretrained` takes.
 
-        Loads adapter repositories too: the backbone that they name, and the adapter on it. With `is_trainable=True`, to
-        train it further.
+        Loads adapter repositories too: the backbone that they name, and the adapter on it. With `is_trainable=True`,
+        to train it further.
 
         Raises:
             ValueError: If a weight is missing from the checkpoint, or of another shape.
