@@ -257,7 +257,9 @@ class MetaEmbedModel(PreTrainedModel):
         folder = Path(save_directory)
         check_saves_whole(self, folder)
         super().save_pretrained(folder, **kwargs)
-        if kwargs.get("is_main_process", True):
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        first = not distributed or torch.distributed.get_rank() == 0
+        if first and kwargs.get("is_main_process", True):
             if self._hf_peft_config_loaded:
                 self.config.save_pretrained(folder)
                 name_base(folder, self.adapter_base)

@@ -209,6 +209,7 @@ def last_checkpoint(folder: str) -> str | None:
 def main(arguments: Arguments, training: TrainingArguments) -> None:
     """Train, evaluate, save and publish."""
     set_seed(training.seed)
+    push, training.push_to_hub = training.push_to_hub, False  # the result is published, not every checkpoint
 
     # 1. Load the rows.
     train_rows, eval_rows = load_rows(arguments)
@@ -263,7 +264,7 @@ def main(arguments: Arguments, training: TrainingArguments) -> None:
         merge_adapter(model)
     final = Path(training.output_dir) / "final"
     trainer.save_model(str(final))
-    if training.push_to_hub and trainer.is_world_process_zero():
+    if push and trainer.is_world_process_zero():
         repository = training.hub_model_id or Path(training.output_dir).name
         print(encoder.push_to_hub(repository, token=training.hub_token, private=training.hub_private_repo, exist_ok=True))
     logger.info(f"saved to {final}")
