@@ -267,11 +267,11 @@ def prepare(queries: Any, documents: Any, budget: Budget | None) -> tuple[Tensor
         stores, rotate = list(documents.stores), documents.rotate
         vectors, dim, device = documents.vectors, documents.input_dim, documents.device
     else:
-        d = _as_stack(documents, "documents")
+        d = as_stack(documents, "documents")
         precision = "bfloat16" if d.dtype == torch.bfloat16 else "float32"
         stores, rotate = [Store([Slab(d, None)], precision, d.shape[2], checked=False)], None
         vectors, dim, device = d.shape[1], d.shape[2], d.device
-    q = _as_stack(queries, "queries")
+    q = as_stack(queries, "queries")
     if q.shape[2] != dim:
         raise ValueError(f"queries have {q.shape[2]} dimensions and documents {dim}: both must come from one model")
     r_q, r_c = check_budget(budget, q.shape[1], vectors)
@@ -404,8 +404,8 @@ def check_k(k: int) -> None:
         raise ValueError(f"k must be at least 1, not {k}")
 
 
-def _as_stack(value: Any, name: str) -> Tensor:
-    """A tensor `[n, r, D]` of floating point from all that a caller may hold."""
+def as_stack(value: Any, name: str) -> Tensor:
+    """Make a tensor `[n, r, D]` of floating point from all that a caller may hold."""
     if isinstance(value, list | tuple):
         if not value:
             raise ValueError(f"{name} is an empty list, which has no shape; pass a tensor [0, r, D] instead")
