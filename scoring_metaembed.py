@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from torch import Tensor
 from .precision_metaembed import decode, round_queries
 
 Budget = tuple[int, int]  # (query vectors, document vectors)
-Positions = Tensor | Sequence[int]  # of documents: whole numbers, or a bool for every document
+Positions: TypeAlias = "Tensor | Sequence[int]"  # of documents: whole numbers, or a bool for every document
 
 _CACHE_FLOATS = 1 << 20  # products are made this many at a time (4 MiB in float32), so that they stay in the cache
 _BLOCK_SCORES = 1 << 22  # `search` holds at most about this many scores at once

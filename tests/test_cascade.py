@@ -4,11 +4,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.functional import normalize
+
 from metaembed.cascade_metaembed import cascade
 from metaembed.collection_metaembed import EmbeddingCollection
 from metaembed.scoring_metaembed import maxsim, search
 from metaembed.tuning_metaembed import tune_cascade
-from torch.nn.functional import normalize
 
 
 def nested(seed, n, vectors, dim, noise=0.5):

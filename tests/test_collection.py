@@ -10,11 +10,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.functional import normalize
+
 from metaembed.collection_metaembed import EmbeddingCollection
 from metaembed.precision_metaembed import PRECISIONS, bytes_per_vector, decode, encode, round_queries
 from metaembed.rotation_metaembed import fit_rotation
 from metaembed.scoring_metaembed import maxsim, search
-from torch.nn.functional import normalize
 
 
 def vectors(seed, *shape):

@@ -7,10 +7,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.functional import normalize
+
 from metaembed.kernels_metaembed import Kernel, KernelUnavailable, _disagreement, load_kernel
 from metaembed.precision_metaembed import PRECISIONS, decode, encode, round_queries
 from metaembed.scoring_metaembed import maxsim, search
-from torch.nn.functional import normalize
 
 FLAGS = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
 # What the compiler calls a processor, and what this machine must have to run its code.
