@@ -21,6 +21,15 @@ from tqdm.auto import tqdm
 from transformers import AutoModel, PreTrainedModel
 from transformers.utils import ModelOutput, logging
 
+from .adapter_metaembed import (
+    check_saves_whole,
+    commit_of,
+    fill_adapter,
+    find_adapter,
+    load_with_adapter,
+    name_base,
+    upcast_adapter,
+)
 from .backbone_metaembed import HUB_ARGUMENTS, check_loading, check_rebuilds, grow_embedding, is_causal, load_backbone
 from .card_metaembed import write_repository_files
 from .configuration_metaembed import MetaEmbedConfig
@@ -76,6 +85,7 @@ class MetaEmbedModel(PreTrainedModel):
         self.projection = None if config.embedding_dim is None else nn.Linear(config.hidden_size, config.embedding_dim)
         self._processor: MetaEmbedProcessor | None = None
         self._hub_arguments: dict[str, Any] = {}
+        self.adapter_base: tuple[str | None, str | None] = (None, None)  # what an adapter of this model must name
         self.post_init()
 
     # -- Making and loading --------------------------------------------------------------------------------------
@@ -165,6 +175,8 @@ class MetaEmbedModel(PreTrainedModel):
         if model.projection is not None:
             model.projection.to(backbone.device, backbone.dtype)
         model.config.dtype = backbone.dtype
+        hub = {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None}
+        model.adapter_base = (config.base_model, commit_of(base_model, **hub))
         model.processor = MetaEmbedProcessor(processor, config)
         model.eval()
         probe = model.processor.process_documents("a", instruction="").to(model.device)
@@ -175,17 +187,45 @@ class MetaEmbedModel(PreTrainedModel):
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
         """Load a saved model, whole or not at all. Takes what transformers' `from_pretrained` takes.
 
+        Loads adapter repositories too: the backbone that they name, and the adapter on it. With `is_trainable=True`,
+        to train it further.
+
         Raises:
             ValueError: If a weight is missing from the checkpoint, or of another shape.
         """
         wants_info = kwargs.pop("output_loading_info", False)
-        hub_arguments = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
-        model, info = super().from_pretrained(
-            pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
-        )
-        check_loading(pretrained_model_name_or_path, info)
-        model._hub_arguments = hub_arguments
+        source = pretrained_model_name_or_path
+        hub = {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None}
+        if source is not None and (adapter := find_adapter(source, **hub)) is not None:
+            model, info = load_with_adapter(cls, source, adapter, hub, **kwargs), {}
+        else:
+            model, info = super().from_pretrained(source, *model_args, output_loading_info=True, **kwargs)
+            check_loading(source, info)
+            model.adapter_base = (str(source), commit_of(source, **hub))
+        model._hub_arguments = {**hub, "revision": commit_of(source, **hub)}
         return (model, info) if wants_info else model
+
+    def add_adapter(self, adapter_config: Any, adapter_name: str | None = None) -> None:
+        """Add a fresh adapter to train, such as [`lora_config`]'s. Its weights are in float32 at least."""
+        super().add_adapter(adapter_config, adapter_name)
+        upcast_adapter(self)
+
+    def load_adapter(self, peft_model_id: str | None = None, adapter_name: str | None = None, *args, **kwargs):
+        """Load an adapter onto this model, whole or not at all. Takes what transformers' `load_adapter` takes.
+
+        Raises:
+            ValueError: If a trained part is missing from the adapter, or not in the model.
+        """
+        conversions = self.__dict__.get("_weight_conversions")
+        info = super().load_adapter(peft_model_id, adapter_name, *args, **kwargs)
+        self._weight_conversions = (
+            conversions  # else the adapter's names are written into the model saved after merging
+        )
+        upcast_adapter(self)
+        if peft_model_id is not None:
+            hub = {**(kwargs.get("adapter_kwargs") or {}), **{k: kwargs[k] for k in HUB_ARGUMENTS if k in kwargs}}
+            fill_adapter(self, peft_model_id, adapter_name or "default", **hub)
+        return info
 
     @property
     def processor(self) -> MetaEmbedProcessor:
@@ -194,9 +234,7 @@ class MetaEmbedModel(PreTrainedModel):
             where = self.config._name_or_path
             if not where:
                 raise ValueError("this model was not loaded from anywhere, so has no processor: set model.processor.")
-            commit = getattr(self.config, "_commit_hash", None)
-            arguments = {**self._hub_arguments, **({"revision": commit} if commit else {})}
-            processor = MetaEmbedProcessor.from_pretrained(where, trust_remote_code=True, **arguments)
+            processor = MetaEmbedProcessor.from_pretrained(where, trust_remote_code=True, **self._hub_arguments)
             self.processor = processor
             return processor
         return self._processor
@@ -216,10 +254,17 @@ class MetaEmbedModel(PreTrainedModel):
             save_directory: Folder to write to.
             **kwargs: For transformers' `save_pretrained`.
         """
-        super().save_pretrained(save_directory, **kwargs)
-        if kwargs.get("is_main_process", True):
-            self.processor.save_pretrained(save_directory)
-            write_repository_files(Path(save_directory), self.config)
+        folder = Path(save_directory)
+        check_saves_whole(self, folder)
+        super().save_pretrained(folder, **kwargs)
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        first = not distributed or torch.distributed.get_rank() == 0
+        if first and kwargs.get("is_main_process", True):
+            if self._hf_peft_config_loaded:
+                self.config.save_pretrained(folder)
+                name_base(folder, self.adapter_base)
+            self.processor.save_pretrained(folder)
+            write_repository_files(folder, self.config)
 
     def get_input_embeddings(self) -> nn.Module:
         """Return the backbone's input embedding, which holds the Meta Tokens."""
@@ -258,7 +303,7 @@ class MetaEmbedModel(PreTrainedModel):
         hidden = self.backbone(input_ids=input_ids, **kwargs).last_hidden_state  # [N, L, hidden]
         meta = hidden.gather(1, positions.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))  # [N, R, hidden]
         if self.projection is not None:
-            meta = self.projection(meta)  # [N, R, D]
+            meta = self.projection(meta.to(self.projection.weight.dtype))  # [N, R, D]
         # At least float32: normalising and scoring in bfloat16 costs about 5% of nDCG.
         meta = meta.to(torch.promote_types(meta.dtype, torch.float32))
         return nn.functional.normalize(meta, dim=-1)

@@ -208,4 +208,6 @@ def to_multi_vector_encoder(model: MetaEmbedModel, **kwargs: Any) -> MultiVector
     """
     reference = f"{Path(__file__).stem}.{MetaEmbedTransformer.__name__}"
     module_class = get_class_from_dynamic_module(reference, str(Path(__file__).parent))
-    return MultiVectorEncoder(modules=[module_class(model)], similarity_fn_name="maxsim", **kwargs)
+    # Its trainer reads checkpoints back, to resume or to keep the best: their code is what runs here already.
+    options = {"similarity_fn_name": "maxsim", "trust_remote_code": True, **kwargs}
+    return MultiVectorEncoder(modules=[module_class(model)], **options)
