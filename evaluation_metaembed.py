@@ -50,7 +50,9 @@ class BudgetEvaluator(MultiVectorInformationRetrievalEvaluator):
         # The one number that decides which checkpoint is the best: the largest budget's.
         self.primary_metric = f"{'x'.join(map(str, self.budgets[-1]))}_ndcg@{max(self.ndcg_at_k)}"
 
-    def embed_inputs(self, model: MultiVectorEncoder, sentences: Any, encode_fn_name: str | None = None, **kwargs: Any):
+    def embed_inputs(
+        self, model: MultiVectorEncoder, sentences: Any, encode_fn_name: str | None = None, **kwargs: Any
+    ):
         """Encode with as many vectors as the largest budget needs, whatever the model's defaults are.
 
         Returns:

@@ -193,7 +193,9 @@ def learning_rates(arguments: Arguments, model: MetaEmbedModel) -> dict[str, flo
     """Return the learning rates of parameters that have their own, by patterns of their names."""
     rates = {}
     if arguments.meta_token_learning_rate is not None:
-        name = next(n for n, m in model.named_modules() if m is model.get_input_embeddings()).split(".token_adapter")[0]
+        name = next(n for n, m in model.named_modules() if m is model.get_input_embeddings()).split(".token_adapter")[
+            0
+        ]
         rates[rf"{re.escape(name)}\."] = arguments.meta_token_learning_rate
     if arguments.projection_learning_rate is not None:
         rates[r"\.projection\."] = arguments.projection_learning_rate
@@ -266,7 +268,9 @@ def main(arguments: Arguments, training: TrainingArguments) -> None:
     trainer.save_model(str(final))
     if push and trainer.is_world_process_zero():
         repository = training.hub_model_id or Path(training.output_dir).name
-        print(encoder.push_to_hub(repository, token=training.hub_token, private=training.hub_private_repo, exist_ok=True))
+        print(
+            encoder.push_to_hub(repository, token=training.hub_token, private=training.hub_private_repo, exist_ok=True)
+        )
     logger.info(f"saved to {final}")
 
 

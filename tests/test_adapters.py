@@ -1,10 +1,7 @@
 """Adapters train the right weights, save what stands on its own, and load whole or not at all, through every door."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -62,7 +59,7 @@ def test_the_recipe_trains_the_language_model_the_meta_tokens_and_the_projection
     before = {name: value.clone() for name, value in model.state_dict().items()}
     model = trained(backbone)
     names = {name for name, p in model.named_parameters() if p.requires_grad}
-    kinds = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()
+    kinds = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     assert {name.split(".lora_")[0].rsplit(".", 1)[-1] for name in names if "lora_" in name} == set(kinds)
     assert all("visual" not in name for name in names)
     assert {name for name in names if "lora_" not in name} == {

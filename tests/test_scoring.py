@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import normalize
 
-from metaembed.scoring_metaembed import maxsim, search, top_k
+from metaembed.scoring_metaembed import maxsim, rescore, search, top_k
 
 
 def reference(queries, documents, budget=None):
@@ -41,24 +41,74 @@ def sides(draw):
     return queries, documents, budget
 
 
-@settings(max_examples=150, deadline=None)
-@given(sides())
-def test_scores_equal_a_float64_reference(case):
+@settings(max_examples=200, deadline=None)
+@given(sides(), st.sampled_from(["auto", "torch"]))
+def test_scores_equal_a_float64_reference(case, backend):
     queries, documents, budget = case
-    scores = maxsim(queries, documents, budget)
+    scores = maxsim(queries, documents, budget, backend=backend)
+    if documents.dtype == torch.bfloat16:
+        queries = queries.bfloat16()  # which is what bfloat16 documents do to queries
     assert scores.dtype == torch.float32
     torch.testing.assert_close(scores.double(), reference(queries, documents, budget), atol=1e-5, rtol=1e-5)
 
 
-@settings(max_examples=75, deadline=None)
-@given(sides(), st.integers(1, 50))
-def test_search_returns_the_best_k_in_order(case, k):
+@settings(max_examples=100, deadline=None)
+@given(sides(), st.integers(1, 50), st.sampled_from(["auto", "torch"]))
+def test_search_returns_the_best_k_in_order(case, k, backend):
     queries, documents, budget = case
-    scores, indices = search(queries, documents, k, budget)
+    scores, indices = search(queries, documents, k, budget, backend=backend)
     assert scores.shape == indices.shape == (len(queries), min(k, len(documents)))
-    every = maxsim(queries, documents, budget)
+    every = maxsim(queries, documents, budget, backend=backend)
     assert torch.equal(every.gather(1, indices), scores)
     assert torch.equal(scores, every.sort(dim=1, descending=True).values[:, :k])
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 5), st.integers(1, 60), st.integers(1, 20), st.data())
+def test_included_documents_are_searched_and_excluded_ones_are_not(q, n, k, data):
+    queries, documents = vectors(n, q, 3, 8), vectors(n + 1, n, 4, 8)
+    include = data.draw(st.none() | st.lists(st.integers(0, n - 1)))
+    exclude = data.draw(st.none() | st.lists(st.integers(0, n - 1)))
+    as_mask = data.draw(st.booleans())
+    given_include = include
+    if include is not None and as_mask:
+        given_include = torch.tensor([i in include for i in range(n)])
+    scores, indices = search(queries, documents, k, include=given_include, exclude=exclude)
+    left = sorted(set(range(n) if include is None else include) - set(exclude or []))
+    expected, order = top_k(maxsim(queries, documents)[:, left], k)
+    torch.testing.assert_close(scores, expected)
+    assert torch.equal(indices, torch.tensor(left, dtype=torch.int64)[order])
+
+
+@settings(max_examples=50, deadline=None)
+@given(sides(), st.integers(0, 9), st.sampled_from(["auto", "torch"]))
+def test_rescoring_equals_scoring_all(case, m, backend):
+    queries, documents, budget = case
+    if len(queries) and len(documents):
+        candidates = torch.randint(0, len(documents), (len(queries), m))
+        every = maxsim(queries, documents, budget, backend=backend)
+        got = rescore(queries, documents, candidates, budget, backend=backend)
+        torch.testing.assert_close(got, every.gather(1, candidates), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["torch", "compiled"])
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_scores_depend_neither_on_threads_nor_on_where_a_document_lies(backend, threads):
+    queries, documents = vectors(0, 3, 16, 96), vectors(1, 1001, 20, 96)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        expected = maxsim(queries, documents, backend=backend)
+        torch.set_num_threads(threads)
+        assert torch.equal(maxsim(queries, documents, backend=backend), expected)
+        for start, stop in [(0, 1), (17, 300), (1000, 1001)]:
+            part = maxsim(queries, documents[start:stop], backend=backend)
+            if backend == "compiled":
+                assert torch.equal(part, expected[:, start:stop])
+            else:  # a library's matrix product may sum in another order for other shapes
+                torch.testing.assert_close(part, expected[:, start:stop], atol=1e-6, rtol=0)
+    finally:
+        torch.set_num_threads(before)
 
 
 @settings(max_examples=100, deadline=None)
@@ -93,9 +143,12 @@ def test_lists_and_arrays_are_taken():
 
 
 def test_the_result_names_its_backend():
-    assert "torch" in repr(search(vectors(0, 2, 3, 5), vectors(1, 4, 6, 5), k=2))
+    queries, documents = vectors(0, 2, 3, 5), vectors(1, 4, 6, 5)
+    assert "torch (cpu)" in repr(search(queries, documents, k=2, backend="torch"))
+    assert "compiled (" in repr(search(queries, documents, k=2, backend="compiled"))
 
 
+@pytest.mark.parametrize("backend", ["torch", "compiled"])
 @pytest.mark.parametrize(
     ("change", "error", "match"),
     [
@@ -115,11 +168,21 @@ def test_the_result_names_its_backend():
         ({"budget": (True, 2)}, TypeError, "int"),
         ({"budget": (0, 2)}, ValueError, "0 query vectors; from 1 to 3"),
         ({"budget": (3, 7)}, ValueError, "7 document vectors; from 1 to 6"),
+        ({"include": [4]}, ValueError, "from 0 to 3 are there, but 4"),
+        ({"exclude": [0.5]}, TypeError, "whole numbers"),
+        ({"include": torch.ones(3, dtype=torch.bool)}, TypeError, "bool for each of the 4"),
+        ({"backend": "fast"}, ValueError, "'auto', 'torch' or 'compiled'"),
         ({"k": 0}, ValueError, "at least 1"),
         ({"k": 2.0}, TypeError, "int"),
     ],
 )
-def test_bad_input_is_an_error_that_says_what_to_do(change, error, match):
-    good = {"queries": vectors(0, 2, 3, 5), "documents": vectors(1, 4, 6, 5), "k": 2, "budget": None}
+def test_bad_input_is_an_error_that_says_what_to_do(change, error, match, backend):
+    good = {
+        "backend": backend,
+        "queries": vectors(0, 2, 3, 5),
+        "documents": vectors(1, 4, 6, 5),
+        "k": 2,
+        "budget": None,
+    }
     with pytest.raises(error, match=match):
         search(**{**good, **change})

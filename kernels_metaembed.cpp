@@ -1,0 +1,548 @@
+// Fused MaxSim for documents of equally many vectors, on one CPU of any kind.
+//
+// The products of a few document rows with 16 query vectors at a time stay in registers: a query vector is a lane, a
+// document row is read once, front to back, as it lies in memory. So plain tensors, any prefix of the vectors and rows
+// picked by an index all need no copy of the documents, and the maximum over a document's vectors is elementwise.
+//
+// Compiled on the machine that runs it, for what its processor has (-march=native): the micro kernels below are chosen by
+// the compiler's feature macros, with portable vector code when there is none. Matrix tiles (AMX) are asked for at run time.
+// Every product is summed in one fixed order, so scores depend neither on threads nor on where a block starts.
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <new>
+#include <thread>
+#include <type_traits>
+#include <vector>
+
+#if defined(__AVX512F__) || defined(__AMX_TILE__)
+#include <immintrin.h>
+#endif
+#if defined(__AMX_TILE__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#define HAS_AMX 1
+#endif
+
+namespace {
+
+constexpr int64_t LANES = 16;        // query vectors a tile
+constexpr int64_t GROUP = 512;       // query vectors scored in one pass over a block of documents
+constexpr int64_t DEPTH = 256;       // groups of 4 bytes of a row multiplied in one go, so that the queries' part stays in the cache
+constexpr int64_t FAR = 4096;        // bytes: longer rows are fetched in time by the processor itself
+constexpr int64_t LINE = 16;         // groups of 4 bytes in a line of the cache
+constexpr int64_t STRIP = 96;        // document rows multiplied before their maxima are taken; a multiple of all kernels' rows
+
+enum Kind { FLOAT32 = 0, BFLOAT16 = 1, INT8 = 2, INT4 = 3, BINARY = 4 };
+
+// ---------------------------------------------------------------------------------------------------- micro kernels
+// multiply(): c[row][lane] (+)= rows . q over `depth` groups of 4 bytes of every row, `first` when nothing is in c yet.
+// `q` holds TILES tiles, `tile` bytes apart, each [depth][LANES][4 bytes]; rows of `c` are `width` sums apart.
+
+// Asks for as many bytes of the next strip as are multiplied of this one, in the order in which they lie in memory.
+template <int LINES>
+inline void prefetch(const uint8_t* ahead) {
+    for (int line = 0; line < LINES; ++line) __builtin_prefetch(ahead + line * LINE * 4, 0, 2);
+}
+
+#if defined(__AVX512F__)
+constexpr int WIDTH = 16;
+#elif defined(__AVX2__)
+constexpr int WIDTH = 8;
+#else
+constexpr int WIDTH = 4;
+#endif
+typedef float Vector __attribute__((vector_size(WIDTH * 4)));
+
+struct Float32 {
+    typedef float Sum;
+    typedef Vector Sums;
+    static Vector load(const uint8_t* q) { Vector v; std::memcpy(&v, q, sizeof v); return v; }
+    static Vector zero() { return Vector{}; }
+    static void add(Vector& sum, Vector q, const uint8_t* row) {
+        float x;
+        std::memcpy(&x, row, 4);
+        sum += q * x;
+    }
+};
+
+#if defined(__AVX512BF16__)
+struct BFloat16 {
+    typedef float Sum;
+    typedef __m512 Sums;
+    static __m512i load(const uint8_t* q) { return _mm512_loadu_si512(q); }
+    static __m512 zero() { return _mm512_setzero_ps(); }
+    static void add(__m512& sum, __m512i q, const uint8_t* row) {
+        int32_t pair;
+        std::memcpy(&pair, row, 4);
+        sum = _mm512_dpbf16_ps(sum, (__m512bh)q, (__m512bh)_mm512_set1_epi32(pair));
+    }
+};
+#endif
+
+#if defined(__AVX512VNNI__)
+struct Int8 {  // rows are bytes offset by 128, queries are signed
+    typedef int32_t Sum;
+    typedef __m512i Sums;
+    static __m512i load(const uint8_t* q) { return _mm512_loadu_si512(q); }
+    static __m512i zero() { return _mm512_setzero_si512(); }
+    static void add(__m512i& sum, __m512i q, const uint8_t* row) {
+        int32_t four;
+        std::memcpy(&four, row, 4);
+        sum = _mm512_dpbusd_epi32(sum, _mm512_set1_epi32(four), q);
+    }
+};
+#endif
+
+// Rows are reached from every third or fourth one, plus a few strides: so all addresses fit the processor's registers. The
+// compiler would otherwise reckon every row from the first, and reload two dozen offsets at every step.
+inline void hide(const uint8_t*& pointer) { asm("" : "+r"(pointer)); }
+
+template <class K, int ROWS, int TILES>
+struct Simd {
+    static constexpr int HOLD = ROWS % 4 == 0 ? 4 : 3;
+    typedef typename K::Sum Sum;
+    static constexpr int64_t rows = ROWS, tiles = TILES;
+    static constexpr bool matrix = false;
+    static constexpr int PARTS = TILES * LANES * 4 / int(sizeof(typename K::Sums));  // vectors a row of sums
+    static constexpr int PER_TILE = PARTS / TILES;
+
+    static void multiply(const uint8_t* row, int64_t stride, const uint8_t* q, int64_t tile, Sum* c, int64_t width,
+                         bool first, const uint8_t* ahead, int64_t depth) {
+        typename K::Sums sum[ROWS][PARTS];
+        for (int r = 0; r < ROWS; ++r)
+            for (int p = 0; p < PARTS; ++p)
+                if (first) sum[r][p] = K::zero();
+                else std::memcpy(&sum[r][p], c + r * width + p * (LANES / PER_TILE), sizeof sum[r][p]);
+        const uint8_t* base[ROWS / HOLD];
+        for (int b = 0; b < ROWS / HOLD; ++b) {
+            base[b] = row + b * HOLD * stride;
+            hide(base[b]);
+        }
+        const int64_t pace = ahead ? ROWS * 4 : 0;  // bytes of the next rows asked for at each step, in order
+        if (!ahead) ahead = q;
+#pragma GCC unroll 2
+        for (int64_t k = 0; k < depth; ++k, q += LANES * 4, ahead += pace) {
+            __builtin_prefetch(ahead);
+            if (ROWS > LINE) __builtin_prefetch(ahead + LINE * 4);
+            decltype(K::load(q)) part[PARTS];
+            for (int p = 0; p < PARTS; ++p)
+                part[p] = K::load(q + (p / PER_TILE) * tile + (p % PER_TILE) * sizeof(sum[0][0]));
+#pragma GCC unroll 32
+            for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 8
+                for (int p = 0; p < PARTS; ++p) K::add(sum[r][p], part[p], base[r / HOLD] + r % HOLD * stride);
+#pragma GCC unroll 16
+            for (int b = 0; b < ROWS / HOLD; ++b) base[b] += 4;
+        }
+        for (int r = 0; r < ROWS; ++r)
+            for (int p = 0; p < PARTS; ++p)
+                std::memcpy(c + r * width + p * (LANES / PER_TILE), &sum[r][p], sizeof sum[r][p]);
+    }
+};
+
+template <bool> struct Tiles {};  // what a thread must set up before it multiplies: nothing, unless by matrix tiles
+
+#if HAS_AMX
+bool amx_granted() {  // Linux gives matrix tiles to a process that asks
+    constexpr int REQUEST = 0x1023, TILE_DATA = 18;
+    static const bool granted = syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
+    return granted;
+}
+
+struct AmxShape {  // every one of the eight tiles is 16 rows of 64 bytes
+    uint8_t palette = 1, start = 0, reserved[14] = {};
+    uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+
+template <> struct Tiles<true> {
+    Tiles() {
+        AmxShape shape;
+        _tile_loadconfig(&shape);
+    }
+    ~Tiles() { _tile_release(); }
+};
+
+template <class S, int TILES>
+struct Amx {
+    typedef S Sum;
+    static constexpr int64_t rows = 32, tiles = TILES;
+    static constexpr bool matrix = true;
+
+    static void multiply(const uint8_t* row, int64_t stride, const uint8_t* q, int64_t tile, Sum* c, int64_t width,
+                         bool first, const uint8_t* ahead, int64_t depth) {
+        Sum* c2 = c + 16 * width;
+        if (first) {
+            _tile_zero(0); _tile_zero(1);
+            if (TILES == 2) { _tile_zero(2); _tile_zero(3); }
+        } else {
+            _tile_loadd(0, c, width * 4); _tile_loadd(1, c2, width * 4);
+            if (TILES == 2) { _tile_loadd(2, c + LANES, width * 4); _tile_loadd(3, c2 + LANES, width * 4); }
+        }
+        for (int64_t k = 0; k < depth; k += LINE) {
+            if (ahead) prefetch<rows>(ahead + k * 4 * rows);
+            _tile_loadd(4, row + k * 4, stride);
+            _tile_loadd(5, row + 16 * stride + k * 4, stride);
+            _tile_loadd(6, q + k * LANES * 4, LANES * 4);
+            if (std::is_same<Sum, float>::value) {
+                _tile_dpbf16ps(0, 4, 6); _tile_dpbf16ps(1, 5, 6);
+            } else {
+                _tile_dpbusd(0, 4, 6); _tile_dpbusd(1, 5, 6);
+            }
+            if (TILES == 2) {
+                _tile_loadd(7, q + tile + k * LANES * 4, LANES * 4);
+                if (std::is_same<Sum, float>::value) {
+                    _tile_dpbf16ps(2, 4, 7); _tile_dpbf16ps(3, 5, 7);
+                } else {
+                    _tile_dpbusd(2, 4, 7); _tile_dpbusd(3, 5, 7);
+                }
+            }
+        }
+        _tile_stored(0, c, width * 4); _tile_stored(1, c2, width * 4);
+        if (TILES == 2) { _tile_stored(2, c + LANES, width * 4); _tile_stored(3, c2 + LANES, width * 4); }
+    }
+};
+#endif
+
+// ------------------------------------------------------------------------------------------------------- documents
+
+struct Slab {  // some of the vectors of every document
+    const uint8_t* data;
+    const float* scales;   // one a vector, or null
+    int64_t document;      // bytes from one document to the next
+    int64_t vector;        // bytes from one vector to the next
+    int64_t scale_document;  // scales from one document to the next
+    int64_t used;          // vectors of it that the budget takes
+};
+
+struct Job {
+    const Slab* slabs;
+    int64_t slab_count;
+    const int64_t* index;  // which documents, or null: all of them in order
+    int64_t n, dim;
+    Kind stored;           // how rows lie in memory
+    int64_t stored_bytes;  // of a row
+    Kind computed;         // what the micro kernel multiplies: FLOAT32, BFLOAT16 or INT8
+    int64_t depth;         // groups of 4 bytes of a multiplied row
+    const uint8_t* queries;  // packed: [groups][tiles][depth][LANES][4 bytes]
+    const int32_t* corrections;  // [groups][tiles][LANES], to be taken off integer sums
+    const float* query_scales;   // [count, r_q], or null
+    int64_t count, r_q;    // queries, and vectors of each
+    float* out;            // [count, out_stride]
+    int64_t out_stride;
+    int64_t block;         // documents that a thread takes at a time
+    bool check;            // look for NaN and infinity
+    std::atomic<int64_t> next{0};
+    std::atomic<bool> bad{false};
+
+    int64_t group() const { return std::min(count, GROUP / r_q); }                  // queries scored in one pass
+    int64_t tiles() const { return (group() * r_q + LANES - 1) / LANES; }           // tiles of a group
+};
+
+float from_bfloat16(uint16_t x) {
+    uint32_t bits = uint32_t(x) << 16;
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+}
+
+// One stored vector as the row that the micro kernel reads: unchanged, widened to float, or as bytes offset by 128.
+void decode(const uint8_t* from, Kind stored, Kind computed, int64_t dim, uint8_t* to) {
+    if (stored == computed) {
+        std::memcpy(to, from, dim * (stored == FLOAT32 ? 4 : stored == BFLOAT16 ? 2 : 1));
+        return;
+    }
+    float* f = reinterpret_cast<float*>(to);
+    const bool wide = computed == FLOAT32;
+    if (stored == BFLOAT16) {
+        const uint16_t* x = reinterpret_cast<const uint16_t*>(from);
+        for (int64_t i = 0; i < dim; ++i) f[i] = from_bfloat16(x[i]);
+    } else if (stored == INT8) {
+        for (int64_t i = 0; i < dim; ++i) f[i] = float(int(from[i]) - 128);
+    } else if (stored == INT4) {  // the low half of a byte is the even dimension
+        if (wide)
+            for (int64_t i = 0; i < dim; ++i) f[i] = float(int(from[i / 2] >> (i % 2 * 4) & 15) - 8);
+        else
+            for (int64_t i = 0; i < dim / 2; ++i) {
+                to[2 * i] = uint8_t((from[i] & 15) + 120);
+                to[2 * i + 1] = uint8_t((from[i] >> 4) + 120);
+            }
+        if (!wide && dim % 2) to[dim - 1] = uint8_t((from[dim / 2] & 15) + 120);
+    } else {  // BINARY, lowest bit first
+        if (wide) {
+            for (int64_t i = 0; i < dim; ++i) f[i] = from[i / 8] >> (i % 8) & 1 ? 1.0f : -1.0f;
+            return;
+        }
+        int64_t i = 0;
+#if defined(__AVX512BW__)
+        for (; i + 64 <= dim; i += 64) {
+            uint64_t bits;
+            std::memcpy(&bits, from + i / 8, 8);
+            _mm512_storeu_si512(to + i, _mm512_mask_blend_epi8(bits, _mm512_set1_epi8(127), _mm512_set1_epi8(char(129))));
+        }
+#endif
+        for (; i < dim; ++i) to[i] = from[i / 8] >> (i % 8) & 1 ? 129 : 127;
+    }
+}
+
+bool finite(const uint8_t* row, Kind stored, int64_t dim) {
+    uint32_t most = 0;
+    if (stored == FLOAT32) {
+        const uint32_t* x = reinterpret_cast<const uint32_t*>(row);
+        for (int64_t i = 0; i < dim; ++i) most = std::max(most, x[i] & 0x7fffffffu);
+        return most < 0x7f800000u;
+    }
+    const uint16_t* x = reinterpret_cast<const uint16_t*>(row);
+    uint16_t high = 0;
+    for (int64_t i = 0; i < dim; ++i) high = std::max<uint16_t>(high, x[i] & 0x7fffu);
+    return high < 0x7f80u;
+}
+
+struct Walk {  // over the vectors of a slab, one document after another
+    Walk(const Job& job, const Slab& slab, int64_t start, int64_t at)
+        : job(job), slab(slab), document(start + at / slab.used), vector(at % slab.used) {}
+    void next() {
+        if (++vector == slab.used) vector = 0, ++document;
+    }
+    int64_t which(int64_t d) const { return job.index ? job.index[d] : d; }
+    const uint8_t* row() const {
+        const int64_t ahead = document + 1 + 8 / slab.used;  // documents, so that their rows are on the way when needed
+        if (ahead < job.n) {
+            const uint8_t* later = slab.data + which(ahead) * slab.document + vector * slab.vector;
+            for (int64_t line = 0; line < job.stored_bytes; line += LINE * 4) __builtin_prefetch(later + line);
+        }
+        return slab.data + which(document) * slab.document + vector * slab.vector;
+    }
+    float scale() const { return slab.scales[which(document) * slab.scale_document + vector]; }
+    const Job& job;
+    const Slab& slab;
+    int64_t document, vector;
+};
+
+struct Buffer {  // aligned, zeroed
+    explicit Buffer(size_t bytes) : data(static_cast<uint8_t*>(::operator new(bytes + 64, std::align_val_t(64)))) {
+        std::memset(data, 0, bytes + 64);
+    }
+    ~Buffer() { ::operator delete(data, std::align_val_t(64)); }
+    Buffer(const Buffer&) = delete;
+    uint8_t* data;
+};
+
+// ---------------------------------------------------------------------------------------------------------- driver
+
+// A strip of rows with all query vectors of a group: sums[row][lane]. `ahead`: the rows that follow are needed next.
+template <class One, class Two>
+void multiply_strip(const Job& job, const uint8_t* queries, const uint8_t* rows, int64_t stride, bool ahead, int64_t count,
+                    typename One::Sum* sums, int64_t width) {
+    const int64_t tiles = job.tiles(), tile = job.depth * LANES * 4;
+    const int64_t step = tiles <= Two::tiles ? job.depth : DEPTH;  // few queries stay in the cache whole
+    for (int64_t k = 0; k < job.depth; k += step) {
+        const int64_t depth = std::min(step, job.depth - k);
+        const uint8_t* q = queries + k * LANES * 4;
+        int64_t t = 0;
+        auto multiply = [&](auto kernel) {
+            typedef decltype(kernel) K;
+            for (int64_t r = 0; r < count; r += K::rows)
+                K::multiply(rows + r * stride + k * 4, stride, q + t * tile, tile, sums + r * width + t * LANES, width, k == 0,
+                            t == 0 && ahead ? rows + (r + K::rows) * stride + k * K::rows * 4 : nullptr, depth);
+            t += K::tiles;
+        };
+        while (t + Two::tiles <= tiles) multiply(Two());
+        while (t < tiles) multiply(One());
+    }
+}
+
+void take_maximum(const float* sums, const int32_t*, float, int64_t lanes, float* best) {
+    for (int64_t l = 0; l < lanes; ++l) best[l] = std::max(best[l], sums[l]);
+}
+
+void take_maximum(const int32_t* sums, const int32_t* corrections, float scale, int64_t lanes, float* best) {
+    for (int64_t l = 0; l < lanes; ++l) best[l] = std::max(best[l], float(sums[l] - corrections[l]) * scale);
+}
+
+void take_scaled_maximum(const float* sums, float scale, int64_t lanes, float* best) {
+    for (int64_t l = 0; l < lanes; ++l) best[l] = std::max(best[l], sums[l] * scale);
+}
+void take_scaled_maximum(const int32_t*, float, int64_t, float*) {}
+
+float add_up(const float* best, const float* scales, int64_t r_q) {
+    float sum = 0;
+    if (scales)
+        for (int64_t i = 0; i < r_q; ++i) sum += best[i] * scales[i];
+    else
+        for (int64_t i = 0; i < r_q; ++i) sum += best[i];
+    return sum;
+}
+
+template <class One, class Two>
+void work(Job& job) {
+    typedef typename One::Sum Sum;
+    static_assert(STRIP % One::rows == 0 && STRIP % Two::rows == 0, "strips are whole tiles");
+    const int64_t row_bytes = job.depth * 4, lanes = job.tiles() * LANES;
+    const int64_t width = lanes + (lanes >= 128 ? LANES : 0);  // powers of two would crowd a few sets of the cache
+    const bool as_is = !job.index && job.stored == job.computed && job.stored_bytes == row_bytes;
+    Buffer rows(STRIP * row_bytes), sums_buffer(STRIP * width * 4), best_buffer(job.block * width * 4);
+    Sum* sums = reinterpret_cast<Sum*>(sums_buffer.data);
+    float* best = reinterpret_cast<float*>(best_buffer.data);
+    Tiles<One::matrix> configured;
+
+    for (int64_t start; (start = job.next.fetch_add(job.block)) < job.n;) {
+        const int64_t documents = std::min(job.block, job.n - start);
+        for (int64_t q0 = 0; q0 < job.count; q0 += job.group()) {
+            const int64_t group = q0 / job.group(), queries = std::min(job.group(), job.count - q0);
+            const uint8_t* packed = job.queries + group * job.tiles() * row_bytes * LANES;
+            std::fill(best, best + documents * width, -std::numeric_limits<float>::infinity());
+            for (int64_t s = 0; s < job.slab_count; ++s) {
+                const Slab& slab = job.slabs[s];
+                const bool flat = as_is && slab.used * slab.vector == slab.document;
+                for (int64_t at = 0, total = documents * slab.used; at < total; at += STRIP) {
+                    const int64_t count = std::min(STRIP, total - at);
+                    const uint8_t* from = slab.data + start * slab.document + at * slab.vector;
+                    int64_t stride = slab.vector;
+                    if (!flat || count < STRIP) {
+                        Walk at_row{job, slab, start, at};
+                        for (int64_t r = 0; r < count; ++r, at_row.next())
+                            decode(at_row.row(), job.stored, job.computed, job.dim, rows.data + r * row_bytes);
+                        from = rows.data;
+                        stride = row_bytes;
+                    }
+                    if (job.check && q0 == 0)
+                        for (int64_t r = 0; r < count; ++r)
+                            if (!finite(from + r * stride, job.computed, job.dim)) job.bad = true;
+                    multiply_strip<One, Two>(job, packed, from, stride, flat && stride < FAR, count, sums, width);
+                    Walk at_row{job, slab, start, at};
+                    for (int64_t r = 0; r < count; ++r, at_row.next()) {
+                        float* to = best + (at_row.document - start) * width;
+                        const Sum* row = sums + r * width;
+                        if (!slab.scales) {
+                            take_maximum(row, nullptr, 1.0f, lanes, to);
+                            continue;
+                        }
+                        const float scale = at_row.scale();
+                        if (std::is_same<Sum, float>::value) take_scaled_maximum(row, scale, lanes, to);
+                        else take_maximum(row, job.corrections + group * lanes, scale, lanes, to);
+                    }
+                }
+            }
+            for (int64_t q = 0; q < queries; ++q) {
+                const float* scales = job.query_scales ? job.query_scales + (q0 + q) * job.r_q : nullptr;
+                float* to = job.out + (q0 + q) * job.out_stride + start;
+                for (int64_t d = 0; d < documents; ++d) to[d] = add_up(best + d * width + q * job.r_q, scales, job.r_q);
+            }
+        }
+    }
+}
+
+struct Choice {
+    void (*worker)(Job&);
+    Kind computed;
+    int64_t multiple;  // a row is padded to this many groups of 4 bytes
+    const char* name;
+};
+
+Choice choose(Kind stored) {
+    if (stored == BFLOAT16) {
+#if HAS_AMX && defined(__AMX_BF16__)
+        if (amx_granted()) return {work<Amx<float, 1>, Amx<float, 2>>, BFLOAT16, 16, "AMX"};
+#endif
+#if defined(__AVX512BF16__)
+        return {work<Simd<BFloat16, 24, 1>, Simd<BFloat16, 12, 2>>, BFLOAT16, 1, "AVX-512 BF16"};
+#endif
+    } else if (stored != FLOAT32) {
+#if HAS_AMX && defined(__AMX_INT8__)
+        if (amx_granted()) return {work<Amx<int32_t, 1>, Amx<int32_t, 2>>, INT8, 16, "AMX"};
+#endif
+#if defined(__AVX512VNNI__)
+        return {work<Simd<Int8, 24, 1>, Simd<Int8, 12, 2>>, INT8, 1, "AVX-512 VNNI"};
+#endif
+    }
+#if defined(__AVX512F__)
+    return {work<Simd<Float32, 24, 1>, Simd<Float32, 12, 2>>, FLOAT32, 1, "AVX-512"};
+#elif defined(__AVX2__)
+    return {work<Simd<Float32, 6, 1>, Simd<Float32, 6, 1>>, FLOAT32, 1, "AVX2"};
+#elif defined(__aarch64__)
+    return {work<Simd<Float32, 6, 1>, Simd<Float32, 6, 1>>, FLOAT32, 1, "NEON"};
+#else
+    return {work<Simd<Float32, 3, 1>, Simd<Float32, 3, 1>>, FLOAT32, 1, "portable vectors"};
+#endif
+}
+
+// Queries [count, r_q, dim], whose values the computed kind represents exactly, as the micro kernels read them.
+void pack(const Job& job, const float* queries, uint8_t* packed, int32_t* corrections) {
+    const int64_t per = job.computed == FLOAT32 ? 1 : job.computed == BFLOAT16 ? 2 : 4, lanes = job.tiles() * LANES;
+    for (int64_t v = 0; v < job.count * job.r_q; ++v) {
+        const int64_t in_group = job.group() * job.r_q, lane = v / in_group * lanes + v % in_group;
+        uint8_t* tile = packed + lane / LANES * job.depth * LANES * 4 + lane % LANES * 4;
+        int32_t total = 0;
+        for (int64_t k = 0; k < job.dim; ++k) {
+            const float x = queries[v * job.dim + k];
+            uint8_t* to = tile + k / per * LANES * 4 + k % per * (4 / per);
+            if (per == 1) std::memcpy(to, &x, 4);
+            if (per == 2) {
+                uint32_t bits;
+                std::memcpy(&bits, &x, 4);
+                const uint16_t high = uint16_t(bits >> 16);
+                std::memcpy(to, &high, 2);
+            }
+            if (per == 4) {
+                *to = uint8_t(int8_t(x));
+                total += int32_t(x);
+            }
+        }
+        corrections[lane] = 128 * total;
+    }
+}
+
+}  // namespace
+
+extern "C" {
+
+// The instructions that documents of a kind are multiplied with.
+const char* metaembed_instructions(int32_t kind) { return choose(Kind(kind)).name; }
+
+// Scores of `count` queries against `n` documents into out [count, out_stride]. Returns 0, or 1 when `check` found a value
+// that is not finite, or 2 when memory ran out.
+int32_t metaembed_scores(const Slab* slabs, int64_t slab_count, const int64_t* index, int64_t n, int64_t dim, int32_t kind,
+                         const float* queries, const float* query_scales, int64_t count, int64_t r_q, float* out,
+                         int64_t out_stride, int32_t check, int32_t threads) try {
+    const Choice choice = choose(Kind(kind));
+    Job job;
+    job.slabs = slabs, job.slab_count = slab_count, job.index = index, job.n = n, job.dim = dim;
+    job.stored = Kind(kind), job.computed = choice.computed;
+    const int64_t bits[] = {32, 16, 8, 4, 1};
+    job.stored_bytes = (dim * bits[kind] + 7) / 8;
+    const int64_t per = job.computed == FLOAT32 ? 1 : job.computed == BFLOAT16 ? 2 : 4;
+    job.depth = ((dim + per - 1) / per + choice.multiple - 1) / choice.multiple * choice.multiple;
+    job.query_scales = query_scales, job.count = count, job.r_q = r_q;
+    job.out = out, job.out_stride = out_stride, job.check = check;
+    job.block = n >= 8 * STRIP * threads ? STRIP : std::max<int64_t>(8, STRIP / 4);
+    const int64_t groups = (count + job.group() - 1) / job.group(), lanes = groups * job.tiles() * LANES;
+    Buffer packed(lanes * job.depth * 4);
+    std::vector<int32_t> corrections(lanes);
+    pack(job, queries, packed.data, corrections.data());
+    job.queries = packed.data, job.corrections = corrections.data();
+
+    std::atomic<bool> failed{false};
+    auto run = [&] {
+        try {
+            choice.worker(job);
+        } catch (...) {
+            failed = true;
+        }
+    };
+    std::vector<std::thread> helpers;
+    for (int64_t t = 1; t < std::min<int64_t>(threads, (n + job.block - 1) / job.block); ++t) helpers.emplace_back(run);
+    run();
+    for (auto& helper : helpers) helper.join();
+    return failed ? 2 : job.bad ? 1 : 0;
+} catch (...) {
+    return 2;
+}
+
+}  // extern "C"
