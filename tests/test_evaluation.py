@@ -132,7 +132,7 @@ def test_mteb_needs_a_budget_that_the_model_has(encoder):
 
 
 def mmeb_rows(folder):
-    """Rows in the format of MMEB-eval: a query of image and text, candidates of text or images, the right one first."""
+    """Rows in the format of MMEB-eval: an image and text, and candidates of text or images, the right one first."""
     for i in range(8):
         picture(i, 32, 16 + 16 * (i % 2)).save(folder / f"{i}.png")
     rows = []

@@ -1,6 +1,7 @@
 """What is pushed to the Hub loads by id and revision, in a fresh process, with an empty cache, without this package.
 
-The Hub is a small server on 127.0.0.1 that speaks the endpoints which these calls use; huggingface_hub is the real one.
+The Hub is a small server on 127.0.0.1 that speaks the endpoints which these calls use; huggingface_hub is the real
+one.
 """
 
 import json

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT / "examples"))
 
 from tiny_backbone import build_backbone, build_processor  # noqa: E402
-from tiny_pictures import picture  # noqa: E402
+from tiny_pictures import picture  # noqa: E402, F401
 
 from metaembed import MetaEmbedModel  # noqa: E402
 from metaembed.sentence_metaembed import to_multi_vector_encoder  # noqa: E402
