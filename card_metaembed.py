@@ -173,7 +173,7 @@ def model_card(
     return ModelCard.from_template(data, template_str=CARD, title=repository, repository=repository, **fields)
 
 
-def base_fields(fields: Mapping[str, Any]) -> dict[str, str]:
+def base_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Return what the metadata of a card says of the base model."""
     relation = "adapter" if fields["is_adapter"] else "finetune"
     return {"base_model": fields["backbone"], "base_model_relation": relation} if fields["backbone"] else {}
