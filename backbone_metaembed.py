@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from transformers import AutoModel, AutoProcessor, PreTrainedModel
+
+from .configuration_metaembed import MetaEmbedConfig
+from .processing_metaembed import MetaEmbedProcessor
 
 # Arguments of `from_pretrained` that say where from, and hold for the model and for its processor.
 HUB_ARGUMENTS = ("revision", "cache_dir", "token", "local_files_only", "force_download", "subfolder")
@@ -94,8 +100,149 @@ def check_rebuilds(backbone: PreTrainedModel) -> None:
         )
 
 
+def check_supported(backbone: PreTrainedModel) -> None:
+    """Raise, with the reason, if a model is not of a kind that can be a backbone.
+
+    Raises:
+        ValueError: If it is an encoder-decoder, or has no language model with a vocabulary.
+    """
+    name = type(backbone).__name__
+    if backbone.config.is_encoder_decoder:
+        raise ValueError(
+            f"{name} cannot be a MetaEmbed backbone: it is an encoder-decoder, whose last hidden states belong to the "
+            "decoder's tokens and not to the input's, where the Meta Tokens are."
+        )
+    text_config = backbone.config.get_text_config()
+    for what in ("vocab_size", "hidden_size"):
+        if not isinstance(getattr(text_config, what, None), int):
+            raise ValueError(
+                f"{name} cannot be a MetaEmbed backbone: {type(text_config).__name__} names no {what} of a language "
+                "model."
+            )
+
+
+def last_hidden_state(backbone: PreTrainedModel, input_ids: torch.Tensor, **inputs: Any) -> torch.Tensor:
+    """Run a backbone, with a head or without one, and return what its last layer says.
+
+    Args:
+        backbone: The model.
+        input_ids: Token ids [N, L].
+        **inputs: Whatever else the processor returned.
+
+    Returns:
+        Hidden states [N, L, hidden].
+
+    Raises:
+        ValueError: If there is not one hidden state for each input id.
+    """
+    parameters = inspect.signature(backbone.forward).parameters
+    takes_anything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    if "use_cache" in parameters or takes_anything:
+        inputs["use_cache"] = False  # nothing is generated
+    if "logits_to_keep" in parameters:  # a class with a head: spare the logits
+        output = backbone(input_ids=input_ids, output_hidden_states=True, logits_to_keep=1, **inputs)
+        hidden = output.hidden_states[-1]
+    else:
+        hidden = backbone(input_ids=input_ids, **inputs).last_hidden_state
+    if hidden.shape[:2] != input_ids.shape:
+        raise ValueError(
+            f"{type(backbone).__name__} returned hidden states of shape {tuple(hidden.shape)} for input ids of shape "
+            f"{tuple(input_ids.shape)}: it has no hidden state for each token, so none for the Meta Tokens."
+        )
+    return hidden
+
+
+Embed = Callable[..., torch.Tensor]  # from model inputs to rows [N, R, D]
+
+
 @torch.no_grad()
-def is_causal(embed: Callable[..., torch.Tensor], inputs: Mapping[str, Any], token_ids: list[int]) -> bool:
+def measure(backbone: PreTrainedModel, embed: Embed, processor: MetaEmbedProcessor) -> None:
+    """Find out what a backbone does with its inputs, by running it, and write the answers into the configuration.
+
+    Sets `text_through_tokenizer`, `processor_options`, `causal` and `mixes_images`.
+
+    Args:
+        backbone: The backbone.
+        embed: Runs the model: from model inputs to rows [N, R, D].
+        processor: Holds the configuration.
+
+    Raises:
+        ValueError: If the backbone cannot embed a text, or an image where its processor takes images: with the reason.
+    """
+    config = processor.config
+    text, image = {"text": "a picture"}, {"text": "a picture", "image": _picture(0)}
+    config.text_through_tokenizer = not _takes(processor, text)
+    probes = [("a text", text)]
+    if processor.image_processor is not None:
+        # A list for each text, if that is possible: flat lists are dealt to the wrong texts by some.
+        config.nests_images = True
+        if not _takes(processor, image):
+            config.nests_images = False
+            config.nests_images = not _takes(processor, image)
+        if _takes(processor, image):
+            config.processor_options = _options(backbone, processor, image)
+        probes.append(("a text with an image", image))
+    rows, causal = [], []
+    for what, probe in probes:
+        try:
+            inputs = _inputs(backbone, processor, [probe])
+            rows.append(embed(**inputs))  # [1, R, D]
+            causal.append(is_causal(embed, inputs, config.document_token_ids))
+        except Exception as error:
+            raise ValueError(f"{type(backbone).__name__} cannot be a MetaEmbed backbone: {what} failed: {error}") from error
+    if len(probes) > 1:
+        config.mixes_images = _mixes(backbone, embed, processor, [probe for _, probe in probes], torch.cat(rows))
+    config.causal = all(causal)
+
+
+def _options(backbone: PreTrainedModel, processor: MetaEmbedProcessor, item: Any) -> dict[str, Any] | None:
+    """Options without which the processor keeps back something that the backbone's forward names as an input."""
+    options = {"return_mm_token_type_ids": True}  # a kind for each token, for positions or attention over images
+    plain = processor.process_documents([item], instruction="")
+    try:
+        more = processor.process_documents([item], instruction="", **options)
+    except (TypeError, ValueError):
+        return None
+    names = set(more) - set(plain)
+    return options if names and names <= inspect.signature(backbone.forward).parameters.keys() else None
+
+
+def _takes(processor: MetaEmbedProcessor, item: Any) -> bool:
+    try:
+        processor.process_documents([item], instruction="")
+    except ValueError:
+        return False
+    return True
+
+
+def _mixes(backbone: PreTrainedModel, embed: Embed, processor: MetaEmbedProcessor, items: list, alone: Any) -> bool:
+    """Whether inputs with 0, 1 and, if the backbone takes them, 2 images keep their rows in one batch."""
+    pair = {"text": "two pictures", "image": [_picture(1), _picture(2)]}
+    try:
+        alone = torch.cat([alone, embed(**_inputs(backbone, processor, [pair]))])  # [3, R, D]
+        items = [*items, pair]
+    except Exception:  # one image at most: an input with two will say so
+        pass
+    try:
+        together = embed(**_inputs(backbone, processor, items))  # [2 or 3, R, D]
+    except Exception:  # refused by the processor or by the backbone: they need batches of their own
+        return False
+    # Half of the digits: far above the noise of another batch shape, far below what a leak changes.
+    return bool((together - alone).norm(dim=-1).max() < torch.finfo(backbone.dtype).eps ** 0.5)
+
+
+def _inputs(backbone: PreTrainedModel, processor: MetaEmbedProcessor, items: list) -> Mapping[str, Any]:
+    inputs = processor.process_documents(items, instruction="").to(backbone.device)
+    inputs.pop("num_meta", None)
+    return inputs
+
+
+def _picture(seed: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (96, 128, 3), dtype=np.uint8))
+
+
+@torch.no_grad()
+def is_causal(embed: Embed, inputs: Mapping[str, Any], token_ids: list[int]) -> bool:
     """Measure whether no Meta Token sees a later one.
 
     Runs twice at the same shapes with the last Meta Token swapped for another: in a causal backbone, and in no other,

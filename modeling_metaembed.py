@@ -21,7 +21,16 @@ from tqdm.auto import tqdm
 from transformers import AutoModel, PreTrainedModel
 from transformers.utils import ModelOutput, logging
 
-from .backbone_metaembed import HUB_ARGUMENTS, check_loading, check_rebuilds, grow_embedding, is_causal, load_backbone
+from .backbone_metaembed import (
+    HUB_ARGUMENTS,
+    check_loading,
+    check_rebuilds,
+    check_supported,
+    grow_embedding,
+    last_hidden_state,
+    load_backbone,
+    measure,
+)
 from .card_metaembed import write_repository_files
 from .configuration_metaembed import MetaEmbedConfig
 from .inputs_metaembed import as_batch, count_images, is_single, text_length
@@ -140,6 +149,7 @@ class MetaEmbedModel(PreTrainedModel):
             raise TypeError(f"backbone must be a Hub id, a folder or a loaded model, got {type(backbone).__name__}.")
         elif processor is None:
             raise ValueError("a loaded backbone comes without its processor: pass it as `processor`.")
+        check_supported(backbone)
         processor = copy.deepcopy(processor)  # the caller's own is not changed
         tokenizer = getattr(processor, "tokenizer", processor)
         vocabulary = len(tokenizer)
@@ -167,8 +177,7 @@ class MetaEmbedModel(PreTrainedModel):
         model.config.dtype = backbone.dtype
         model.processor = MetaEmbedProcessor(processor, config)
         model.eval()
-        probe = model.processor.process_documents("a", instruction="").to(model.device)
-        config.causal = is_causal(model.embed, probe, config.document_token_ids)
+        measure(backbone, model.embed, model.processor)
         return model
 
     @classmethod
@@ -255,7 +264,7 @@ class MetaEmbedModel(PreTrainedModel):
         for name, value in kwargs.items():
             if isinstance(value, Tensor) and value.is_floating_point():
                 kwargs[name] = value.to(self.backbone.dtype)
-        hidden = self.backbone(input_ids=input_ids, **kwargs).last_hidden_state  # [N, L, hidden]
+        hidden = last_hidden_state(self.backbone, input_ids, **kwargs)  # [N, L, hidden]
         meta = hidden.gather(1, positions.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))  # [N, R, hidden]
         if self.projection is not None:
             meta = self.projection(meta)  # [N, R, D]
