@@ -32,13 +32,16 @@ def check_count(name: str, value: Any, maximum: int) -> int:
     return value
 
 
-def check_budgets(budgets: Any, num_query_tokens: int, num_document_tokens: int) -> list[list[int]]:
+def check_budgets(
+    budgets: Any, num_query_tokens: int, num_document_tokens: int, complete: bool = True
+) -> list[list[int]]:
     """Return `budgets` as a list of `[r_q, r_c]` pairs, checked to be usable for Matryoshka training.
 
     Args:
         budgets: A sequence of `(r_q, r_c)` pairs, smallest first.
         num_query_tokens: R_q, the number of query Meta Tokens.
         num_document_tokens: R_c, the number of document Meta Tokens.
+        complete: Whether the last budget must be the full sizes.
 
     Returns:
         The pairs, as lists.
@@ -46,7 +49,7 @@ def check_budgets(budgets: Any, num_query_tokens: int, num_document_tokens: int)
     Raises:
         TypeError: If a budget is not a pair of whole numbers.
         ValueError: If the budgets are not nested (neither number may shrink), not strictly growing (at least one
-            number must grow), or do not end at `(num_query_tokens, num_document_tokens)`. All violations are named.
+            number must grow), or not `complete`. All violations are named.
     """
     if not isinstance(budgets, (list, tuple)) or not budgets:
         raise TypeError(f"budgets must be a non-empty list of (r_q, r_c) pairs, got {budgets!r}.")
@@ -66,7 +69,7 @@ def check_budgets(budgets: Any, num_query_tokens: int, num_document_tokens: int)
             problems.append(f"{large} does not contain {small} (not nested)")
         elif large == small:
             problems.append(f"{large} stands twice (not strictly growing)")
-    if pairs[-1] != [num_query_tokens, num_document_tokens]:
+    if complete and pairs[-1] != [num_query_tokens, num_document_tokens]:
         problems.append(
             f"the last is {pairs[-1]}, but must be the full size [{num_query_tokens}, {num_document_tokens}]"
         )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-from .inputs_metaembed import as_batch
+from .inputs_metaembed import as_batch, count_images
 from .modeling_metaembed import MetaEmbedModel
 
 try:  # in a `try`, so that transformers does not ask users of AutoModel alone to install it
@@ -103,7 +103,8 @@ class MetaEmbedTransformer(InputModule):
 
         Args:
             inputs: Queries or documents: whatever [`MetaEmbedModel.encode_queries`] takes.
-            prompt: Instruction put before each input. None: the model's own.
+            prompt: Instruction put before each input. None or "" (what sentence-transformers sends where there is no
+                prompt): the configuration's default.
             task: "query" or "document". None means "document".
             num_meta: Number of vectors of each. None: the persistent default, else all.
             **kwargs: `processing_kwargs`, a dict for the backbone's processor; and what sentence-transformers sends
@@ -114,17 +115,23 @@ class MetaEmbedTransformer(InputModule):
             `groups`, each with the `rows` it fills.
         """
         side = "query" if task == "query" else "document"
-        options = dict(num_meta=num_meta, instruction=prompt, **(kwargs.get("processing_kwargs") or {}))
+        options = dict(num_meta=num_meta, instruction=prompt or None, **(kwargs.get("processing_kwargs") or {}))
         inputs = as_batch(inputs)
         groups = self.processor.group(inputs)
         if len(groups) == 1:
-            return dict(self.processor.process(inputs, side, **options))
-        parts = []
-        for rows in groups:
-            features = self.processor.process([inputs[i] for i in rows], side, **options)
-            parts.append({**features, "rows": torch.tensor(rows)})
+            return self._process(inputs, side, options)
+        parts = [
+            {**self._process([inputs[i] for i in rows], side, options), "rows": torch.tensor(rows)} for rows in groups
+        ]
         # The trainer tells the columns of a batch apart by their input_ids, and counts rows by them.
         return {"input_ids": torch.empty(len(inputs), 0, dtype=torch.long), "groups": parts}
+
+    def _process(self, inputs: list[Any], side: str, options: dict[str, Any]) -> dict[str, Any]:
+        features = dict(self.processor.process(inputs, side, **options))
+        counts = [count_images(item) for item in inputs]
+        if any(counts):  # says which images are whose, where a cached loss cuts the batch into smaller ones
+            features["num_images_per_sample"] = torch.tensor(counts)
+        return features
 
     def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         """Embed model inputs.
@@ -148,7 +155,7 @@ class MetaEmbedTransformer(InputModule):
         return features
 
     def _embed(self, features: dict[str, Any], device: torch.device) -> Tensor:
-        skipped = ("rows", "task", "modality", "prompt_length", "token_embeddings")
+        skipped = ("rows", "num_images_per_sample", "task", "modality", "prompt_length", "token_embeddings")
         inputs = {name: value for name, value in features.items() if name not in skipped}
         inputs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
         return self.model(**inputs).embeddings

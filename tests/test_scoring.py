@@ -5,8 +5,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from metaembed.scoring_metaembed import maxsim, search, top_k
 from torch.nn.functional import normalize
+
+from metaembed.scoring_metaembed import maxsim, search, top_k
 
 
 def reference(queries, documents, budget=None):

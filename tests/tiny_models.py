@@ -1,0 +1,60 @@
+"""A tiny Qwen2.5-VL MetaEmbed model and small pictures, for the tests of training, saving and evaluation."""
+
+import sys
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).parent.parent
+sys.path.append(str(ROOT / "examples"))
+
+from tiny_backbone import build_backbone, build_processor  # noqa: E402
+
+from metaembed import MetaEmbedModel  # noqa: E402
+from metaembed.sentence_metaembed import to_multi_vector_encoder  # noqa: E402
+
+WORDS = [
+    *("red", "green", "blue", "apple", "boat", "cat", "dog", "egg"),
+    *("fish", "goat", "hat", "ice", "jam", "key", "lamp", "moon"),
+]
+
+
+@cache
+def tiny_processor():
+    return build_processor([" ".join(WORDS)] * 4)
+
+
+def save_tiny_backbone(folder, **options):
+    """Save a plain backbone with its processor, as a Hub repository would hold it."""
+    build_backbone(tiny_processor(), **{"hidden_size": 32, "layers": 2, **options}).save_pretrained(folder)
+    tiny_processor().save_pretrained(folder)
+    return str(folder)
+
+
+def tiny_model(double=False, hidden_size=32, layers=2, **options):
+    """A MetaEmbed model of 4 query and 8 document tokens, in evaluation mode."""
+    options = {"num_query_tokens": 4, "num_document_tokens": 8, **options}
+    backbone = build_backbone(tiny_processor(), hidden_size=hidden_size, layers=layers)
+    model = MetaEmbedModel.from_backbone(backbone, processor=tiny_processor(), **options)
+    return model.double() if double else model
+
+
+def tiny_encoder(**options):
+    return to_multi_vector_encoder(tiny_model(**options), device="cpu")
+
+
+def picture(seed, width=32, height=32):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def gradients(model):
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same_gradients(actual, expected, atol=1e-12):
+    assert actual.keys() == expected.keys() and expected
+    for name, value in expected.items():
+        torch.testing.assert_close(actual[name], value, atol=atol, rtol=1e-9, msg=lambda m, name=name: f"{name}: {m}")
