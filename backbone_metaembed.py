@@ -159,7 +159,7 @@ Embed = Callable[..., torch.Tensor]  # from model inputs to rows [N, R, D]
 def measure(backbone: PreTrainedModel, embed: Embed, processor: MetaEmbedProcessor) -> None:
     """Find out what a backbone does with its inputs, by running it, and write the answers into the configuration.
 
-    Sets `text_through_tokenizer`, `processor_options`, `causal` and `mixes_images`.
+    Sets what [`MetaEmbedConfig`] says is measured.
 
     Args:
         backbone: The backbone.
@@ -179,32 +179,40 @@ def measure(backbone: PreTrainedModel, embed: Embed, processor: MetaEmbedProcess
         if not _takes(processor, image):
             config.nests_images = False
             config.nests_images = not _takes(processor, image)
-        if _takes(processor, image):
-            config.processor_options = _options(backbone, processor, image)
         probes.append(("a text with an image", image))
     rows, causal = [], []
     for what, probe in probes:
         try:
+            config.processor_options = config.processor_options or _options(backbone, processor, probe)
             inputs = _inputs(backbone, processor, [probe])
             rows.append(embed(**inputs))  # [1, R, D]
             causal.append(is_causal(embed, inputs, config.document_token_ids))
         except Exception as error:
             raise ValueError(f"{type(backbone).__name__} cannot be a MetaEmbed backbone: {what} failed: {error}") from error
     if len(probes) > 1:
-        config.mixes_images = _mixes(backbone, embed, processor, [probe for _, probe in probes], torch.cat(rows))
+        pair = {"text": "two pictures", "image": [_picture(1), _picture(2)]}
+        try:
+            more = [embed(**_inputs(backbone, processor, [pair]))]  # [1, R, D]
+        except Exception:  # one image at most: an input with two will say so
+            more = []
+        config.mixes_images = _share(backbone, embed, processor, [text, image, pair][: 2 + len(more)], rows + more)
+        config.batches_images = config.mixes_images or _share(backbone, embed, processor, [image] * 2, rows[1:] * 2)
     config.causal = all(causal)
 
 
-def _options(backbone: PreTrainedModel, processor: MetaEmbedProcessor, item: Any) -> dict[str, Any] | None:
-    """Options without which the processor keeps back something that the backbone's forward names as an input."""
-    options = {"return_mm_token_type_ids": True}  # a kind for each token, for positions or attention over images
-    plain = processor.process_documents([item], instruction="")
+def _options(backbone: PreTrainedModel, processor: MetaEmbedProcessor, item: Any) -> dict[str, Any]:
+    """Find the options that a backbone's processor must be called with to return what the backbone needs."""
+    plain, options = processor.process_documents([item], instruction=""), {}
+    if plain["input_ids"][0].tolist().count(processor.tokenizer.bos_token_id) > 1:  # both wrote it
+        options["add_special_tokens"] = False
+    kinds = {"return_mm_token_type_ids": True}  # a kind for each token: for positions, or attention within images
     try:
-        more = processor.process_documents([item], instruction="", **options)
+        more = set(processor.process_documents([item], instruction="", **kinds)) - set(plain)
     except (TypeError, ValueError):
-        return None
-    names = set(more) - set(plain)
-    return options if names and names <= inspect.signature(backbone.forward).parameters.keys() else None
+        return options
+    if more and more <= inspect.signature(backbone.forward).parameters.keys():
+        options.update(kinds)
+    return options
 
 
 def _takes(processor: MetaEmbedProcessor, item: Any) -> bool:
@@ -215,20 +223,18 @@ def _takes(processor: MetaEmbedProcessor, item: Any) -> bool:
     return True
 
 
-def _mixes(backbone: PreTrainedModel, embed: Embed, processor: MetaEmbedProcessor, items: list, alone: Any) -> bool:
-    """Whether inputs with 0, 1 and, if the backbone takes them, 2 images keep their rows in one batch."""
-    pair = {"text": "two pictures", "image": [_picture(1), _picture(2)]}
+def _share(backbone: PreTrainedModel, embed: Embed, processor: MetaEmbedProcessor, items: list, alone: list) -> bool:
+    """Whether inputs keep, in one batch, the rows [1, R, D] that each has alone."""
+    before = processor.config.mixes_images
+    processor.config.mixes_images = True  # so that the processor lets them try
     try:
-        alone = torch.cat([alone, embed(**_inputs(backbone, processor, [pair]))])  # [3, R, D]
-        items = [*items, pair]
-    except Exception:  # one image at most: an input with two will say so
-        pass
-    try:
-        together = embed(**_inputs(backbone, processor, items))  # [2 or 3, R, D]
-    except Exception:  # refused by the processor or by the backbone: they need batches of their own
+        together = embed(**_inputs(backbone, processor, items))  # [N, R, D]
+    except Exception:  # refused by the backbone's processor, or by the backbone
         return False
+    finally:
+        processor.config.mixes_images = before
     # Half of the digits: far above the noise of another batch shape, far below what a leak changes.
-    return bool((together - alone).norm(dim=-1).max() < torch.finfo(backbone.dtype).eps ** 0.5)
+    return bool((together - torch.cat(alone)).norm(dim=-1).max() < torch.finfo(backbone.dtype).eps ** 0.5)
 
 
 def _inputs(backbone: PreTrainedModel, processor: MetaEmbedProcessor, items: list) -> Mapping[str, Any]:

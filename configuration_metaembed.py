@@ -104,6 +104,7 @@ class MetaEmbedConfig(PreTrainedConfig):
             full encoding. Measured by [`MetaEmbedModel.from_backbone`].
         mixes_images: Whether inputs with different numbers of images may share a batch without changing each other.
             Measured by [`MetaEmbedModel.from_backbone`].
+        batches_images: Whether inputs with equal numbers of images may. Measured by [`MetaEmbedModel.from_backbone`].
         text_through_tokenizer: Whether inputs without images go through the tokenizer alone, because the backbone's
             processor refuses them. Measured by [`MetaEmbedModel.from_backbone`].
         nests_images: Whether the backbone's processor takes the images of a batch as a list for each input, and not as
@@ -140,6 +141,7 @@ class MetaEmbedConfig(PreTrainedConfig):
     embedding_dim: int | None = None
     causal: bool = True
     mixes_images: bool = True
+    batches_images: bool = True
     text_through_tokenizer: bool = False
     nests_images: bool = True
     processor_options: dict | None = None

@@ -26,6 +26,7 @@ PROCESSING_FIELDS = (
     "num_document_tokens",
     "causal",
     "mixes_images",
+    "batches_images",
     "text_through_tokenizer",
     "nests_images",
     "processor_options",
@@ -243,13 +244,15 @@ class MetaEmbedProcessor(ProcessorMixin):
         """Split a batch into lists of indices of inputs that may be processed together.
 
         One list, except where the backbone would let inputs with different numbers of images change each other (or
-        refuses them): then one list for each number of images. An input with a video stands alone: most backbones
-        stack the frames of a batch, which would force all videos to one length.
+        refuses them): then one list for each number of images, or, where even equal numbers change each other, one for
+        each input with images. An input with a video stands alone: most backbones stack the frames of a batch, which
+        would force all videos to one length.
         """
         groups: dict[Any, list[int]] = {}
         for index, item in enumerate(inputs):
             images = 0 if self.config.mixes_images else count_images(item)
-            groups.setdefault(("video", index) if has_video(item) else images, []).append(index)
+            alone = has_video(item) or (images and not self.config.batches_images)
+            groups.setdefault(("alone", index) if alone else images, []).append(index)
         return list(groups.values())
 
     def _appended_tokens(self, side: str, num_meta: int) -> list[str]:
@@ -311,7 +314,7 @@ class MetaEmbedProcessor(ProcessorMixin):
                 f"It knows {', '.join(sorted(self._keywords))}."
             )
         if "truncation" in kwargs:
-            raise TypeError("`truncation` would cut the Meta Tokens off. To cut the text before them, use `max_length`.")
+            raise ValueError("`truncation` would cut the Meta Tokens off. To cut the text before them, use `max_length`.")
 
     def _call_backbone(self, texts: list[str], images: list, videos: list, kwargs: dict) -> BatchFeature:
         inner = self.backbone_processor
