@@ -9,51 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from transformers import AutoModel, AutoProcessor, PreTrainedModel
+from transformers import AutoModel, PreTrainedModel
 
-from .configuration_metaembed import MetaEmbedConfig
 from .processing_metaembed import MetaEmbedProcessor
-
-# Arguments of `from_pretrained` that say where from, and hold for the model and for its processor.
-HUB_ARGUMENTS = ("revision", "cache_dir", "token", "local_files_only", "force_download", "subfolder")
-
-
-def check_loading(source: Any, info: Mapping[str, Any]) -> None:
-    """Raise if weights were not loaded whole.
-
-    Args:
-        source: What was loaded, for the error.
-        info: What `from_pretrained(..., output_loading_info=True)` reports.
-
-    Raises:
-        ValueError: If a weight of the model was not in the checkpoint (and so is random), or has another shape.
-    """
-    problems = []
-    for kind, what in (("missing_keys", "missing, so random"), ("mismatched_keys", "of another shape, so random")):
-        if keys := sorted(map(str, info.get(kind) or [])):
-            shown = ", ".join(keys[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
-            problems.append(f"{len(keys)} weights are {what}: {shown}")
-    if problems:
-        raise ValueError(f"the weights of {source} did not load whole: {'; '.join(problems)}. Nothing was created.")
-
-
-def load_backbone(source: Any, **kwargs: Any) -> tuple[PreTrainedModel, Any]:
-    """Load a plain backbone and its processor, whole or not at all.
-
-    Args:
-        source: Hub id or folder.
-        **kwargs: For `AutoModel.from_pretrained`; those that say where from hold for the processor too.
-
-    Returns:
-        The model without a head, and its processor (or tokenizer).
-
-    Raises:
-        ValueError: If a weight is missing from the checkpoint.
-    """
-    hub = {name: kwargs[name] for name in (*HUB_ARGUMENTS, "trust_remote_code") if name in kwargs}
-    backbone, info = AutoModel.from_pretrained(source, output_loading_info=True, **kwargs)
-    check_loading(source, info)
-    return backbone, AutoProcessor.from_pretrained(source, **hub)
 
 
 def grow_embedding(backbone: PreTrainedModel, token_ids: list[int], vocabulary: int, seed: int) -> None:
@@ -155,8 +113,7 @@ def last_hidden_state(backbone: PreTrainedModel, input_ids: torch.Tensor, **inpu
 Embed = Callable[..., torch.Tensor]  # from model inputs to rows [N, R, D]
 
 
-@torch.no_grad()
-def measure(backbone: PreTrainedModel, embed: Embed, processor: MetaEmbedProcessor) -> None:
+def measure(backbone: PreTrainedModel, embed: Embed, processor: MetaEmbedProcessor) -> torch.Tensor:
     """Find out what a backbone does with its inputs, by running it, and write the answers into the configuration.
 
     Sets what [`MetaEmbedConfig`] says is measured.
@@ -165,6 +122,9 @@ def measure(backbone: PreTrainedModel, embed: Embed, processor: MetaEmbedProcess
         backbone: The backbone.
         embed: Runs the model: from model inputs to rows [N, R, D].
         processor: Holds the configuration.
+
+    Returns:
+        The rows [N, R, D] of one input of each kind, with their graph.
 
     Raises:
         ValueError: If the backbone cannot embed a text, or an image where its processor takes images: with the reason.
@@ -188,16 +148,20 @@ def measure(backbone: PreTrainedModel, embed: Embed, processor: MetaEmbedProcess
             rows.append(embed(**inputs))  # [1, R, D]
             causal.append(is_causal(embed, inputs, config.document_token_ids))
         except Exception as error:
-            raise ValueError(f"{type(backbone).__name__} cannot be a MetaEmbed backbone: {what} failed: {error}") from error
+            raise ValueError(
+                f"{type(backbone).__name__} cannot be a MetaEmbed backbone: {what} failed: {error}"
+            ) from error
     if len(probes) > 1:
         pair = {"text": "two pictures", "image": [_picture(1), _picture(2)]}
         try:
-            more = [embed(**_inputs(backbone, processor, [pair]))]  # [1, R, D]
+            with torch.no_grad():
+                more = [embed(**_inputs(backbone, processor, [pair]))]  # [1, R, D]
         except Exception:  # one image at most: an input with two will say so
             more = []
         config.mixes_images = _share(backbone, embed, processor, [text, image, pair][: 2 + len(more)], rows + more)
         config.batches_images = config.mixes_images or _share(backbone, embed, processor, [image] * 2, rows[1:] * 2)
     config.causal = all(causal)
+    return torch.cat(rows)
 
 
 def _options(backbone: PreTrainedModel, processor: MetaEmbedProcessor, item: Any) -> dict[str, Any]:
@@ -223,6 +187,7 @@ def _takes(processor: MetaEmbedProcessor, item: Any) -> bool:
     return True
 
 
+@torch.no_grad()
 def _share(backbone: PreTrainedModel, embed: Embed, processor: MetaEmbedProcessor, items: list, alone: list) -> bool:
     """Whether inputs keep, in one batch, the rows [1, R, D] that each has alone."""
     before = processor.config.mixes_images

@@ -276,7 +276,9 @@ class MetaEmbedProcessor(ProcessorMixin):
             {
                 "role": message["role"],
                 "content": [
-                    {"type": "text", "text": self.escape(part["text"])} if part["type"] == "text" else {"type": part["type"]}
+                    {"type": "text", "text": self.escape(part["text"])}
+                    if part["type"] == "text"
+                    else {"type": part["type"]}
                     for part in message["content"]
                 ],
             }
@@ -291,7 +293,9 @@ class MetaEmbedProcessor(ProcessorMixin):
         for message in messages:
             for part in message["content"]:
                 if part["type"] != "text" and getattr(self, f"{part['type']}_processor") is None:
-                    raise ValueError(f"this backbone takes no {part['type']}s ({type(self.backbone_processor).__name__}).")
+                    raise ValueError(
+                        f"this backbone takes no {part['type']}s ({type(self.backbone_processor).__name__})."
+                    )
 
     @cached_property
     def _keywords(self) -> set[str]:
@@ -314,7 +318,9 @@ class MetaEmbedProcessor(ProcessorMixin):
                 f"It knows {', '.join(sorted(self._keywords))}."
             )
         if "truncation" in kwargs:
-            raise ValueError("`truncation` would cut the Meta Tokens off. To cut the text before them, use `max_length`.")
+            raise ValueError(
+                "`truncation` would cut the Meta Tokens off. To cut the text before them, use `max_length`."
+            )
 
     def _call_backbone(self, texts: list[str], images: list, videos: list, kwargs: dict) -> BatchFeature:
         inner = self.backbone_processor

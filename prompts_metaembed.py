@@ -95,7 +95,9 @@ def render(processor: Any, messages: list[Message]) -> str:
     forms = (messages, as_strings) if media or owner is processor else (as_strings, messages)
     for form in forms:
         prompt = owner.apply_chat_template(form, tokenize=False)
-        if all(text in prompt for text in texts) and not any(str(message["content"]) in prompt for message in messages):
+        if all(text in prompt for text in texts) and not any(
+            str(message["content"]) in prompt for message in messages
+        ):
             return prompt
     raise ValueError(f"the chat template of {type(owner).__name__} leaves out what the messages say: {prompt!r}.")
 

@@ -17,6 +17,7 @@ from transformers import (
 
 from metaembed import MetaEmbedModel
 
+
 class RootIsNoTestPackage:
     """Without this, pytest imports the root's `__init__` by the name of the folder, which a clone may call anything."""
 

@@ -64,7 +64,8 @@ NAMED = {
 }
 
 # Special tokens that processors ask for by their text.
-LITERAL = """
+LITERAL = (
+    """
 <|im_start|> <|im_end|> <|endoftext|> <|image_pad|> <|video_pad|> <|vision_start|> <|vision_end|> <|begin_of_text|> <|python_tag|>
 <|image|> <|video|> <|audio|> <|IMG_PATCH|> <|START_OF_IMG|> <|END_OF_IMG|> <|IMG_LINE_BREAK|> TILE_GLOBAL TILE <end_of_utterance>
 <fake_token_around_image> <global-img> <|image_start|> <|image_end|> <|img_thumbnail|> <|patch|> <|tile_x_separator|> <|tile_y_separator|>
@@ -73,7 +74,9 @@ LITERAL = """
 <im_end> <im_col> <im_low> <low_res_im_start> <frame_start> <frame_end> <patch_newline> <|vid_start|> <|vid_end|>
 <|vid_frame_separator|> <|unused_200053|> <|unused_200054|> <|content_image|> <|content_audio_input|> <|IMAGE_PAD|> <|VIDEO_PAD|>
 <|VISION_START|> <|VISION_END|> <racm3:break> <eoss> <|video_duration|> [CLS] [SEP] [MASK] |SPEAKER| <row_1_col_1>
-""".split() + [f"<row_{r}_col_{c}>" for r in range(1, 4) for c in range(1, 4)]
+""".split()
+    + [f"<row_{r}_col_{c}>" for r in range(1, 4) for c in range(1, 4)]
+)
 
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}<|im_start|>{{ message['role'] }}
@@ -141,68 +144,148 @@ PATCHES = (IMAGE_SIZE // PATCH_SIZE) ** 2
 
 LLAVA = {"patch_size": PATCH_SIZE, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
 GRID = {"image_grid_pinpoints": [[56, 112], [112, 56], [112, 112]]}
-LATENT_FLAT = {"qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16, "head_dim": 16, "kv_lora_rank": 16, "q_lora_rank": 16}
+LATENT_FLAT = {
+    "qk_rope_head_dim": 16,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 16,
+    "head_dim": 16,
+    "kv_lora_rank": 16,
+    "q_lora_rank": 16,
+}
 LATENT = {f"text_config.{name}": value for name, value in LATENT_FLAT.items()}
 
 ARCHITECTURES: dict[str, Architecture] = {
     "qwen2_5_vl": Architecture(config=MROPE, named=QWEN_TOKENS, **QWEN),
     "qwen2_vl": Architecture(config=MROPE, named=QWEN_TOKENS, **QWEN),
-    "qwen3_vl": Architecture(config=MROPE, named=QWEN_TOKENS, image_options={"patch_size": 16}, video_options={"patch_size": 16}, **QWEN),
-    "qwen3_5": Architecture(named=QWEN_TOKENS, image_options={"patch_size": 16}, video_options={"patch_size": 16}, **QWEN),
-    "paligemma": Architecture(config={"projection_dim": 32}, image_options={"image_seq_length": PATCHES}, template=False),
+    "qwen3_vl": Architecture(
+        config=MROPE, named=QWEN_TOKENS, image_options={"patch_size": 16}, video_options={"patch_size": 16}, **QWEN
+    ),
+    "qwen3_5": Architecture(
+        named=QWEN_TOKENS, image_options={"patch_size": 16}, video_options={"patch_size": 16}, **QWEN
+    ),
+    "paligemma": Architecture(
+        config={"projection_dim": 32}, image_options={"image_seq_length": PATCHES}, template=False
+    ),
     "mllama": Architecture(
         named={"image_token": "<|image|>"},
-        config={"vision_config.image_size": 56, "text_config.cross_attention_layers": [1], "text_config.num_hidden_layers": 2,
-                "vision_config.intermediate_layers_indices": [0], "vision_config.vision_output_dim": 64, "vision_config.num_global_layers": 1},
+        config={
+            "vision_config.image_size": 56,
+            "text_config.cross_attention_layers": [1],
+            "text_config.num_hidden_layers": 2,
+            "vision_config.intermediate_layers_indices": [0],
+            "vision_config.vision_output_dim": 64,
+            "vision_config.num_global_layers": 1,
+        },
     ),
     "llava": Architecture(options=LLAVA),
     "vipllava": Architecture(config={"vision_feature_layers": [-1, -2]}, options=LLAVA),
     "llava_next": Architecture(config=GRID, image_options=GRID, options=LLAVA),
     "llava_next_video": Architecture(config=GRID, image_options=GRID, options=LLAVA, video="<video>"),
     "llava_onevision": Architecture(
-        config=GRID, image_options=GRID, options={"num_image_tokens": PATCHES, "vision_feature_select_strategy": "full"}, video="<video>"
+        config=GRID,
+        image_options=GRID,
+        options={"num_image_tokens": PATCHES, "vision_feature_select_strategy": "full"},
+        video="<video>",
     ),
     "aria": Architecture(
         config={"vision_config.image_size": 490, "vision_config.patch_size": 14}, image_options={"max_image_size": 490}
     ),
-    "aya_vision": Architecture(options={"patch_size": PATCH_SIZE, "img_size": IMAGE_SIZE, "downsample_factor": 2}, image_options={"max_patches": 2}),
+    "aya_vision": Architecture(
+        options={"patch_size": PATCH_SIZE, "img_size": IMAGE_SIZE, "downsample_factor": 2},
+        image_options={"max_patches": 2},
+    ),
     "cohere2_vision": Architecture(image_options={"patch_size": 2, "max_patches": 2}),
     "internvl": Architecture(
-        config={"vision_config.image_size": [56, 56], "vision_config.patch_size": [14, 14]}, options={"image_seq_length": 4}, image_options={"max_patches": 2}
+        config={"vision_config.image_size": [56, 56], "vision_config.patch_size": [14, 14]},
+        options={"image_seq_length": 4},
+        image_options={"max_patches": 2},
     ),
     "qianfan_ocr": Architecture(
-        config={"vision_config.image_size": [56, 56], "vision_config.patch_size": [14, 14]}, options={"image_seq_length": 4}, image_options={"max_patches": 2}, image="<image>"
+        config={"vision_config.image_size": [56, 56], "vision_config.patch_size": [14, 14]},
+        options={"image_seq_length": 4},
+        image_options={"max_patches": 2},
+        image="<image>",
     ),
     "deepseek_vl": Architecture(options={"num_image_tokens": PATCHES}),
     "janus": Architecture(options={"num_image_tokens": PATCHES}),
     "got_ocr2": Architecture(
-        config={"vision_config.image_size": 1024, "vision_config.patch_size": 16, "vision_config.global_attn_indexes": []},
-        image_options={"size": {"height": 1024, "width": 1024}}, image="<img><imgpad></img>"
+        config={
+            "vision_config.image_size": 1024,
+            "vision_config.patch_size": 16,
+            "vision_config.global_attn_indexes": [],
+        },
+        image_options={"size": {"height": 1024, "width": 1024}},
+        image="<img><imgpad></img>",
     ),
     "llama4": Architecture(
-        config={"vision_config.intermediate_size": 128, "vision_config.projector_input_dim": 32, "vision_config.projector_output_dim": 32, "vision_config.vision_output_dim": 32},
+        config={
+            "vision_config.intermediate_size": 128,
+            "vision_config.projector_input_dim": 32,
+            "vision_config.projector_output_dim": 32,
+            "vision_config.vision_output_dim": 32,
+        },
     ),
-    "mistral3": Architecture(options={"patch_size": 14, "spatial_merge_size": 2}, image_options={"size": {"longest_edge": 112}}, named={"image_token": "[IMG]"}, ids={"image_token_index": "[IMG]"}),
-    "gemma3": Architecture(config={"mm_tokens_per_image": 4}, options={"image_seq_length": 4}, ids={"image_token_id": "<image>", "image_token_index": "<image>"}),
+    "mistral3": Architecture(
+        options={"patch_size": 14, "spatial_merge_size": 2},
+        image_options={"size": {"longest_edge": 112}},
+        named={"image_token": "[IMG]"},
+        ids={"image_token_index": "[IMG]"},
+    ),
+    "gemma3": Architecture(
+        config={"mm_tokens_per_image": 4},
+        options={"image_seq_length": 4},
+        ids={"image_token_id": "<image>", "image_token_index": "<image>"},
+    ),
     "glm4v": Architecture(config=MROPE),
     "glm46v": Architecture(config=MROPE),
     "glm4v_moe": Architecture(config=MROPE, like="glm4v"),
     "glm_ocr": Architecture(config=MROPE, like="glm46v"),
     "glmga": Architecture(config=MROPE, like="glm46v"),
     "paddleocr_vl": Architecture(config=MROPE),
-    "idefics3": Architecture(options={"image_seq_len": 4}, image_options={"size": {"longest_edge": 112}, "max_image_size": {"longest_edge": 56}}),
-    "smolvlm": Architecture(options={"image_seq_len": 4}, image_options={"size": {"longest_edge": 112}, "max_image_size": {"longest_edge": 56}}),
-    "granite_docling": Architecture(options={"image_seq_len": 1}, image_options={"size": {"longest_edge": 112}, "max_image_size": {"longest_edge": 56}}),
+    "idefics3": Architecture(
+        options={"image_seq_len": 4},
+        image_options={"size": {"longest_edge": 112}, "max_image_size": {"longest_edge": 56}},
+    ),
+    "smolvlm": Architecture(
+        options={"image_seq_len": 4},
+        image_options={"size": {"longest_edge": 112}, "max_image_size": {"longest_edge": 56}},
+    ),
+    "granite_docling": Architecture(
+        options={"image_seq_len": 1},
+        image_options={"size": {"longest_edge": 112}, "max_image_size": {"longest_edge": 56}},
+    ),
     "kimi_k25": Architecture(config=LATENT),
     "mistral4": Architecture(config=LATENT_FLAT),
-    "lfm3_vl": Architecture(image_options={"patch_size": 16}, video_options={"patch_size": 16}, named=QWEN_TOKENS, **QWEN),
-    "qwen3_5_moe": Architecture(named=QWEN_TOKENS, image_options={"patch_size": 16}, video_options={"patch_size": 16}, **QWEN),
-    "qwen4_exp": Architecture(named=QWEN_TOKENS, image_options={"patch_size": 16}, video_options={"patch_size": 16}, **QWEN),
-    "qwen3_vl_moe": Architecture(like="qwen3_vl", config=MROPE, named=QWEN_TOKENS, image_options={"patch_size": 16}, video_options={"patch_size": 16}, **QWEN),
-    "cosmos3_omni": Architecture(like="qwen3_vl", config=MROPE, named=QWEN_TOKENS, image_options={"patch_size": 16}, video_options={"patch_size": 16}, **QWEN),
+    "lfm3_vl": Architecture(
+        image_options={"patch_size": 16}, video_options={"patch_size": 16}, named=QWEN_TOKENS, **QWEN
+    ),
+    "qwen3_5_moe": Architecture(
+        named=QWEN_TOKENS, image_options={"patch_size": 16}, video_options={"patch_size": 16}, **QWEN
+    ),
+    "qwen4_exp": Architecture(
+        named=QWEN_TOKENS, image_options={"patch_size": 16}, video_options={"patch_size": 16}, **QWEN
+    ),
+    "qwen3_vl_moe": Architecture(
+        like="qwen3_vl",
+        config=MROPE,
+        named=QWEN_TOKENS,
+        image_options={"patch_size": 16},
+        video_options={"patch_size": 16},
+        **QWEN,
+    ),
+    "cosmos3_omni": Architecture(
+        like="qwen3_vl",
+        config=MROPE,
+        named=QWEN_TOKENS,
+        image_options={"patch_size": 16},
+        video_options={"patch_size": 16},
+        **QWEN,
+    ),
     "cosmos3_edge": Architecture(config=MROPE, named=QWEN_TOKENS, **QWEN),
     "video_llama_3": Architecture(image_options={"patch_size": 16}, video_options={"patch_size": 16}),
-    "video_llava": Architecture(image_options={"size": {"height": 56, "width": 56}, "crop_size": {"height": 56, "width": 56}}, options=LLAVA),
+    "video_llava": Architecture(
+        image_options={"size": {"height": 56, "width": 56}, "crop_size": {"height": 56, "width": 56}}, options=LLAVA
+    ),
     "step3p7": Architecture(config={"text_config.sliding_window": 64}),
     "fast_vlm": Architecture(like="llava"),
 }
