@@ -19,6 +19,7 @@ from transformers import (
     AutoProcessor,
     PreTrainedModel,
 )
+from transformers.models.auto.video_processing_auto import VIDEO_PROCESSOR_MAPPING
 
 # Arguments of `from_pretrained` that say where from, and hold for the model and for its processor.
 HUB_ARGUMENTS = ("revision", "cache_dir", "token", "local_files_only", "force_download", "subfolder")
@@ -101,6 +102,11 @@ def plain_processor(processor: Any, backbone: PreTrainedModel) -> Any:
     if expected is None or isinstance(processor, expected) or not hasattr(processor, "tokenizer"):
         return processor
     parts = {name: getattr(processor, name, None) for name in expected.get_attributes()}
+    if "video_processor" in parts and parts["video_processor"] is None:  # retrievers of pages have none
+        names = ("patch_size", "temporal_patch_size", "merge_size")
+        same = {name: getattr(processor.image_processor, name) for name in names if hasattr(processor.image_processor, name)}
+        kinds = VIDEO_PROCESSOR_MAPPING[type(backbone.config)]
+        parts["video_processor"] = next(iter(kinds.values()))(**same) if isinstance(kinds, dict) else kinds(**same)
     return expected(**parts, chat_template=processor.chat_template)
 
 
