@@ -336,15 +336,16 @@ class MetaEmbedProcessor(ProcessorMixin):
                 known["return_token_type_ids"] = True
             features = self.tokenizer(texts, **known)
         else:
+            flat = [image for pictures in images for image in pictures]
             if not self.config.nests_images:
-                images = [image for pictures in images for image in pictures]
+                images = flat
             media = {name: lists for name, lists in (("images", images), ("videos", videos)) if any(lists)}
             if any(isinstance(video, np.ndarray) for clips in videos for video in clips):
                 kwargs.setdefault("do_sample_frames", False)  # whoever passes frames has sampled them
             try:
                 features = inner(text=texts, **media, **{**(self.config.processor_options or {}), **kwargs})
             except Exception as error:
-                sizes = [image.size for pictures in images for image in pictures]
+                sizes = [image.size for image in flat]
                 raise ValueError(
                     f"{type(inner).__name__} refused inputs with images of (width, height) {sizes}: {error!r}"
                 ) from error

@@ -73,7 +73,7 @@ LITERAL = (
 <|end_of_video|> <|begin_of_image|> <|end_of_image|> <IMG_COL> <IMG_END> <IMG_ROW> <IMG_PRE> <IMG_START> <im_patch> <im_start>
 <im_end> <im_col> <im_low> <low_res_im_start> <frame_start> <frame_end> <patch_newline> <|vid_start|> <|vid_end|>
 <|vid_frame_separator|> <|unused_200053|> <|unused_200054|> <|content_image|> <|content_audio_input|> <|IMAGE_PAD|> <|VIDEO_PAD|>
-<|VISION_START|> <|VISION_END|> <racm3:break> <eoss> <|video_duration|> [CLS] [SEP] [MASK] |SPEAKER| <row_1_col_1>
+<|VISION_START|> <|VISION_END|> <racm3:break> <eoss> <|video_duration|> [CLS] [SEP] [MASK] |SPEAKER| |NEWLINE| <IMG_ATOM> <IMG_GRID> ]<]image[>[ ]<]video[>[ <|extra_200|> <row_1_col_1>
 """.split()
     + [f"<row_{r}_col_{c}>" for r in range(1, 4) for c in range(1, 4)]
 )
@@ -130,6 +130,8 @@ class Architecture:
     named: dict[str, str] = field(default_factory=dict)
     ids: dict[str, str] = field(default_factory=dict)
     like: str | None = None
+    parts: dict[str, str] = field(default_factory=dict)
+    indicators: str = ""
 
 
 MROPE = {"text_config.rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}}
@@ -142,6 +144,12 @@ QWEN_TOKENS = {
 }
 PATCHES = (IMAGE_SIZE // PATCH_SIZE) ** 2
 
+HALF_MROPE = {"text_config.rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5, "mrope_section": [1, 1, 2]}}
+GLM_TOKENS = {"image_token": "<|image|>", "video_token": "<|video|>", "image_start_token": "<|begin_of_image|>", "image_end_token": "<|end_of_image|>",
+    "video_start_token": "<|begin_of_video|>", "video_end_token": "<|end_of_video|>"}
+GLM = dict(image="<|begin_of_image|><|image|><|end_of_image|>", video="<|begin_of_video|><|video|><|end_of_video|>")
+ENCODER_FLAT = {"pad_token_id": 2, "cls_token_id": 0, "sep_token_id": 0, "reference_compile": False}
+ENCODER = {f"text_config.{name}": value for name, value in ENCODER_FLAT.items()}
 LLAVA = {"patch_size": PATCH_SIZE, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
 GRID = {"image_grid_pinpoints": [[56, 112], [112, 56], [112, 112]]}
 LATENT_FLAT = {
@@ -217,14 +225,6 @@ ARCHITECTURES: dict[str, Architecture] = {
         image_options={"size": {"height": 1024, "width": 1024}},
         image="<img><imgpad></img>",
     ),
-    "llama4": Architecture(
-        config={
-            "vision_config.intermediate_size": 128,
-            "vision_config.projector_input_dim": 32,
-            "vision_config.projector_output_dim": 32,
-            "vision_config.vision_output_dim": 32,
-        },
-    ),
     "mistral3": Architecture(
         options={"patch_size": 14, "spatial_merge_size": 2},
         image_options={"size": {"longest_edge": 112}},
@@ -236,12 +236,6 @@ ARCHITECTURES: dict[str, Architecture] = {
         options={"image_seq_length": 4},
         ids={"image_token_id": "<image>", "image_token_index": "<image>"},
     ),
-    "glm4v": Architecture(config=MROPE),
-    "glm46v": Architecture(config=MROPE),
-    "glm4v_moe": Architecture(config=MROPE, like="glm4v"),
-    "glm_ocr": Architecture(config=MROPE, like="glm46v"),
-    "glmga": Architecture(config=MROPE, like="glm46v"),
-    "paddleocr_vl": Architecture(config=MROPE),
     "idefics3": Architecture(
         options={"image_seq_len": 4},
         image_options={"size": {"longest_edge": 112}, "max_image_size": {"longest_edge": 56}},
@@ -254,8 +248,6 @@ ARCHITECTURES: dict[str, Architecture] = {
         options={"image_seq_len": 1},
         image_options={"size": {"longest_edge": 112}, "max_image_size": {"longest_edge": 56}},
     ),
-    "kimi_k25": Architecture(config=LATENT),
-    "mistral4": Architecture(config=LATENT_FLAT),
     "lfm3_vl": Architecture(
         image_options={"patch_size": 16}, video_options={"patch_size": 16}, named=QWEN_TOKENS, **QWEN
     ),
@@ -287,7 +279,47 @@ ARCHITECTURES: dict[str, Architecture] = {
         image_options={"size": {"height": 56, "width": 56}, "crop_size": {"height": 56, "width": 56}}, options=LLAVA
     ),
     "step3p7": Architecture(config={"text_config.sliding_window": 64}),
-    "fast_vlm": Architecture(like="llava"),
+    "llama4": Architecture(
+        config={"vision_config.intermediate_size": 128, "vision_config.projector_input_dim": 32, "vision_config.projector_output_dim": 32, "vision_config.vision_output_dim": 32},
+        ids={"image_token_index": "<|patch|>"},
+    ),
+    "glm4v": Architecture(config=MROPE, named=GLM_TOKENS, **GLM),
+    "glm46v": Architecture(config=MROPE, named=GLM_TOKENS, **GLM),
+    "glm4v_moe": Architecture(config=HALF_MROPE, like="glm4v", named=GLM_TOKENS, **GLM),
+    "glm_ocr": Architecture(config=MROPE, like="glm46v", named=GLM_TOKENS, **GLM),
+    "glmga": Architecture(config=MROPE, like="glm46v", named=GLM_TOKENS, **GLM),
+    "paddleocr_vl": Architecture(config=MROPE, image="<vision_start><image><vision_end>"),
+    "kimi_k25": Architecture(config={**LATENT, "projection_hidden_size": 32, "vision_config.projection_hidden_size": 32}),
+    "muse_glimmer": Architecture(config={"out_hidden_size": 128}),
+    "muse_spark": Architecture(config={"out_hidden_size": 128}),
+    "molmo2": Architecture(
+        config={"adapter_config.vision_feature_layer": [-1, 0], "adapter_config.text_hidden_size": 32},
+        ids={"image_patch_id": "<im_patch>", "image_start_token_id": "<im_start>", "low_res_image_start_token_id": "<low_res_im_start>", "image_end_token_id": "<im_end>",
+             "image_low_res_id": "<im_low>", "image_col_id": "<im_col>", "frame_start_token_id": "<frame_start>", "frame_end_token_id": "<frame_end>"},
+    ),
+    "ovis2": Architecture(options={"image_seq_length": 16}, ids={"image_token_id": "<IMG_ATOM>"}, config={"vision_config.num_visual_indicator_tokens": 5}, indicators="<IMG_START> <IMG_GRID> <IMG_COL> <IMG_ROW> <IMG_END>"),
+    "granite4_vision": Architecture(
+        config={**GRID, "deepstack_layer_map": [[-1, 0]], "downsample_rate": "2/4", "qformer_config.encoder_hidden_size": 32, "spatial_target_layers": [1], "vision_feature_layer": -1},
+        image_options=GRID, options={**LLAVA, "downsample_rate": "2/4"},
+    ),
+    "cohere_compass": Architecture(config={"text_config.rope_parameters": {kind: MROPE["text_config.rope_parameters"] for kind in ("full_attention", "sliding_attention")}}),
+    "ernie4_5_vl_moe": Architecture(config={"text_config.rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [3, 3, 2]}}, image="<image_start><image><image_end>"),
+    "deepseek_ocr2": Architecture(config={"text_config.mlp_layer_types": ["dense", "sparse"], "text_config.num_experts_per_tok": 2, "text_config.n_routed_experts": 4, "text_config.num_local_experts": 4}),
+    "hunyuan_vl": Architecture(config={"text_config.rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 2, 2, 2]}}),
+    "dots3_note": Architecture(config={"vision_config.adapter_in_dim": 32, "vision_config.adapter_out_dim": 32, "vision_config.adapter_input_size": 32, "vision_config.adapter_output_size": 32}),
+    "gemma4": Architecture(parts={"vision_config": "gemma4_vision"}),
+    "gemma4_unified": Architecture(parts={"vision_config": "gemma4_unified_vision"}),
+    "minimax_m3_vl": Architecture(),
+    "qwen4_exp": Architecture(named=QWEN_TOKENS, image_options={"patch_size": 16}, video_options={"patch_size": 16},
+        config={"text_config.indexer_n_heads": 2, "text_config.indexer_kv_heads": 1, "text_config.indexer_head_dim": 16, "text_config.indexer_budget": 64, "text_config.indexer_compress_ratio": 4}, **QWEN),
+    "inkling2": Architecture(image_options={"size": None}),
+    "modernvbert": Architecture(
+        options={"image_seq_len": 4}, image_options={"size": {"longest_edge": 112}, "max_image_size": {"longest_edge": 56}}, like="idefics3", config=ENCODER
+    ),
+    "qwen3": Architecture(),
+    "llama": Architecture(template=False),
+    "bert": Architecture(template=False),
+    "modernbert": Architecture(template=False, config=ENCODER_FLAT),
 }
 
 
@@ -392,6 +424,8 @@ def build_processor(model_type: str, spec: Architecture) -> Any:
     model_type = spec.like or model_type
     cls = pick(PROCESSOR_MAPPING_NAMES, model_type)
     if cls is None:
+        if spec.template:
+            tokenizer.chat_template = CHAT_TEMPLATE
         return tokenizer
     parts: dict[str, Any] = {}
     for name in cls.get_attributes():
@@ -419,9 +453,13 @@ def build(model_type: str, dtype: torch.dtype = torch.float32) -> tuple[PreTrain
     cls = CONFIG_MAPPING[model_type]
     content = shrink(cls().to_dict())
     content.pop("model_type")
+    for name, part in spec.parts.items():
+        content[name] = shrink(CONFIG_MAPPING[part]().to_dict())
     fill_token_ids(content, processor, len(getattr(processor, "tokenizer", processor)))
     tokenizer = getattr(processor, "tokenizer", processor)
     ids = {path: tokenizer.convert_tokens_to_ids(token) for path, token in spec.ids.items()}
+    if spec.indicators:
+        ids["visual_indicator_token_ids"] = tokenizer.convert_tokens_to_ids(spec.indicators.split())
     for path, value in {**spec.config, **ids}.items():
         set_path(content, path, value)
     with torch.random.fork_rng():
