@@ -51,7 +51,10 @@ class HubModel:
             model, info = super().from_pretrained(source, *model_args, output_loading_info=True, **kwargs)
             check_loading(source, info)
             model.adapter_base = (str(source), commit_of(source, **hub))
-        model._hub_arguments = {**hub, "revision": commit_of(source, **hub)}
+        trusted = kwargs.get("trust_remote_code")
+        if trusted is None:  # AutoModel keeps the answer to itself; but where a repository's code runs, it was yes
+            trusted = __name__.startswith("transformers_modules.")
+        model._hub_arguments = {**hub, "revision": commit_of(source, **hub), "trust_remote_code": trusted}
         return (model, info) if wants_info else model
 
     def add_adapter(self, adapter_config: Any, adapter_name: str | None = None) -> None:
@@ -83,9 +86,7 @@ class HubModel:
             where = self.config._name_or_path
             if not where:
                 raise ValueError("this model was not loaded from anywhere, so has no processor: set model.processor.")
-            processor = MetaEmbedProcessor.from_pretrained(
-                where, trust_remote_code=True, **(self._hub_arguments or {})
-            )
+            processor = MetaEmbedProcessor.from_pretrained(where, **(self._hub_arguments or {}))
             self.processor = processor
             return processor
         return self._processor

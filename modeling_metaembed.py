@@ -321,7 +321,7 @@ class MetaEmbedModel(HubModel, PreTrainedModel):
             inputs, "document", num_meta, instruction, batch_size, show_progress_bar, convert_to_numpy, **kwargs
         )
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _encode(
         self,
         inputs: Any,
