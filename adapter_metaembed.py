@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModel, PreTrainedConfig
+from transformers import PreTrainedConfig
 from transformers.utils import cached_file, logging
 from transformers.utils.hub import extract_commit_hash
 
-from .backbone_metaembed import HUB_ARGUMENTS, check_loading, grow_embedding
+from .backbone_metaembed import grow_embedding
+from .loading_metaembed import HUB_ARGUMENTS, check_unused, headless, load_backbone
 from .processing_metaembed import MetaEmbedProcessor
 
 if TYPE_CHECKING:
@@ -155,25 +156,29 @@ def load_with_adapter(
     """
     for name in (*HUB_ARGUMENTS, "adapter_kwargs"):
         kwargs.pop(name, None)
+    trusted = kwargs.get("trust_remote_code", __name__.startswith("transformers_modules."))
     config = kwargs.pop("config", None) or cls.config_class.from_pretrained(source, **hub)
     base, commit = adapter["base_model_name_or_path"], adapter.get("revision")
     base_hub = {**{name: hub[name] for name in hub if name not in ("revision", "subfolder")}, "revision": commit}
+    missing: set[str] = set()
     if PreTrainedConfig.get_config_dict(base, **base_hub)[0].get("model_type") == config.model_type:
         model = cls.from_pretrained(base, **base_hub, **kwargs)
         config.backbone_config = model.config.backbone_config
         model.config = config
     else:
-        backbone, info = AutoModel.from_pretrained(base, output_loading_info=True, **base_hub, **kwargs)
-        check_loading(base, info)
+        whole, _, missing = load_backbone(base, **base_hub, **kwargs)
+        backbone = headless(whole)
         ids = [*config.query_token_ids, *config.document_token_ids]
         grow_embedding(backbone, ids, vocabulary=ids[0], seed=0)  # the adapter brings the values
         config.backbone_config = backbone.config
         model = cls(config, backbone).eval()
         if model.projection is not None:
             model.projection.to(backbone.device, backbone.dtype)
-    model.processor = MetaEmbedProcessor.from_pretrained(source, trust_remote_code=True, **hub)
+    model.processor = MetaEmbedProcessor.from_pretrained(source, trust_remote_code=trusted, **hub)
     model.adapter_base = (base, commit)
     model.load_adapter(str(source), is_trainable=is_trainable, adapter_kwargs=hub)
+    if missing:
+        check_unused(base, backbone, missing, model.embed(**model.processor.process_documents("a").to(model.device)))
     return model
 
 

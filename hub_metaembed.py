@@ -19,8 +19,8 @@ from .adapter_metaembed import (
     name_base,
     upcast_adapter,
 )
-from .backbone_metaembed import HUB_ARGUMENTS, check_loading
 from .card_metaembed import write_repository_files
+from .loading_metaembed import HUB_ARGUMENTS, check_loading
 from .processing_metaembed import MetaEmbedProcessor
 
 
@@ -50,7 +50,10 @@ class HubModel(PreTrainedModel):
             model, info = super().from_pretrained(source, *model_args, output_loading_info=True, **kwargs)
             check_loading(source, info)
             model.adapter_base = (str(source), commit_of(source, **hub))
-        model._hub_arguments = {**hub, "revision": commit_of(source, **hub)}
+        trusted = kwargs.get("trust_remote_code")
+        if trusted is None:  # AutoModel keeps the answer to itself; but where a repository's code runs, it was yes
+            trusted = __name__.startswith("transformers_modules.")
+        model._hub_arguments = {**hub, "revision": commit_of(source, **hub), "trust_remote_code": trusted}
         return (model, info) if wants_info else model
 
     def add_adapter(self, adapter_config: Any, adapter_name: str | None = None) -> None:
@@ -80,9 +83,7 @@ class HubModel(PreTrainedModel):
             where = self.config._name_or_path
             if not where:
                 raise ValueError("this model was not loaded from anywhere, so has no processor: set model.processor.")
-            processor = MetaEmbedProcessor.from_pretrained(
-                where, trust_remote_code=True, **(self._hub_arguments or {})
-            )
+            processor = MetaEmbedProcessor.from_pretrained(where, **(self._hub_arguments or {}))
             self.processor = processor
             return processor
         return self._processor

@@ -22,10 +22,19 @@ from transformers import AutoModel, PreTrainedModel
 from transformers.utils import ModelOutput, logging
 
 from .adapter_metaembed import commit_of
-from .backbone_metaembed import HUB_ARGUMENTS, check_rebuilds, grow_embedding, is_causal, load_backbone
+from .backbone_metaembed import check_rebuilds, check_supported, grow_embedding, last_hidden_state, measure
 from .configuration_metaembed import MetaEmbedConfig
 from .hub_metaembed import HubModel
 from .inputs_metaembed import as_batch, count_images, is_single, text_length
+from .loading_metaembed import (
+    HUB_ARGUMENTS,
+    check_unused,
+    headless,
+    load_backbone,
+    matching_projection,
+    plain_processor,
+    set_linear,
+)
 from .processing_metaembed import MetaEmbedProcessor, add_meta_tokens
 from .scoring_metaembed import maxsim
 
@@ -97,8 +106,9 @@ class MetaEmbedModel(HubModel):
     ) -> MetaEmbedModel:
         """Make a MetaEmbed model of a plain backbone: new Meta Tokens, ready to be trained.
 
-        Adds the Meta Tokens to a copy of the tokenizer and to the backbone's input embedding, and measures whether the
-        backbone is causal.
+        Adds the Meta Tokens to a copy of the tokenizer and to the backbone's input embedding, and measures what the
+        backbone does with its inputs. A retriever that is trained already (ColPali, ColQwen2, an embedding model) is a
+        backbone too: its weights are kept, and so is its projection where `embedding_dim` is the projection's.
 
         Args:
             backbone: Hub id or folder of the backbone, or a loaded model (changed in place; then give `processor`).
@@ -120,7 +130,7 @@ class MetaEmbedModel(HubModel):
         Raises:
             TypeError: If `backbone` is neither a name nor a model.
             ValueError: If a weight is missing from the backbone's checkpoint, there is no processor or it takes no
-                new tokens, or the sizes and budgets do not fit.
+                new tokens, the sizes and budgets do not fit, or such a model cannot be a backbone: with the reason.
 
         Example:
             >>> model = MetaEmbedModel.from_backbone("Qwen/Qwen2.5-VL-3B-Instruct", dtype=torch.bfloat16)
@@ -132,14 +142,17 @@ class MetaEmbedModel(HubModel):
             budgets=budgets,
         )
         base_model = str(backbone) if isinstance(backbone, (str, Path)) else None
+        missing: set[str] = set()
         if base_model is not None:
-            backbone, loaded_processor = load_backbone(backbone, **kwargs)
+            backbone, loaded_processor, missing = load_backbone(backbone, **kwargs)
             processor = processor or loaded_processor
         elif not isinstance(backbone, PreTrainedModel):
             raise TypeError(f"backbone must be a Hub id, a folder or a loaded model, got {type(backbone).__name__}.")
         elif processor is None:
             raise ValueError("a loaded backbone comes without its processor: pass it as `processor`.")
-        processor = copy.deepcopy(processor)  # the caller's own is not changed
+        whole, backbone = backbone, headless(backbone)
+        check_supported(backbone)
+        processor = plain_processor(copy.deepcopy(processor), backbone)  # the caller's own is not changed
         tokenizer = getattr(processor, "tokenizer", processor)
         vocabulary = len(tokenizer)
         ids = add_meta_tokens(tokenizer, num_query_tokens, num_document_tokens)
@@ -162,15 +175,38 @@ class MetaEmbedModel(HubModel):
             torch.manual_seed(seed)
             model = cls(config, backbone)
         if model.projection is not None:
+            if trained := matching_projection(whole, backbone, embedding_dim):
+                set_linear(model.projection, trained.weight, trained.bias)
             model.projection.to(backbone.device, backbone.dtype)
         model.config.dtype = backbone.dtype
         hub = {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None}
         model.adapter_base = (config.base_model, commit_of(base_model, **hub))
         model.processor = MetaEmbedProcessor(processor, config)
         model.eval()
-        probe = model.processor.process_documents("a", instruction="").to(model.device)
-        config.causal = is_causal(model.embed, probe, config.document_token_ids)
+        rows = measure(backbone, model.embed, model.processor)
+        check_unused(base_model, backbone, missing, rows)
         return model
+
+    @classmethod
+    def from_authors_checkpoint(cls, checkpoint: str | Path, **kwargs: Any) -> MetaEmbedModel:
+        """Make a model of weights trained with the paper's own code.
+
+        Args:
+            checkpoint: Hub id or folder of their weights: a full state dict, or a PEFT adapter.
+            **kwargs: See [`authors_metaembed.convert`]: `base`, `adapter`, `num_query_tokens`, ...
+
+        Returns:
+            The model, in their layout: a document's Meta Tokens follow the query ones.
+
+        Raises:
+            ValueError: If a weight of theirs finds no place, or a weight of the backbone is missing.
+
+        Example:
+            >>> model = MetaEmbedModel.from_authors_checkpoint("their/adapter", base="Qwen/Qwen2.5-VL-3B-Instruct")
+        """
+        from .authors_metaembed import convert
+
+        return convert(cls, checkpoint, **kwargs)
 
     def get_input_embeddings(self) -> nn.Module:
         """Return the backbone's input embedding, which holds the Meta Tokens."""
@@ -206,7 +242,7 @@ class MetaEmbedModel(HubModel):
         for name, value in kwargs.items():
             if isinstance(value, Tensor) and value.is_floating_point():
                 kwargs[name] = value.to(self.backbone.dtype)
-        hidden = self.backbone(input_ids=input_ids, **kwargs).last_hidden_state  # [N, L, hidden]
+        hidden = last_hidden_state(self.backbone, input_ids, **kwargs)  # [N, L, hidden]
         meta = hidden.gather(1, positions.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))  # [N, R, hidden]
         if self.projection is not None:
             meta = self.projection(meta.to(self.projection.weight.dtype))  # [N, R, D]
@@ -285,7 +321,7 @@ class MetaEmbedModel(HubModel):
             inputs, "document", num_meta, instruction, batch_size, show_progress_bar, convert_to_numpy, **kwargs
         )
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _encode(
         self,
         inputs: Any,
