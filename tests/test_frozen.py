@@ -49,6 +49,10 @@ model = AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True)
 found = dict(queries=model.encode_queries(QUERIES), documents=model.encode_documents(DOCUMENTS))
 save_file({**found, "short": model.encode_documents(DOCUMENTS, num_meta=2)}, sys.argv[2])
 """
-    environment = {**os.environ, "PYTHONPATH": os.path.dirname(__file__), "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.path.dirname(__file__),
+        "HF_MODULES_CACHE": str(tmp_path / "modules"),
+    }
     subprocess.run([sys.executable, "-c", code, folder, tmp_path / "found"], env=environment, check=True)
     check(load((tmp_path / "found").read_bytes()), folder)
