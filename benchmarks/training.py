@@ -1,7 +1,7 @@
 """What five budgets cost over one in a training step: `python benchmarks/training.py`.
 
-The same step (forward, backward, optimiser) with the loss at (16, 64) only and at all five budgets, alternately, so that
-a machine that slows down slows both. Prints the medians, and the loss on its own.
+The same step (forward, backward, optimiser) with the loss at (16, 64) only and at all five budgets, alternately, so
+that a machine that slows down slows both. Prints the medians, and the loss on its own.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from PIL import Image
 
 sys.path.append(str(Path(__file__).parent.parent / "examples"))
 
-from tiny_backbone import build_backbone, build_processor  # noqa: E402
+from tiny_backbone import build_backbone, build_processor
 
-from metaembed import MetaEmbedModel  # noqa: E402
-from metaembed.sentence_metaembed import to_multi_vector_encoder  # noqa: E402
-from metaembed.training_metaembed import CachedMMRLoss, MMRLoss  # noqa: E402
+from metaembed import MetaEmbedModel
+from metaembed.sentence_metaembed import to_multi_vector_encoder
+from metaembed.training_metaembed import CachedMMRLoss, MMRLoss
 
 
 def timed(work) -> float:

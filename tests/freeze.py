@@ -1,4 +1,4 @@
-"""Freeze a tiny checkpoint and its embeddings, for later versions to load: `python tests/freeze.py tests/data/v0.1`."""
+"""Freeze a tiny checkpoint and its embeddings for later versions to load: `python tests/freeze.py tests/data/v0.1`."""
 
 import sys
 from pathlib import Path

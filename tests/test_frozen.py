@@ -1,4 +1,4 @@
-"""Checkpoints that were saved by earlier versions keep loading, with this code and with their own, and mean the same."""
+"""Checkpoints that earlier versions saved keep loading, with this code and with their own, and mean the same."""
 
 import os
 import subprocess
