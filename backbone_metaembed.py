@@ -131,14 +131,14 @@ def measure(backbone: PreTrainedModel, embed: Embed, processor: MetaEmbedProcess
     """
     config = processor.config
     text, image = {"text": "a picture"}, {"text": "a picture", "image": _picture(0)}
-    config.text_through_tokenizer = not _takes(processor, text)
+    config.text_through_tokenizer = not _takes(processor, [text, text])  # some take two texts for one
     probes = [("a text", text)]
     if processor.image_processor is not None:
         # A list for each text, if that is possible: flat lists are dealt to the wrong texts by some.
         config.nests_images = True
-        if not _takes(processor, image):
+        if not _takes(processor, [image]):
             config.nests_images = False
-            config.nests_images = not _takes(processor, image)
+            config.nests_images = not _takes(processor, [image])
         probes.append(("a text with an image", image))
     rows, causal = [], []
     for what, probe in probes:
@@ -179,9 +179,9 @@ def _options(backbone: PreTrainedModel, processor: MetaEmbedProcessor, item: Any
     return options
 
 
-def _takes(processor: MetaEmbedProcessor, item: Any) -> bool:
+def _takes(processor: MetaEmbedProcessor, items: list) -> bool:
     try:
-        processor.process_documents([item], instruction="")
+        processor.process_documents(items, instruction="")
     except ValueError:
         return False
     return True
