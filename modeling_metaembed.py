@@ -293,7 +293,9 @@ class MetaEmbedModel(PreTrainedModel):
         """
         folder = Path(save_directory)
         check_saves_whole(self, folder)
-        super().save_pretrained(folder, **kwargs)
+        # Under the names of the modules: transformers would write the older names that some backbones have in their own
+        # checkpoints, and does not find them again inside another model.
+        super().save_pretrained(folder, **{"save_original_format": False, **kwargs})
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         first = not distributed or torch.distributed.get_rank() == 0
         if first and kwargs.get("is_main_process", True):

@@ -200,11 +200,8 @@ def check_gradient_checkpointing_changes_nothing(name: str) -> None:
         model = load.__wrapped__(name)
         if checkpointing:
             model.gradient_checkpointing_enable()
-        model.train()
-        for module in model.modules():
-            if isinstance(module, torch.nn.Dropout):
-                module.p = 0.0
-        mmr_loss(model.eval() if not checkpointing else model).backward()
+        torch.manual_seed(0)  # the same dropout
+        mmr_loss(model.train()).backward()
         gradients.append(model.get_input_embeddings().weight.grad)
     torch.testing.assert_close(*gradients, atol=1e-4, rtol=1e-3)
 

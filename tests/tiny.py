@@ -353,7 +353,9 @@ ARCHITECTURES: dict[str, Architecture] = {
             "vision_start_token": "<|VISION_START|>",
             "vision_end_token": "<|VISION_END|>",
         },
-        image_options={"patch_size": 16}, video_options={"patch_size": 16}, config={
+        image_options={"patch_size": 16},
+        video_options={"patch_size": 16},
+        config={
             "text_config.rope_parameters": {
                 kind: MROPE["text_config.rope_parameters"] for kind in ("full_attention", "sliding_attention")
             }
@@ -405,14 +407,14 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "inkling2": Architecture(image_options={"size": None}),
     "modernvbert": Architecture(
-        options={"image_seq_len": 4},
+        options={"image_seq_len": 1},
         image_options={"size": {"longest_edge": 112}, "max_image_size": {"longest_edge": 56}},
         like="idefics3",
         config=ENCODER,
     ),
     "qwen3": Architecture(),
     "llama": Architecture(template=False),
-    "bert": Architecture(template=False),
+    "bert": Architecture(template=False, config={"max_position_embeddings": 2048}),
     "modernbert": Architecture(template=False, config=ENCODER_FLAT),
 }
 
