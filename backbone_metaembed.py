@@ -30,7 +30,9 @@ def grow_embedding(backbone: PreTrainedModel, token_ids: list[int], vocabulary: 
     if token_ids[-1] >= rows:
         text_config = backbone.config.get_text_config()
         extra = rows - text_config.vocab_size  # some backbones keep rows beyond their vocabulary size
-        backbone.resize_token_embeddings(token_ids[-1] + 1 + extra, mean_resizing=False)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)  # for further tables that some backbones keep, and grow along
+            backbone.resize_token_embeddings(token_ids[-1] + 1 + extra, mean_resizing=False)
         text_config.vocab_size = token_ids[-1] + 1
     with torch.no_grad():
         weight = backbone.get_input_embeddings().weight

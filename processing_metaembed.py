@@ -344,6 +344,8 @@ class MetaEmbedProcessor(ProcessorMixin):
                 kwargs.setdefault("do_sample_frames", False)  # whoever passes frames has sampled them
             try:
                 features = inner(text=texts, **media, **{**(self.config.processor_options or {}), **kwargs})
+            except ImportError:  # says what to install
+                raise
             except Exception as error:
                 sizes = [image.size for image in flat]
                 raise ValueError(

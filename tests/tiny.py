@@ -389,8 +389,10 @@ ARCHITECTURES: dict[str, Architecture] = {
             "vision_config.adapter_output_size": 32,
         }
     ),
-    "gemma4": Architecture(parts={"vision_config": "gemma4_vision"}),
-    "gemma4_unified": Architecture(parts={"vision_config": "gemma4_unified_vision"}),
+    "gemma4": Architecture(parts={"vision_config": "gemma4_vision"}, image_options={"max_soft_tokens": 70}),
+    "gemma4_unified": Architecture(
+        parts={"vision_config": "gemma4_unified_vision"}, image_options={"max_soft_tokens": 70}
+    ),
     "minimax_m3_vl": Architecture(),
     "qwen4_exp": Architecture(
         named=QWEN_TOKENS,
