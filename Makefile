@@ -3,13 +3,19 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test lint clean
+.PHONY: quickstart test lint backbones benchmark-encode clean
 
 quickstart: $(VENV)/.ready
 	$(BIN)/python examples/quickstart.py $(ARGS)
 
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest $(ARGS)
+
+backbones: $(VENV)/.ready
+	$(BIN)/python benchmarks/backbones.py $(ARGS)
+
+benchmark-encode: $(VENV)/.ready
+	$(BIN)/python benchmarks/encode.py $(ARGS)
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

@@ -156,6 +156,7 @@ def load_with_adapter(
     """
     for name in (*HUB_ARGUMENTS, "adapter_kwargs"):
         kwargs.pop(name, None)
+    trusted = kwargs.get("trust_remote_code", __name__.startswith("transformers_modules."))
     config = kwargs.pop("config", None) or cls.config_class.from_pretrained(source, **hub)
     base, commit = adapter["base_model_name_or_path"], adapter.get("revision")
     base_hub = {**{name: hub[name] for name in hub if name not in ("revision", "subfolder")}, "revision": commit}
@@ -173,7 +174,7 @@ def load_with_adapter(
         model = cls(config, backbone).eval()
         if model.projection is not None:
             model.projection.to(backbone.device, backbone.dtype)
-    model.processor = MetaEmbedProcessor.from_pretrained(source, trust_remote_code=True, **hub)
+    model.processor = MetaEmbedProcessor.from_pretrained(source, trust_remote_code=trusted, **hub)
     model.adapter_base = (base, commit)
     model.load_adapter(str(source), is_trainable=is_trainable, adapter_kwargs=hub)
     if missing:

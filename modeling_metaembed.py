@@ -21,22 +21,13 @@ from tqdm.auto import tqdm
 from transformers import AutoModel, PreTrainedModel
 from transformers.utils import ModelOutput, logging
 
-from .adapter_metaembed import (
-    check_saves_whole,
-    commit_of,
-    fill_adapter,
-    find_adapter,
-    load_with_adapter,
-    name_base,
-    upcast_adapter,
-)
+from .adapter_metaembed import commit_of
 from .backbone_metaembed import check_rebuilds, check_supported, grow_embedding, last_hidden_state, measure
-from .card_metaembed import write_repository_files
 from .configuration_metaembed import MetaEmbedConfig
+from .hub_metaembed import HubModel
 from .inputs_metaembed import as_batch, count_images, is_single, text_length
 from .loading_metaembed import (
     HUB_ARGUMENTS,
-    check_loading,
     check_unused,
     headless,
     load_backbone,
@@ -61,7 +52,7 @@ class MetaEmbedOutput(ModelOutput):
     embeddings: Tensor | None = None
 
 
-class MetaEmbedModel(PreTrainedModel):
+class MetaEmbedModel(HubModel, PreTrainedModel):
     """A vision-language backbone that embeds queries and documents as a chosen number of vectors.
 
     Implements MetaEmbed (Xiao et al., ICLR 2026, arXiv 2509.18095). Make one of a plain backbone with
@@ -93,9 +84,6 @@ class MetaEmbedModel(PreTrainedModel):
         super().__init__(config)
         self.backbone = AutoModel.from_config(config.backbone_config) if backbone is None else backbone
         self.projection = None if config.embedding_dim is None else nn.Linear(config.hidden_size, config.embedding_dim)
-        self._processor: MetaEmbedProcessor | None = None
-        self._hub_arguments: dict[str, Any] = {}
-        self.adapter_base: tuple[str | None, str | None] = (None, None)  # what an adapter of this model must name
         self.post_init()
 
     # -- Making and loading --------------------------------------------------------------------------------------
@@ -220,91 +208,6 @@ class MetaEmbedModel(PreTrainedModel):
 
         return convert(cls, checkpoint, **kwargs)
 
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
-        """Load a saved model, whole or not at all. Takes what transformers' `from_pretrained` takes.
-
-        Loads adapter repositories too: the backbone that they name, and the adapter on it. With `is_trainable=True`,
-        to train it further.
-
-        Raises:
-            ValueError: If a weight is missing from the checkpoint, or of another shape.
-        """
-        wants_info = kwargs.pop("output_loading_info", False)
-        source = pretrained_model_name_or_path
-        hub = {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None}
-        if source is not None and (adapter := find_adapter(source, **hub)) is not None:
-            model, info = load_with_adapter(cls, source, adapter, hub, **kwargs), {}
-        else:
-            model, info = super().from_pretrained(source, *model_args, output_loading_info=True, **kwargs)
-            check_loading(source, info)
-            model.adapter_base = (str(source), commit_of(source, **hub))
-        model._hub_arguments = {**hub, "revision": commit_of(source, **hub)}
-        return (model, info) if wants_info else model
-
-    def add_adapter(self, adapter_config: Any, adapter_name: str | None = None) -> None:
-        """Add a fresh adapter to train, such as [`lora_config`]'s. Its weights are in float32 at least."""
-        super().add_adapter(adapter_config, adapter_name)
-        upcast_adapter(self)
-
-    def load_adapter(self, peft_model_id: str | None = None, adapter_name: str | None = None, *args, **kwargs):
-        """Load an adapter onto this model, whole or not at all. Takes what transformers' `load_adapter` takes.
-
-        Raises:
-            ValueError: If a trained part is missing from the adapter, or not in the model.
-        """
-        conversions = self.__dict__.get("_weight_conversions")
-        info = super().load_adapter(peft_model_id, adapter_name, *args, **kwargs)
-        self._weight_conversions = (
-            conversions  # else the adapter's names are written into the model saved after merging
-        )
-        upcast_adapter(self)
-        if peft_model_id is not None:
-            hub = {**(kwargs.get("adapter_kwargs") or {}), **{k: kwargs[k] for k in HUB_ARGUMENTS if k in kwargs}}
-            fill_adapter(self, peft_model_id, adapter_name or "default", **hub)
-        return info
-
-    @property
-    def processor(self) -> MetaEmbedProcessor:
-        """The processor, loaded at first use from where the model came from: the same repository and commit."""
-        if self._processor is None:
-            where = self.config._name_or_path
-            if not where:
-                raise ValueError("this model was not loaded from anywhere, so has no processor: set model.processor.")
-            processor = MetaEmbedProcessor.from_pretrained(where, trust_remote_code=True, **self._hub_arguments)
-            self.processor = processor
-            return processor
-        return self._processor
-
-    @processor.setter
-    def processor(self, processor: MetaEmbedProcessor) -> None:
-        processor.config = self.config  # one truth: a default set on the model's configuration holds for both
-        self._processor = processor
-
-    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
-        """Save a folder that is a complete Hub repository, loadable without this package.
-
-        Writes the weights (safetensors), the configuration, the processor, the Python files, the files of
-        sentence-transformers, and a model card where there is none.
-
-        Args:
-            save_directory: Folder to write to.
-            **kwargs: For transformers' `save_pretrained`.
-        """
-        folder = Path(save_directory)
-        check_saves_whole(self, folder)
-        # Under the names of the modules: transformers would write the older names that some backbones have in their own
-        # checkpoints, and does not find them again inside another model.
-        super().save_pretrained(folder, **{"save_original_format": False, **kwargs})
-        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        first = not distributed or torch.distributed.get_rank() == 0
-        if first and kwargs.get("is_main_process", True):
-            if self._hf_peft_config_loaded:
-                self.config.save_pretrained(folder)
-                name_base(folder, self.adapter_base)
-            self.processor.save_pretrained(folder)
-            write_repository_files(folder, self.config)
-
     def get_input_embeddings(self) -> nn.Module:
         """Return the backbone's input embedding, which holds the Meta Tokens."""
         return self.backbone.get_input_embeddings()
@@ -418,7 +321,7 @@ class MetaEmbedModel(PreTrainedModel):
             inputs, "document", num_meta, instruction, batch_size, show_progress_bar, convert_to_numpy, **kwargs
         )
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _encode(
         self,
         inputs: Any,

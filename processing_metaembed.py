@@ -11,7 +11,11 @@ import numpy as np
 import torch
 import transformers
 from transformers import AddedToken, AutoTokenizer, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
-from transformers.dynamic_module_utils import custom_object_save, get_class_from_dynamic_module
+from transformers.dynamic_module_utils import (
+    custom_object_save,
+    get_class_from_dynamic_module,
+    resolve_trust_remote_code,
+)
 from transformers.processing_utils import ProcessingKwargs, TextKwargs
 
 from .configuration_metaembed import SIDES, MetaEmbedConfig, check_count
@@ -414,6 +418,8 @@ class MetaEmbedProcessor(ProcessorMixin):
             )
         saved = content["metaembed"]
         if saved["backbone_auto_map"]:
+            trusted = kwargs.get("trust_remote_code")
+            resolve_trust_remote_code(trusted, str(pretrained_model_name_or_path), has_local_code=False, has_remote_code=True)
             inner = get_class_from_dynamic_module(saved["backbone_auto_map"], pretrained_model_name_or_path, **kwargs)
         else:
             inner = getattr(transformers, saved["backbone_processor"], AutoTokenizer)

@@ -337,7 +337,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             **GRID,
             "deepstack_layer_map": [[-1, 0]],
             "downsample_rate": "2/4",
-            "qformer_config.encoder_hidden_size": 32,
+            "vision_config.hidden_size": 64,
             "spatial_target_layers": [1],
             "vision_feature_layer": -1,
         },
