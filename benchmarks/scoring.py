@@ -1,0 +1,244 @@
+"""How fast MaxSim is, side by side with other implementations and with what the machine could do at best.
+
+    make benchmark                                       everything; writes docs/performance.md
+    python benchmarks/scoring.py --quick                 a tenth of the documents, prints only
+    python benchmarks/scoring.py --sections quality      one or more of: speed, cascade, quality
+
+Every implementation is timed in one process, in turns, and the best turn counts; answers are checked first. `cascade`
+and a part of `quality` need the model that `make quickstart` saves, and embed scenes with it once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import sentence_transformers
+import torch
+from peers import find_peers, install_peers
+from quality import measure_cascade, measure_quality, table
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from metaembed.collection_metaembed import EmbeddingCollection
+from metaembed.kernels_metaembed import load_kernel
+from metaembed.precision_metaembed import PRECISIONS, bytes_per_vector
+from metaembed.scoring_metaembed import maxsim
+
+BUDGETS = [(1, 1), (2, 4), (4, 8), (8, 16), (16, 64)]
+REPORT = Path(__file__).parent.parent / "docs/performance.md"
+PATIENCE = 4.0  # seconds of turns that one implementation is given for one cell of a table, at least one turn
+MOST_TURNS = 7
+
+Call = Callable[[], Tensor]
+
+
+def best_times(calls: dict[str, Call]) -> dict[str, float]:
+    """Seconds of the fastest turn of each, in turns, after a warm-up that also counts if it is long."""
+    best: dict[str, float] = {}
+    spent = dict.fromkeys(calls, 0.0)
+    for turn in range(MOST_TURNS + 1):
+        for name, call in calls.items():
+            if turn and spent[name] > PATIENCE:
+                continue
+            start = time.perf_counter()
+            call()
+            seconds = time.perf_counter() - start
+            spent[name] += seconds
+            if turn or seconds > PATIENCE / 2:
+                best[name] = min(best.get(name, seconds), seconds)
+    return best
+
+
+class Limits:
+    """What this machine does at best, measured now: products a second of each type, and bytes read a second."""
+
+    def __init__(self) -> None:
+        x = torch.randn(2048, 2048)
+        integers = torch.randint(-127, 127, (2048, 2048), dtype=torch.int8)
+        memory = torch.zeros(1 << 27)  # 512 MiB
+        seconds = best_times(
+            {
+                "float32": lambda: x @ x,
+                "bfloat16": lambda half=x.bfloat16(): half @ half,
+                "int8": lambda: torch._int_mm(integers, integers),
+                "read": lambda: memory.sum(),
+            }
+        )
+        self.products = {name: 2048**3 / seconds[name] for name in ("float32", "bfloat16", "int8")}
+        self.read = memory.nbytes / seconds["read"]
+
+    def seconds(self, precision: str, queries: int, n: int, budget: tuple[int, int], dim: int) -> float:
+        """The time that scoring takes at the least."""
+        products = queries * budget[0] * n * budget[1] * dim
+        stored = n * budget[1] * bytes_per_vector(precision, dim)
+        return max(products / self.products.get(precision, self.products["int8"]), stored / self.read)
+
+    def __str__(self) -> str:
+        rates = ", ".join(
+            f"{2 * rate / 1e9:,.0f} G{'FLOP' if 'f' in t else 'OP'}/s {t}" for t, rate in self.products.items()
+        )
+        return f"{rates}, {self.read / 1e9:.1f} GB/s read"
+
+
+def make_embeddings(n: int, vectors: int, dim: int, seed: int) -> Tensor:
+    """Random unit vectors [n, vectors, dim]."""
+    x = torch.randn(n, vectors, dim, generator=torch.Generator().manual_seed(seed))
+    return normalize(x, dim=-1, out=x)
+
+
+def check_answers(calls: dict[str, Call], exact: set[str], queries: Tensor, documents: Tensor) -> None:
+    """Stop unless every implementation that claims to be exact is within 1e-4 of float64 on the first documents."""
+    some = documents[:50].double()
+    expected = torch.einsum("qid,njd->qnij", queries[:4].double(), some).amax(dim=3).sum(dim=2)
+    for name in exact:
+        error = (calls[name]()[:4, :50] - expected).abs().max().item()
+        if error > 1e-4:
+            raise SystemExit(f"{name} is off by {error:.1e}")
+
+
+def measure_speed(n: int, dim: int, threads: int, sides: list[int]) -> tuple[list[str], dict]:
+    """Time everything at all budgets. Returns Markdown, and seconds by (queries, budget, implementation)."""
+    torch.set_num_threads(threads)
+    limits = Limits()
+    peers = find_peers()
+    documents = make_embeddings(n, 64, dim, seed=0)
+    collections = {p: EmbeddingCollection.from_embeddings(documents, precision=p) for p in PRECISIONS}
+    lines = [
+        f"### {n:,} documents, {dim} dimensions, {threads} thread{'s' * (threads > 1)}",
+        "",
+        f"Limits: {limits}.",
+        "",
+    ]
+    results = {}
+    for count in sides:
+        for r_q, r_c in BUDGETS:
+            queries = make_embeddings(count, r_q, dim, seed=1)
+            prefix = documents[:, :r_c].contiguous()  # of which the peers, that know no budgets, are given a copy
+            calls: dict[str, Call] = {name: lambda f=f: f(queries, prefix) for name, f in peers.items()}
+            calls["metaembed, torch, float32"] = lambda: maxsim(queries, prefix, backend="torch")
+            for p, collection in collections.items():
+                calls[f"metaembed, compiled, {p}"] = lambda c=collection: maxsim(queries, c, (r_q, r_c))
+            check_answers(
+                calls, {*peers, "metaembed, torch, float32", "metaembed, compiled, float32"}, queries, prefix
+            )
+            seconds = best_times(calls)
+            for p in ("float32", "bfloat16", "int8"):
+                seconds[f"the limit, {p}"] = limits.seconds(p, count, n, (r_q, r_c), dim)
+            results |= {(count, (r_q, r_c), name): s for name, s in seconds.items()}
+            del prefix
+        lines += [f"{count} quer{'y' if count == 1 else 'ies'}, milliseconds:", ""]
+        names = [key[2] for key in results if key[:2] == (count, BUDGETS[0])]
+        rows = [[name, *(f"{results[count, b, name] * 1e3:.2f}" for b in BUDGETS)] for name in names]
+        lines += [*table(["", *map(str, BUDGETS)], rows), ""]
+        print("\n".join(lines[-len(rows) - 5 :]), flush=True)
+    return lines, results | {"peers": list(peers)}
+
+
+def compare(results: dict) -> list[list[str]]:
+    """The ratios that were aimed at, of one measurement."""
+    rows = []
+    exact = ["metaembed, torch, float32", *results["peers"]]
+    for count, torch_aim, st_aim, peer_aim, limit_aim in ((1, 1.5, 3.5, 2.5, 1.5), (32, 2, 3, 1.5, 1.15)):
+        if (count, BUDGETS[-1], exact[0]) not in results:
+            continue
+        s = {key[2]: value for key, value in results.items() if key[:2] == (count, BUDGETS[-1])}
+        compiled, peer = s["metaembed, compiled, float32"], min(s[name] for name in results["peers"])
+        rows += [
+            [
+                f"{count}, torch against sentence-transformers",
+                f">= {torch_aim}",
+                f"{s['sentence-transformers'] / s[exact[0]]:.2f}",
+            ],
+            [
+                f"{count}, compiled against sentence-transformers",
+                f">= {st_aim}",
+                f"{s['sentence-transformers'] / compiled:.2f}",
+            ],
+            [f"{count}, compiled against the best exact peer", f">= {peer_aim}", f"{peer / compiled:.2f}"],
+            [f"{count}, compiled against the limit", f"<= {limit_aim}", f"{compiled / s['the limit, float32']:.2f}"],
+            [f"{count}, bfloat16 against float32", "> 1", f"{compiled / s['metaembed, compiled, bfloat16']:.2f}"],
+            [f"{count}, int8 against float32", "> 1", f"{compiled / s['metaembed, compiled, int8']:.2f}"],
+        ]
+        least = min(
+            min(results[count, b, name] for name in results["peers"])
+            / results[count, b, "metaembed, compiled, float32"]
+            for b in BUDGETS
+        )
+        rows.append([f"{count}, compiled against the best peer at its best budget", ">= 1", f"{least:.2f}"])
+    return rows
+
+
+def describe_machine() -> list[str]:
+    """What this was measured on."""
+    model = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), model)
+    kernel = ", ".join(f"{p}: {i}" for p, i in load_kernel().instructions.items())
+    return [
+        f"{model}, {os.cpu_count()} cores, {memory() / 2**30:.0f} GiB; {platform.system()}, Python {platform.python_version()}, "
+        f"torch {torch.__version__}, sentence-transformers {sentence_transformers.__version__}.",
+        f"The compiled kernel uses {kernel}.",
+    ]
+
+
+def memory(available: bool = False) -> int:
+    """Bytes of this machine's memory, or of what is available of it now."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES" if available else "SC_PHYS_PAGES")
+
+
+def speed(quick: bool) -> list[str]:
+    """All timings, the ratios first."""
+    install_peers()
+    base = 1000 if quick else 10_000
+    bytes_each = 64 * 2048 * (4 + 4 + 4 + 2 + 1 + 1)  # tensor, a copy of it, and collections
+    large = min(base, max(500, int(memory(available=True) * 0.5 / bytes_each) // 500 * 500))
+    plan = [(base, 128, 1, [1, 32]), (base, 128, 2, [1, 32]), (10 * base, 128, 1, [1, 32]), (large, 2048, 1, [1, 32])]
+    if quick:
+        plan = plan[:2]
+    ratios, details = [], []
+    for n, dim, threads, sides in plan:
+        lines, results = measure_speed(n, dim, threads, sides)
+        details += lines
+        rows = compare(results)
+        ratios += [f"{n:,} documents, {dim} dimensions, {threads} thread{'s' * (threads > 1)}:", ""]
+        ratios += [*table(["queries, ratio at (16, 64)", "aim", "measured"], rows), ""]
+        print("\n".join(ratios[-len(rows) - 4 :]), flush=True)
+    return ["## Speed", "", *describe_machine(), "", "### Ratios", "", *ratios, *details]
+
+
+def main() -> None:
+    """Run what the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--sections", nargs="+", choices=["speed", "cascade", "quality"])
+    arguments = parser.parse_args()
+    sections = {"speed": speed, "cascade": measure_cascade, "quality": measure_quality}
+    wanted = arguments.sections or list(sections)
+    parts = {name: "\n".join(sections[name](arguments.quick)) for name in sections if name in wanted}
+    print("\n\n".join(parts.values()))
+    if not arguments.quick:
+        write_report(parts, list(sections))
+
+
+def write_report(parts: dict[str, str], order: list[str]) -> None:
+    """Replace the measured sections of the report, and keep the others as they are."""
+    marks = {name: (f"<!-- {name} -->", f"<!-- end of {name} -->") for name in order}
+    old = REPORT.read_text(encoding="utf-8") if REPORT.exists() else ""
+    text = "# Performance\n\nWritten by `make benchmark`; every number was measured by it.\n"
+    for name, (begin, end) in marks.items():
+        kept = old.split(begin)[1].split(end)[0] if begin in old else "\n\n"
+        text += f"\n{begin}\n{parts[name]}\n{end}\n" if name in parts else f"\n{begin}{kept}{end}\n"
+    REPORT.parent.mkdir(exist_ok=True)
+    REPORT.write_text(text, encoding="utf-8")
+    print(f"wrote {REPORT}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
