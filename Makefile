@@ -3,13 +3,17 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test lint clean
+.PHONY: quickstart test lint benchmark clean
 
 quickstart: $(VENV)/.ready
 	$(BIN)/python examples/quickstart.py $(ARGS)
 
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest $(ARGS)
+
+# After `make quickstart`, whose model it uses.
+benchmark: $(VENV)/.ready
+	$(BIN)/python benchmarks/scoring.py $(ARGS)
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

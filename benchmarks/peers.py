@@ -1,4 +1,4 @@
-"""Other implementations of MaxSim, as their users call them. Each takes queries [Q, r_q, D] and documents [N, r_c, D]."""
+"""Other implementations of MaxSim, as users call them, of queries [Q, r_q, D] and documents [N, r_c, D]."""
 
 from __future__ import annotations
 

@@ -84,8 +84,8 @@ def measure_cascade(quick: bool) -> list[str]:
         "## Cascades",
         "",
         f"{n:,} scenes embedded by the quickstart's model ({documents.shape[1]} vectors of {dim} dimensions), "
-        f"{len(queries)} queries, one thread, one query at a time. Recall is against the exact search in float32; stages "
-        "are tuned on half of the queries.",
+        f"{len(queries)} queries, one thread, one query at a time. Recall is against the exact search in float32; "
+        "stages are tuned on half of the queries.",
         "",
         *table(head, rows),
     ]
