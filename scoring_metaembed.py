@@ -97,7 +97,7 @@ class SearchResult(tuple[Tensor, Tensor]):
 
     def __repr__(self) -> str:
         queries, k = self.scores.shape
-        return f"SearchResult(queries={queries}, k={k}, backend={self.backend!r})"
+        return f"{type(self).__name__}(queries={queries}, k={k}, backend={self.backend!r})"
 
 
 @torch.no_grad()

@@ -183,8 +183,8 @@ def describe_machine() -> list[str]:
         f"The compiled kernel uses {kernel}.",
         "",
         "Milliseconds of the best of several turns, in which everything in a table is run one after another: of",
-        "processor time with one thread, of the clock with two. The limit is what the best matrix product, or reading the",
-        "documents once, would take in the same turns. Documents are random unit vectors, 64 each.",
+        "processor time with one thread, of the clock with two. The limit is what the best matrix product, or reading",
+        "the documents once, would take in the same turns. Documents are random unit vectors, 64 each.",
     ]
 
 
