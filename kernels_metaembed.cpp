@@ -291,19 +291,6 @@ void decode(const uint8_t* from, Kind stored, Kind computed, int64_t dim, uint8_
     }
 }
 
-bool finite(const uint8_t* row, Kind stored, int64_t dim) {
-    uint32_t most = 0;
-    if (stored == FLOAT32) {
-        const uint32_t* x = reinterpret_cast<const uint32_t*>(row);
-        for (int64_t i = 0; i < dim; ++i) most = std::max(most, x[i] & 0x7fffffffu);
-        return most < 0x7f800000u;
-    }
-    const uint16_t* x = reinterpret_cast<const uint16_t*>(row);
-    uint16_t high = 0;
-    for (int64_t i = 0; i < dim; ++i) high = std::max<uint16_t>(high, x[i] & 0x7fffu);
-    return high < 0x7f80u;
-}
-
 struct Walk {  // over the vectors of a slab, one document after another
     Walk(const Job& job, const Slab& slab, int64_t start, int64_t at)
         : job(job), slab(slab), document(start + at / slab.used), vector(at % slab.used) {}
@@ -412,10 +399,10 @@ void work(Job& job) {
                         from = rows.data;
                         stride = row_bytes;
                     }
-                    if (job.check && q0 == 0)
-                        for (int64_t r = 0; r < count; ++r)
-                            if (!finite(from + r * stride, job.computed, job.dim)) job.bad = true;
                     multiply_strip<One, Two>(job, packed, from, stride, flat && stride < FAR, count, sums, width);
+                    if (job.check && q0 == 0)  // a value that is not finite shows in the product with any query vector
+                        for (int64_t r = 0; r < count; ++r)
+                            if (!std::isfinite(float(sums[r * width]))) job.bad = true;
                     Walk at_row{job, slab, start, at};
                     for (int64_t r = 0; r < count; ++r, at_row.next()) {
                         float* to = best + (at_row.document - start) * width;

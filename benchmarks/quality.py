@@ -45,12 +45,12 @@ def milliseconds(call: Callable[[Tensor], object], queries: Tensor) -> float:
     return statistics.median(times) * 1e3
 
 
-def measure_cascade(quick: bool) -> list[str]:
+def measure_cascade(size: str) -> list[str]:
     """Cascades on the quickstart's model against full scans of our own."""
     if not MODEL.exists():
         raise SystemExit(f"{MODEL} is not there: run `make quickstart` first")
     torch.set_num_threads(1)
-    stored, queries, relevant = embed_scenes(1000 if quick else SCENES, QUERIES)
+    stored, queries, relevant = embed_scenes(1000 if size == "quick" else SCENES, QUERIES)
     torch.set_num_threads(1)
     documents = stored.to_tensor()
     n, k = len(documents), 10
@@ -84,8 +84,8 @@ def measure_cascade(quick: bool) -> list[str]:
         "## Cascades",
         "",
         f"{n:,} scenes embedded by the quickstart's model ({documents.shape[1]} vectors of {dim} dimensions), "
-        f"{len(queries)} queries, one thread, one query at a time, processor time. Recall is against the exact search in float32; "
-        "stages are tuned on half of the queries.",
+        f"{len(queries)} queries, one thread, one query at a time, processor time. Recall is against the exact search "
+        "in float32; stages are tuned on half of the queries.",
         "",
         *table(head, rows),
     ]
@@ -96,18 +96,18 @@ def show(stages: tuple) -> str:
     return " ".join(f"({r_q},{r_c})->{keep}" for (r_q, r_c), keep in stages) or "no stages"
 
 
-def measure_quality(quick: bool) -> list[str]:
+def measure_quality(size: str) -> list[str]:
     """Precisions and fewer dimensions against float32."""
     torch.set_num_threads(2)
     lines = ["## Fewer bytes", "", "At (16, 64). Recall@10 is the share of what float32 finds."]
     if not MODEL.exists():
         raise SystemExit(f"{MODEL} is not there: run `make quickstart` first")
-    stored, queries, relevant = embed_scenes(1000 if quick else SCENES, QUERIES)
+    stored, queries, relevant = embed_scenes(1000 if size == "quick" else SCENES, QUERIES)
     n = min(len(stored), 10_000)
     documents, relevant = stored.to_tensor()[:n], relevant[:, :n]
     lines += ["", f"### The quickstart's task, {n:,} scenes", "", *compare(queries, documents, relevant, [64, 32, 16])]
     for dim, dims in ((2048, [2048, 1024, 512, 128]), (3584, [3584, 1792, 512, 128])):
-        queries, documents, relevant = synthesize(500 if quick else 2000, dim)
+        queries, documents, relevant = synthesize(500 if size == "quick" else 2000, dim)
         lines += ["", f"### Synthetic, {dim} dimensions, {len(documents):,} documents", ""]
         lines += compare(queries, documents, relevant, dims)
     paper = 64 * bytes_per_vector("bfloat16", 3584)

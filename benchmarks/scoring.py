@@ -2,6 +2,7 @@
 
     make benchmark                                       everything; writes docs/performance.md
     python benchmarks/scoring.py --quick                 a tenth of the documents, prints only
+    python benchmarks/scoring.py --full                  more documents, dimensions and threads; needs memory and time
     python benchmarks/scoring.py --sections quality      one or more of: speed, cascade, quality
 
 Every implementation is timed in one process, in turns, and the best turn counts; answers are checked first. `cascade`
@@ -19,6 +20,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import psutil
 import sentence_transformers
 import torch
 from peers import find_peers, install_peers
@@ -33,8 +35,8 @@ from metaembed.scoring_metaembed import maxsim
 
 BUDGETS = [(1, 1), (2, 4), (4, 8), (8, 16), (16, 64)]
 REPORT = Path(__file__).parent.parent / "docs/performance.md"
-PATIENCE = 1.5  # seconds of turns that one implementation is given for one cell of a table, at least one turn
-MOST_TURNS = 25
+PATIENCE = 0.6  # seconds of turns that one implementation is given for one cell of a table, at least one turn
+MOST_TURNS = 15
 
 Call = Callable[[], Tensor]
 
@@ -177,7 +179,7 @@ def describe_machine() -> list[str]:
         model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), model)
     kernel = ", ".join(f"{p}: {i}" for p, i in load_kernel().instructions.items())
     return [
-        f"{model}, {os.cpu_count()} cores, {memory() / 2**30:.0f} GiB; {platform.system()}, "
+        f"{model}, {os.cpu_count()} cores, {psutil.virtual_memory().total / 2**30:.0f} GiB; {platform.system()}, "
         f"Python {platform.python_version()}, torch {torch.__version__}, "
         f"sentence-transformers {sentence_transformers.__version__}.",
         f"The compiled kernel uses {kernel}.",
@@ -188,22 +190,28 @@ def describe_machine() -> list[str]:
     ]
 
 
-def memory(available: bool = False) -> int:
-    """Bytes of this machine's memory, or of what is available of it now."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES" if available else "SC_PHYS_PAGES")
-
-
-def speed(quick: bool) -> list[str]:
+def speed(size: str) -> list[str]:
     """All timings, the ratios first."""
     install_peers()
-    base = 1000 if quick else 10_000
-    bytes_each = 64 * 2048 * (4 + 4 + 4 + 2 + 1 + 1)  # tensor, a copy of it, and collections
-    large = min(base, max(500, int(memory(available=True) * 0.5 / bytes_each) // 500 * 500))
-    plan = [(base, 128, 1, [1, 32]), (base, 128, 2, [1, 32]), (10 * base, 128, 1, [1, 32]), (large, 2048, 1, [1, 32])]
-    if quick:
-        plan = plan[:2]
+    plan = {
+        "quick": [(1000, 128, 1, [1, 32]), (1000, 128, 2, [1, 32])],
+        "usual": [
+            (10_000, 128, 1, [1, 32]),
+            (10_000, 128, 2, [1, 32]),
+            (100_000, 128, 1, [1]),
+            (2000, 2048, 1, [1, 32]),
+        ],
+        "full": [(n, dim, t, [1, 32]) for n in (10_000, 100_000) for dim in (128, 2048) for t in (1, 2)],
+    }[size]
     ratios, details = [], []
     for n, dim, threads, sides in plan:
+        needed = n * 64 * sum(bytes_per_vector(p, dim) for p in (*PRECISIONS, "float32"))  # collections, and a tensor
+        if needed > 0.7 * psutil.virtual_memory().available:
+            details += [
+                f"{title(n, dim, threads)}: left out, {needed / 2**30:.0f} GiB are more than this machine has.",
+                "",
+            ]
+            continue
         lines, results = measure_speed(n, dim, threads, sides)
         details += lines
         rows = compare(results)
@@ -215,14 +223,16 @@ def speed(quick: bool) -> list[str]:
 def main() -> None:
     """Run what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true")
+    sizes = parser.add_mutually_exclusive_group()
+    sizes.add_argument("--quick", dest="size", action="store_const", const="quick", default="usual")
+    sizes.add_argument("--full", dest="size", action="store_const", const="full", help="hours, and 140 GiB of memory")
     parser.add_argument("--sections", nargs="+", choices=["speed", "cascade", "quality"])
     arguments = parser.parse_args()
     sections = {"speed": speed, "cascade": measure_cascade, "quality": measure_quality}
     wanted = arguments.sections or list(sections)
-    parts = {name: "\n".join(sections[name](arguments.quick)) for name in sections if name in wanted}
+    parts = {name: "\n".join(sections[name](arguments.size)) for name in sections if name in wanted}
     print("\n\n".join(parts.values()))
-    if not arguments.quick:
+    if arguments.size != "quick":
         write_report(parts, list(sections))
 
 
