@@ -2,52 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
-from transformers import AutoModel, AutoProcessor, PreTrainedModel
+from PIL import Image
+from transformers import AutoModel, PreTrainedModel
 
-# Arguments of `from_pretrained` that say where from, and hold for the model and for its processor.
-HUB_ARGUMENTS = ("revision", "cache_dir", "token", "local_files_only", "force_download", "subfolder")
-
-
-def check_loading(source: Any, info: Mapping[str, Any]) -> None:
-    """Raise if weights were not loaded whole.
-
-    Args:
-        source: What was loaded, for the error.
-        info: What `from_pretrained(..., output_loading_info=True)` reports.
-
-    Raises:
-        ValueError: If a weight of the model was not in the checkpoint (and so is random), or has another shape.
-    """
-    problems = []
-    for kind, what in (("missing_keys", "missing, so random"), ("mismatched_keys", "of another shape, so random")):
-        if keys := sorted(map(str, info.get(kind) or [])):
-            shown = ", ".join(keys[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
-            problems.append(f"{len(keys)} weights are {what}: {shown}")
-    if problems:
-        raise ValueError(f"the weights of {source} did not load whole: {'; '.join(problems)}. Nothing was created.")
-
-
-def load_backbone(source: Any, **kwargs: Any) -> tuple[PreTrainedModel, Any]:
-    """Load a plain backbone and its processor, whole or not at all.
-
-    Args:
-        source: Hub id or folder.
-        **kwargs: For `AutoModel.from_pretrained`; those that say where from hold for the processor too.
-
-    Returns:
-        The model without a head, and its processor (or tokenizer).
-
-    Raises:
-        ValueError: If a weight is missing from the checkpoint.
-    """
-    hub = {name: kwargs[name] for name in (*HUB_ARGUMENTS, "trust_remote_code") if name in kwargs}
-    backbone, info = AutoModel.from_pretrained(source, output_loading_info=True, **kwargs)
-    check_loading(source, info)
-    return backbone, AutoProcessor.from_pretrained(source, **hub)
+from .processing_metaembed import MetaEmbedProcessor
 
 
 def grow_embedding(backbone: PreTrainedModel, token_ids: list[int], vocabulary: int, seed: int) -> None:
@@ -94,8 +58,162 @@ def check_rebuilds(backbone: PreTrainedModel) -> None:
         )
 
 
+def check_supported(backbone: PreTrainedModel) -> None:
+    """Raise, with the reason, if a model is not of a kind that can be a backbone.
+
+    Raises:
+        ValueError: If it is an encoder-decoder, or has no language model with a vocabulary.
+    """
+    name = type(backbone).__name__
+    if backbone.config.is_encoder_decoder:
+        raise ValueError(
+            f"{name} cannot be a MetaEmbed backbone: it is an encoder-decoder, whose last hidden states belong to the "
+            "decoder's tokens and not to the input's, where the Meta Tokens are."
+        )
+    text_config = backbone.config.get_text_config()
+    for what in ("vocab_size", "hidden_size"):
+        if not isinstance(getattr(text_config, what, None), int):
+            raise ValueError(
+                f"{name} cannot be a MetaEmbed backbone: {type(text_config).__name__} names no {what} of a language "
+                "model."
+            )
+
+
+def last_hidden_state(backbone: PreTrainedModel, input_ids: torch.Tensor, **inputs: Any) -> torch.Tensor:
+    """Run a backbone, with a head or without one, and return what its last layer says.
+
+    Args:
+        backbone: The model.
+        input_ids: Token ids [N, L].
+        **inputs: Whatever else the processor returned.
+
+    Returns:
+        Hidden states [N, L, hidden].
+
+    Raises:
+        ValueError: If there is not one hidden state for each input id.
+    """
+    parameters = inspect.signature(backbone.forward).parameters
+    takes_anything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    if "use_cache" in parameters or takes_anything:
+        inputs["use_cache"] = False  # nothing is generated
+    if "logits_to_keep" in parameters:  # a class with a head: spare the logits
+        output = backbone(input_ids=input_ids, output_hidden_states=True, logits_to_keep=1, **inputs)
+        hidden = output.hidden_states[-1]
+    else:
+        hidden = backbone(input_ids=input_ids, **inputs).last_hidden_state
+    if hidden.shape[:2] != input_ids.shape:
+        raise ValueError(
+            f"{type(backbone).__name__} returned hidden states of shape {tuple(hidden.shape)} for input ids of shape "
+            f"{tuple(input_ids.shape)}: it has no hidden state for each token, so none for the Meta Tokens."
+        )
+    return hidden
+
+
+Embed = Callable[..., torch.Tensor]  # from model inputs to rows [N, R, D]
+
+
+def measure(backbone: PreTrainedModel, embed: Embed, processor: MetaEmbedProcessor) -> torch.Tensor:
+    """Find out what a backbone does with its inputs, by running it, and write the answers into the configuration.
+
+    Sets what [`MetaEmbedConfig`] says is measured.
+
+    Args:
+        backbone: The backbone.
+        embed: Runs the model: from model inputs to rows [N, R, D].
+        processor: Holds the configuration.
+
+    Returns:
+        The rows [N, R, D] of one input of each kind, with their graph.
+
+    Raises:
+        ValueError: If the backbone cannot embed a text, or an image where its processor takes images: with the reason.
+    """
+    config = processor.config
+    text, image = {"text": "a picture"}, {"text": "a picture", "image": _picture(0)}
+    config.text_through_tokenizer = not _takes(processor, text)
+    probes = [("a text", text)]
+    if processor.image_processor is not None:
+        # A list for each text, if that is possible: flat lists are dealt to the wrong texts by some.
+        config.nests_images = True
+        if not _takes(processor, image):
+            config.nests_images = False
+            config.nests_images = not _takes(processor, image)
+        probes.append(("a text with an image", image))
+    rows, causal = [], []
+    for what, probe in probes:
+        try:
+            config.processor_options = config.processor_options or _options(backbone, processor, probe)
+            inputs = _inputs(backbone, processor, [probe])
+            rows.append(embed(**inputs))  # [1, R, D]
+            causal.append(is_causal(embed, inputs, config.document_token_ids))
+        except Exception as error:
+            raise ValueError(
+                f"{type(backbone).__name__} cannot be a MetaEmbed backbone: {what} failed: {error}"
+            ) from error
+    if len(probes) > 1:
+        pair = {"text": "two pictures", "image": [_picture(1), _picture(2)]}
+        try:
+            with torch.no_grad():
+                more = [embed(**_inputs(backbone, processor, [pair]))]  # [1, R, D]
+        except Exception:  # one image at most: an input with two will say so
+            more = []
+        config.mixes_images = _share(backbone, embed, processor, [text, image, pair][: 2 + len(more)], rows + more)
+        config.batches_images = config.mixes_images or _share(backbone, embed, processor, [image] * 2, rows[1:] * 2)
+    config.causal = all(causal)
+    return torch.cat(rows)
+
+
+def _options(backbone: PreTrainedModel, processor: MetaEmbedProcessor, item: Any) -> dict[str, Any]:
+    """Find the options that a backbone's processor must be called with to return what the backbone needs."""
+    plain, options = processor.process_documents([item], instruction=""), {}
+    if plain["input_ids"][0].tolist().count(processor.tokenizer.bos_token_id) > 1:  # both wrote it
+        options["add_special_tokens"] = False
+    kinds = {"return_mm_token_type_ids": True}  # a kind for each token: for positions, or attention within images
+    try:
+        more = set(processor.process_documents([item], instruction="", **kinds)) - set(plain)
+    except (TypeError, ValueError):
+        return options
+    if more and more <= inspect.signature(backbone.forward).parameters.keys():
+        options.update(kinds)
+    return options
+
+
+def _takes(processor: MetaEmbedProcessor, item: Any) -> bool:
+    try:
+        processor.process_documents([item], instruction="")
+    except ValueError:
+        return False
+    return True
+
+
 @torch.no_grad()
-def is_causal(embed: Callable[..., torch.Tensor], inputs: Mapping[str, Any], token_ids: list[int]) -> bool:
+def _share(backbone: PreTrainedModel, embed: Embed, processor: MetaEmbedProcessor, items: list, alone: list) -> bool:
+    """Whether inputs keep, in one batch, the rows [1, R, D] that each has alone."""
+    before = processor.config.mixes_images
+    processor.config.mixes_images = True  # so that the processor lets them try
+    try:
+        together = embed(**_inputs(backbone, processor, items))  # [N, R, D]
+    except Exception:  # refused by the backbone's processor, or by the backbone
+        return False
+    finally:
+        processor.config.mixes_images = before
+    # Half of the digits: far above the noise of another batch shape, far below what a leak changes.
+    return bool((together - torch.cat(alone)).norm(dim=-1).max() < torch.finfo(backbone.dtype).eps ** 0.5)
+
+
+def _inputs(backbone: PreTrainedModel, processor: MetaEmbedProcessor, items: list) -> Mapping[str, Any]:
+    inputs = processor.process_documents(items, instruction="").to(backbone.device)
+    inputs.pop("num_meta", None)
+    return inputs
+
+
+def _picture(seed: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (96, 128, 3), dtype=np.uint8))
+
+
+@torch.no_grad()
+def is_causal(embed: Embed, inputs: Mapping[str, Any], token_ids: list[int]) -> bool:
     """Measure whether no Meta Token sees a later one.
 
     Runs twice at the same shapes with the last Meta Token swapped for another: in a causal backbone, and in no other,

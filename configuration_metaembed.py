@@ -104,6 +104,13 @@ class MetaEmbedConfig(PreTrainedConfig):
             full encoding. Measured by [`MetaEmbedModel.from_backbone`].
         mixes_images: Whether inputs with different numbers of images may share a batch without changing each other.
             Measured by [`MetaEmbedModel.from_backbone`].
+        batches_images: Whether inputs with equal numbers of images may. Measured by [`MetaEmbedModel.from_backbone`].
+        text_through_tokenizer: Whether inputs without images go through the tokenizer alone, because the backbone's
+            processor refuses them. Measured by [`MetaEmbedModel.from_backbone`].
+        nests_images: Whether the backbone's processor takes the images of a batch as a list for each input, and not as
+            one flat list. Measured by [`MetaEmbedModel.from_backbone`].
+        processor_options: Options for every call of the backbone's processor, without which it would keep from the
+            backbone what it asks for. Measured by [`MetaEmbedModel.from_backbone`].
         document_sees_query_tokens: Whether a document's Meta Tokens follow the query ones (`[input; M_q; M_c]`), the
             layout of the paper's own code, instead of standing alone (`[input; M_c]`).
         query_token_ids: Ids of the query Meta Tokens, contiguous, in order.
@@ -134,6 +141,10 @@ class MetaEmbedConfig(PreTrainedConfig):
     embedding_dim: int | None = None
     causal: bool = True
     mixes_images: bool = True
+    batches_images: bool = True
+    text_through_tokenizer: bool = False
+    nests_images: bool = True
+    processor_options: dict | None = None
     document_sees_query_tokens: bool = False
     query_token_ids: Any = None
     document_token_ids: Any = None

@@ -1,4 +1,4 @@
-"""Anything a user may pass as a query or a document, as one plain form: messages of text and image parts."""
+"""Anything a user may pass as a query or a document, as one plain form: messages of text, image and video parts."""
 
 from __future__ import annotations
 
@@ -14,11 +14,13 @@ from transformers.image_utils import load_image
 
 ACCEPTED = (
     "a string (text), a PIL image, a pathlib.Path or bytes of an image, a numpy array [height, width(, channels)], "
-    'a dict with "text" and/or "image" (one or a list; a path, URL, PIL image, bytes or array each), '
+    'a dict with "text", "image" (one or a list; a path, URL, PIL image, bytes or array each) and/or "video" (a path or '
+    "URL, a list of images or an array [frames, height, width, 3]; or a list of these), "
     'or chat messages [{"role": ..., "content": ...}]'
 )
 
-# {"role": str, "content": [{"type": "text", "text": str} or {"type": "image", "image": PIL image}, ...]}
+# {"role": str, "content": [{"type": "text", "text": str}, {"type": "image", "image": PIL image},
+#                           {"type": "video", "video": file name or URL, or frames [T, height, width, 3]}, ...]}
 Message = dict[str, Any]
 
 
@@ -47,8 +49,19 @@ def count_images(item: Any) -> int:
         return sum(count_images(part) for part in item)
     if isinstance(item, dict):
         images = item.get("image")
+        if item.get("type") != "video" and images is None:
+            images = item.get("url") or item.get("path")
         return len(images) if isinstance(images, (list, tuple)) else int(images is not None)
     return int(item is not None and not isinstance(item, str))
+
+
+def has_video(item: Any) -> bool:
+    """Whether `item` holds a video, found without loading any."""
+    if is_conversation(item):
+        return any(has_video(message["content"]) for message in item)
+    if isinstance(item, (list, tuple)):
+        return any(has_video(part) for part in item)
+    return isinstance(item, dict) and (item.get("video") is not None or item.get("type") == "video")
 
 
 def text_length(item: Any) -> int:
@@ -66,17 +79,18 @@ def to_messages(item: Any) -> list[Message]:
     """Turn one query or document into chat messages whose content is a list of parts.
 
     Args:
-        item: A string (text), a PIL image, a `pathlib.Path` or `bytes` of an image, an array, a dict with `text`
-            and/or `image` (one or a list), or chat messages, whose content may interleave text and images. Inside a
-            dict, an image may also be a path or a URL as a string. In a dict, images come before the text.
+        item: A string (text), a PIL image, a `pathlib.Path` or `bytes` of an image, an array, a dict with `text`,
+            `image` and/or `video` (one or a list of each), or chat messages, whose content may interleave them. Inside
+            a dict, an image may also be a path or a URL as a string. In a dict, images come first and the text last.
 
     Returns:
-        Messages with a "role" and a "content": a list of `{"type": "text", "text": str}` and
-        `{"type": "image", "image": PIL.Image.Image}`, images upright, RGB.
+        Messages with a "role" and a "content": a list of `{"type": "text", "text": str}`,
+        `{"type": "image", "image": PIL.Image.Image}`, upright, RGB, and `{"type": "video", "video": ...}`, with a file
+        name or URL, or frames [T, height, width, 3] of `uint8`.
 
     Raises:
         TypeError: If `item` is none of these.
-        ValueError: If it holds neither text nor an image, or an image cannot be read.
+        ValueError: If it holds neither text nor picture, or an image cannot be read.
 
     Example:
         >>> to_messages({"text": "a red apple"})
@@ -91,7 +105,7 @@ def to_messages(item: Any) -> list[Message]:
     else:
         messages = [{"role": "user", "content": [_image(item)]}]
     if not any(message["content"] for message in messages):
-        raise ValueError(f"the input {item!r} holds neither text nor an image. Expected {ACCEPTED}.")
+        raise ValueError(f"the input {item!r} holds neither text nor picture. Expected {ACCEPTED}.")
     return messages
 
 
@@ -104,9 +118,10 @@ def _message(message: Message) -> Message:
         if isinstance(part, str):
             parts.append(_text(part))
         elif isinstance(part, dict):
+            kind = part.get("type")
             part = {key: value for key, value in part.items() if key != "type"}
-            if "url" in part or "path" in part:  # transformers' other names for where an image is
-                part["image"] = part.pop("url", None) or part.pop("path", None)
+            if "url" in part or "path" in part:  # transformers' other names for where an image or a video is
+                part["video" if kind == "video" else "image"] = part.pop("url", None) or part.pop("path", None)
             parts += _dict_parts(part)
         else:
             parts.append(_image(part))
@@ -114,12 +129,17 @@ def _message(message: Message) -> Message:
 
 
 def _dict_parts(item: dict[str, Any]) -> list[dict[str, Any]]:
-    if unknown := set(item) - {"text", "image"}:
-        raise ValueError(f'unknown keys {sorted(map(str, unknown))} in {sorted(map(str, item))}. Use "text", "image".')
-    images = item.get("image")
+    if unknown := set(item) - {"text", "image", "video"}:
+        raise ValueError(
+            f'unknown keys {sorted(map(str, unknown))} in {sorted(map(str, item))}. Use "text", "image", "video".'
+        )
+    images, videos = item.get("image"), item.get("video")
     if not isinstance(images, (list, tuple)):
         images = [] if images is None else [images]
+    if not _is_list_of_videos(videos):
+        videos = [] if videos is None else [videos]
     parts = [_image(image) for image in images]
+    parts += [{"type": "video", "video": read_video(video)} for video in videos]
     if item.get("text") is not None:
         parts.append(_text(item["text"]))
     return parts
@@ -133,6 +153,38 @@ def _text(text: Any) -> dict[str, Any]:
 
 def _image(image: Any) -> dict[str, Any]:
     return {"type": "image", "image": read_image(image)}
+
+
+def _is_list_of_videos(videos: Any) -> bool:
+    """A list of images is one video: its frames. A list of anything else is a list of videos."""
+    if not isinstance(videos, (list, tuple)) or not videos:
+        return False
+    first = videos[0]
+    return isinstance(first, (str, Path, list, tuple)) or getattr(first, "ndim", 0) == 4
+
+
+def read_video(source: Any) -> str | np.ndarray:
+    """Return a video as what transformers' video processors take.
+
+    Args:
+        source: A path or URL, which the backbone's video processor will read and sample frames from, as it is set up
+            to; or frames, all of which are used: an array or tensor [frames, height, width, 3], or a list of images.
+
+    Returns:
+        The path or URL, or the frames [T, height, width, 3] of `uint8`, RGB.
+
+    Raises:
+        TypeError: If `source` is of another type.
+        ValueError: If there are no frames, they differ in size, or one cannot be read.
+    """
+    if isinstance(source, (str, Path)):
+        return str(source)
+    if not isinstance(source, (list, tuple, np.ndarray, torch.Tensor)):
+        raise TypeError(f"cannot read a video of type {type(source).__name__}. Expected {ACCEPTED}.")
+    frames = [np.asarray(read_image(frame)) for frame in source]
+    if len({frame.shape for frame in frames}) != 1:
+        raise ValueError(f"the frames of a video must be of one size, got {[frame.shape[:2] for frame in frames]}.")
+    return np.stack(frames)
 
 
 def read_image(source: Any) -> Image.Image:

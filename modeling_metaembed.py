@@ -21,10 +21,20 @@ from tqdm.auto import tqdm
 from transformers import AutoModel, PreTrainedModel
 from transformers.utils import ModelOutput, logging
 
-from .backbone_metaembed import HUB_ARGUMENTS, check_loading, check_rebuilds, grow_embedding, is_causal, load_backbone
-from .card_metaembed import write_repository_files
+from .adapter_metaembed import commit_of
+from .backbone_metaembed import check_rebuilds, check_supported, grow_embedding, last_hidden_state, measure
 from .configuration_metaembed import MetaEmbedConfig
+from .hub_metaembed import HubModel
 from .inputs_metaembed import as_batch, count_images, is_single, text_length
+from .loading_metaembed import (
+    HUB_ARGUMENTS,
+    check_unused,
+    headless,
+    load_backbone,
+    matching_projection,
+    plain_processor,
+    set_linear,
+)
 from .processing_metaembed import MetaEmbedProcessor, add_meta_tokens
 from .scoring_metaembed import maxsim
 
@@ -42,7 +52,7 @@ class MetaEmbedOutput(ModelOutput):
     embeddings: Tensor | None = None
 
 
-class MetaEmbedModel(PreTrainedModel):
+class MetaEmbedModel(HubModel, PreTrainedModel):
     """A vision-language backbone that embeds queries and documents as a chosen number of vectors.
 
     Implements MetaEmbed (Xiao et al., ICLR 2026, arXiv 2509.18095). Make one of a plain backbone with
@@ -74,8 +84,6 @@ class MetaEmbedModel(PreTrainedModel):
         super().__init__(config)
         self.backbone = AutoModel.from_config(config.backbone_config) if backbone is None else backbone
         self.projection = None if config.embedding_dim is None else nn.Linear(config.hidden_size, config.embedding_dim)
-        self._processor: MetaEmbedProcessor | None = None
-        self._hub_arguments: dict[str, Any] = {}
         self.post_init()
 
     # -- Making and loading --------------------------------------------------------------------------------------
@@ -98,8 +106,9 @@ class MetaEmbedModel(PreTrainedModel):
     ) -> MetaEmbedModel:
         """Make a MetaEmbed model of a plain backbone: new Meta Tokens, ready to be trained.
 
-        Adds the Meta Tokens to a copy of the tokenizer and to the backbone's input embedding, and measures whether the
-        backbone is causal.
+        Adds the Meta Tokens to a copy of the tokenizer and to the backbone's input embedding, and measures what the
+        backbone does with its inputs. A retriever that is trained already (ColPali, ColQwen2, an embedding model) is a
+        backbone too: its weights are kept, and so is its projection where `embedding_dim` is the projection's.
 
         Args:
             backbone: Hub id or folder of the backbone, or a loaded model (changed in place; then give `processor`).
@@ -121,7 +130,7 @@ class MetaEmbedModel(PreTrainedModel):
         Raises:
             TypeError: If `backbone` is neither a name nor a model.
             ValueError: If a weight is missing from the backbone's checkpoint, there is no processor or it takes no
-                new tokens, or the sizes and budgets do not fit.
+                new tokens, the sizes and budgets do not fit, or such a model cannot be a backbone: with the reason.
 
         Example:
             >>> model = MetaEmbedModel.from_backbone("Qwen/Qwen2.5-VL-3B-Instruct", dtype=torch.bfloat16)
@@ -133,14 +142,17 @@ class MetaEmbedModel(PreTrainedModel):
             budgets=budgets,
         )
         base_model = str(backbone) if isinstance(backbone, (str, Path)) else None
+        missing: set[str] = set()
         if base_model is not None:
-            backbone, loaded_processor = load_backbone(backbone, **kwargs)
+            backbone, loaded_processor, missing = load_backbone(backbone, **kwargs)
             processor = processor or loaded_processor
         elif not isinstance(backbone, PreTrainedModel):
             raise TypeError(f"backbone must be a Hub id, a folder or a loaded model, got {type(backbone).__name__}.")
         elif processor is None:
             raise ValueError("a loaded backbone comes without its processor: pass it as `processor`.")
-        processor = copy.deepcopy(processor)  # the caller's own is not changed
+        whole, backbone = backbone, headless(backbone)
+        check_supported(backbone)
+        processor = plain_processor(copy.deepcopy(processor), backbone)  # the caller's own is not changed
         tokenizer = getattr(processor, "tokenizer", processor)
         vocabulary = len(tokenizer)
         ids = add_meta_tokens(tokenizer, num_query_tokens, num_document_tokens)
@@ -163,63 +175,38 @@ class MetaEmbedModel(PreTrainedModel):
             torch.manual_seed(seed)
             model = cls(config, backbone)
         if model.projection is not None:
+            if trained := matching_projection(whole, backbone, embedding_dim):
+                set_linear(model.projection, trained.weight, trained.bias)
             model.projection.to(backbone.device, backbone.dtype)
         model.config.dtype = backbone.dtype
+        hub = {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None}
+        model.adapter_base = (config.base_model, commit_of(base_model, **hub))
         model.processor = MetaEmbedProcessor(processor, config)
         model.eval()
-        probe = model.processor.process_documents("a", instruction="").to(model.device)
-        config.causal = is_causal(model.embed, probe, config.document_token_ids)
+        rows = measure(backbone, model.embed, model.processor)
+        check_unused(base_model, backbone, missing, rows)
         return model
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
-        """Load a saved model, whole or not at all. Takes what transformers' `from_pretrained` takes.
-
-        Raises:
-            ValueError: If a weight is missing from the checkpoint, or of another shape.
-        """
-        wants_info = kwargs.pop("output_loading_info", False)
-        hub_arguments = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
-        model, info = super().from_pretrained(
-            pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
-        )
-        check_loading(pretrained_model_name_or_path, info)
-        model._hub_arguments = hub_arguments
-        return (model, info) if wants_info else model
-
-    @property
-    def processor(self) -> MetaEmbedProcessor:
-        """The processor, loaded at first use from where the model came from: the same repository and commit."""
-        if self._processor is None:
-            where = self.config._name_or_path
-            if not where:
-                raise ValueError("this model was not loaded from anywhere, so has no processor: set model.processor.")
-            commit = getattr(self.config, "_commit_hash", None)
-            arguments = {**self._hub_arguments, **({"revision": commit} if commit else {})}
-            processor = MetaEmbedProcessor.from_pretrained(where, trust_remote_code=True, **arguments)
-            self.processor = processor
-            return processor
-        return self._processor
-
-    @processor.setter
-    def processor(self, processor: MetaEmbedProcessor) -> None:
-        processor.config = self.config  # one truth: a default set on the model's configuration holds for both
-        self._processor = processor
-
-    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
-        """Save a folder that is a complete Hub repository, loadable without this package.
-
-        Writes the weights (safetensors), the configuration, the processor, the Python files, the files of
-        sentence-transformers, and a model card where there is none.
+    def from_authors_checkpoint(cls, checkpoint: str | Path, **kwargs: Any) -> MetaEmbedModel:
+        """Make a model of weights trained with the paper's own code.
 
         Args:
-            save_directory: Folder to write to.
-            **kwargs: For transformers' `save_pretrained`.
+            checkpoint: Hub id or folder of their weights: a full state dict, or a PEFT adapter.
+            **kwargs: See [`authors_metaembed.convert`]: `base`, `adapter`, `num_query_tokens`, ...
+
+        Returns:
+            The model, in their layout: a document's Meta Tokens follow the query ones.
+
+        Raises:
+            ValueError: If a weight of theirs finds no place, or a weight of the backbone is missing.
+
+        Example:
+            >>> model = MetaEmbedModel.from_authors_checkpoint("their/adapter", base="Qwen/Qwen2.5-VL-3B-Instruct")
         """
-        super().save_pretrained(save_directory, **kwargs)
-        if kwargs.get("is_main_process", True):
-            self.processor.save_pretrained(save_directory)
-            write_repository_files(Path(save_directory), self.config)
+        from .authors_metaembed import convert
+
+        return convert(cls, checkpoint, **kwargs)
 
     def get_input_embeddings(self) -> nn.Module:
         """Return the backbone's input embedding, which holds the Meta Tokens."""
@@ -255,10 +242,10 @@ class MetaEmbedModel(PreTrainedModel):
         for name, value in kwargs.items():
             if isinstance(value, Tensor) and value.is_floating_point():
                 kwargs[name] = value.to(self.backbone.dtype)
-        hidden = self.backbone(input_ids=input_ids, **kwargs).last_hidden_state  # [N, L, hidden]
+        hidden = last_hidden_state(self.backbone, input_ids, **kwargs)  # [N, L, hidden]
         meta = hidden.gather(1, positions.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))  # [N, R, hidden]
         if self.projection is not None:
-            meta = self.projection(meta)  # [N, R, D]
+            meta = self.projection(meta.to(self.projection.weight.dtype))  # [N, R, D]
         # At least float32: normalising and scoring in bfloat16 costs about 5% of nDCG.
         meta = meta.to(torch.promote_types(meta.dtype, torch.float32))
         return nn.functional.normalize(meta, dim=-1)
@@ -334,7 +321,7 @@ class MetaEmbedModel(PreTrainedModel):
             inputs, "document", num_meta, instruction, batch_size, show_progress_bar, convert_to_numpy, **kwargs
         )
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _encode(
         self,
         inputs: Any,

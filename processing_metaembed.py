@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import json
-import re
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from transformers import AddedToken, AutoTokenizer, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
-from transformers.dynamic_module_utils import custom_object_save, get_class_from_dynamic_module
+from transformers.dynamic_module_utils import (
+    custom_object_save,
+    get_class_from_dynamic_module,
+    resolve_trust_remote_code,
+)
+from transformers.processing_utils import ProcessingKwargs, TextKwargs
 
 from .configuration_metaembed import SIDES, MetaEmbedConfig, check_count
-from .inputs_metaembed import as_batch, count_images, is_single, to_messages
+from .inputs_metaembed import Message, as_batch, count_images, has_video, is_single, to_messages
+from .prompts_metaembed import cut_text, escape, render, special_token_pattern, tokenizer_of
 
 PROCESSOR_FILE = "processor_config.json"
 
@@ -24,6 +30,10 @@ PROCESSING_FIELDS = (
     "num_document_tokens",
     "causal",
     "mixes_images",
+    "batches_images",
+    "text_through_tokenizer",
+    "nests_images",
+    "processor_options",
     "document_sees_query_tokens",
     "query_token_ids",
     "document_token_ids",
@@ -105,13 +115,17 @@ class MetaEmbedProcessor(ProcessorMixin):
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The backbone's tokenizer, which holds the Meta Tokens."""
-        inner = self.backbone_processor
-        return inner if isinstance(inner, PreTrainedTokenizerBase) else inner.tokenizer
+        return tokenizer_of(self.backbone_processor)
 
     @property
     def image_processor(self) -> Any:
         """The backbone's image processor, or None where it takes no images."""
         return getattr(self.backbone_processor, "image_processor", None)
+
+    @property
+    def video_processor(self) -> Any:
+        """The backbone's video processor, or None where it takes no videos."""
+        return getattr(self.backbone_processor, "video_processor", None)
 
     @property
     def chat_template(self) -> str | dict | None:
@@ -161,6 +175,7 @@ class MetaEmbedProcessor(ProcessorMixin):
         num_meta: int | None = None,
         *,
         instruction: str | None = None,
+        max_length: int | None = None,
         **kwargs: Any,
     ) -> BatchFeature:
         """Turn queries or documents into model inputs that end in Meta Tokens.
@@ -170,6 +185,8 @@ class MetaEmbedProcessor(ProcessorMixin):
             side: "query" or "document".
             num_meta: r, the number of vectors wanted. None: the configuration's default, else all.
             instruction: Text put before the input, on a line of its own. None: the configuration's default; "": none.
+            max_length: Keep only so many tokens of each input's own text, from its start. Neither the instruction, nor
+                images, nor the Meta Tokens count, and none of them is ever cut. None: nothing is cut.
             **kwargs: Passed on to the backbone's processor, for this call only (`max_pixels`, `padding_side`, ...).
 
         Returns:
@@ -177,26 +194,39 @@ class MetaEmbedProcessor(ProcessorMixin):
             the inputs, for the model to slice by.
 
         Raises:
-            TypeError: If an input or `num_meta` is of the wrong type.
-            ValueError: If there are no inputs, an input cannot be read, or `num_meta` is out of range.
+            TypeError: If an input or `num_meta` is of the wrong type, or the backbone's processor knows no such keyword.
+            ValueError: If there are no inputs, an input cannot be read, a number is out of range, the backbone does
+                not take such inputs, or these inputs may not share a batch (see [`group`]).
         """
         items = [inputs] if is_single(inputs) else as_batch(inputs)
         if not items:
             raise ValueError("there is nothing to process: the list of inputs is empty.")
         num_meta = self.resolve_num_meta(side, num_meta)
+        if max_length is not None:
+            check_count("max_length", max_length, 2**31)
+        self._check_keywords(kwargs)
+        if len(groups := self.group(items)) > 1:
+            raise ValueError(
+                f"this backbone cannot take these inputs in one batch without changing their embeddings. Process "
+                f"them by groups, {groups} as processor.group says, or use model.encode_queries and encode_documents."
+            )
         if instruction is None:
             instruction = getattr(self.config, f"{side}_instruction")
-        prompts, images = [], []
+        suffix = "".join(self._appended_tokens(side, num_meta))
+        texts, media = [], {"image": [], "video": []}
         for index, item in enumerate(items):
             try:
                 messages = to_messages(item)
+                self._check_media(messages)
             except (TypeError, ValueError) as error:
                 raise type(error)(f"input {index}: {error}") from error
-            prompt, pictures = self._render(messages, instruction)
-            prompts.append(prompt)
-            images.append(pictures)
-        suffix = "".join(self._appended_tokens(side, num_meta))
-        features = self._call_backbone([prompt + suffix for prompt in prompts], images, prompts[0], kwargs)
+            if max_length is not None:
+                messages = cut_text(messages, self.tokenizer, max_length)
+            texts.append(render(self.backbone_processor, self._escaped(messages, instruction)) + suffix)
+            parts = [part for message in messages for part in message["content"]]
+            for kind, lists in media.items():
+                lists.append([part[kind] for part in parts if part["type"] == kind])
+        features = self._call_backbone(texts, media["image"], media["video"], kwargs)
         self._check_meta_tokens(features["input_ids"], side, num_meta)
         if not self.config.causal:
             features["num_meta"] = num_meta
@@ -218,13 +248,15 @@ class MetaEmbedProcessor(ProcessorMixin):
         """Split a batch into lists of indices of inputs that may be processed together.
 
         One list, except where the backbone would let inputs with different numbers of images change each other (or
-        refuses them): then one list for each number of images.
+        refuses them): then one list for each number of images, or, where even equal numbers change each other, one for
+        each input with images. An input with a video stands alone: most backbones stack the frames of a batch, which
+        would force all videos to one length.
         """
-        if self.config.mixes_images:
-            return [list(range(len(inputs)))]
-        groups: dict[int, list[int]] = {}
+        groups: dict[Any, list[int]] = {}
         for index, item in enumerate(inputs):
-            groups.setdefault(count_images(item), []).append(index)
+            images = 0 if self.config.mixes_images else count_images(item)
+            alone = has_video(item) or (images and not self.config.batches_images)
+            groups.setdefault(("alone", index) if alone else images, []).append(index)
         return list(groups.values())
 
     def _appended_tokens(self, side: str, num_meta: int) -> list[str]:
@@ -234,75 +266,92 @@ class MetaEmbedProcessor(ProcessorMixin):
             tokens = meta_token_names("query", self.config.num_query_tokens) + tokens
         return tokens
 
-    def _render(self, messages: list[dict], instruction: str | None) -> tuple[str, list]:
-        """Render messages to the backbone's prompt, and list their images in order."""
-        images, skeleton = [], []
-        for message in messages:
-            content = []
-            for part in message["content"]:
-                if part["type"] == "image":
-                    images.append(part["image"])
-                    content.append({"type": "image"})
-                else:
-                    content.append({"type": "text", "text": self.escape(part["text"])})
-            skeleton.append({"role": message["role"], "content": content})
+    def escape(self, text: str) -> str:
+        """Break every special token that stands literally in a user's text: see [`prompts_metaembed.escape`]."""
+        return escape(text, self._special_token)
+
+    @cached_property
+    def _special_token(self) -> Any:
+        return special_token_pattern(self.backbone_processor)
+
+    def _escaped(self, messages: list[Message], instruction: str | None) -> list[Message]:
+        """Return the messages as the chat template takes them: text escaped, pictures as mere places."""
+        skeleton = [
+            {
+                "role": message["role"],
+                "content": [
+                    {"type": "text", "text": self.escape(part["text"])}
+                    if part["type"] == "text"
+                    else {"type": part["type"]}
+                    for part in message["content"]
+                ],
+            }
+            for message in messages
+        ]
         if instruction:
             first = next((message for message in skeleton if message["role"] == "user"), skeleton[0])
             first["content"].insert(0, {"type": "text", "text": self.escape(instruction) + "\n"})
-        if images and self.image_processor is None:
-            raise ValueError(f"this backbone takes no images ({type(self.backbone_processor).__name__}).")
-        if self.chat_template is None:
-            return self._render_plain(skeleton), images
-        owner = self.backbone_processor if getattr(self.backbone_processor, "chat_template", None) else self.tokenizer
-        if not images and owner is self.tokenizer:  # templates of text-only tokenizers expect strings
-            skeleton = [
-                {"role": message["role"], "content": "".join(part["text"] for part in message["content"])}
-                for message in skeleton
-            ]
-        return owner.apply_chat_template(skeleton, tokenize=False), images
+        return skeleton
 
-    def _render_plain(self, messages: list[dict]) -> str:
-        placeholder = getattr(self.backbone_processor, "image_token", "")
-        parts = [part for message in messages for part in message["content"]]
-        return "".join(part["text"] if part["type"] == "text" else placeholder for part in parts)
-
-    def escape(self, text: str) -> str:
-        """Break every special token that stands literally in a user's text, so that it stays text.
-
-        A space goes after the token's first character: `<|image_pad|>` becomes `< |image_pad|>`. Otherwise a text
-        that quotes a Meta Token or an image placeholder would change the structure of the sequence.
-        """
-        while self._special_token and self._special_token.search(text):
-            text = self._special_token.sub(lambda match: f"{match[0][0]} {match[0][1:]}", text)
-        return text
+    def _check_media(self, messages: list[Message]) -> None:
+        for message in messages:
+            for part in message["content"]:
+                if part["type"] != "text" and getattr(self, f"{part['type']}_processor") is None:
+                    raise ValueError(
+                        f"this backbone takes no {part['type']}s ({type(self.backbone_processor).__name__})."
+                    )
 
     @cached_property
-    def _special_token(self) -> re.Pattern | None:
-        """Matches any token that means structure and not text."""
-        tokens = {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special}
-        tokens.update(self.tokenizer.all_special_tokens)
-        for kind in ("image", "video", "audio"):  # placeholders that a processor searches for as strings
-            placeholder = getattr(self.backbone_processor, f"{kind}_token", None)
-            tokens.update([placeholder] if isinstance(placeholder, str) else [])
-        breakable = sorted((token for token in tokens if len(token.strip()) > 1), key=len, reverse=True)
-        return re.compile("|".join(map(re.escape, breakable))) if breakable else None
+    def _keywords(self) -> set[str]:
+        """Every keyword that some part of the backbone's processor heeds."""
+        inner = self.backbone_processor
+        if isinstance(inner, PreTrainedTokenizerBase):
+            return set(TextKwargs.__annotations__)
+        kinds = getattr(inner, "valid_processor_kwargs", ProcessingKwargs).__annotations__
+        names = set(kinds)
+        for kind in [*kinds.values(), *(getattr(part, "valid_kwargs", None) for part in vars(inner).values())]:
+            names.update(getattr(kind, "__annotations__", ()))
+        return names
 
-    def _call_backbone(self, texts: list[str], images: list[list], prompt: str, kwargs: dict) -> BatchFeature:
+    def _check_keywords(self, kwargs: dict[str, Any]) -> None:
+        """A keyword that nobody heeds must not pass in silence: transformers only warns, and once."""
+        nested = [name for kind in ("text", "images", "videos") for name in kwargs.get(f"{kind}_kwargs", ())]
+        if unknown := sorted({*kwargs, *nested} - self._keywords):
+            raise TypeError(
+                f"{type(self.backbone_processor).__name__} knows no keyword {', '.join(unknown)}. "
+                f"It knows {', '.join(sorted(self._keywords))}."
+            )
+        if "truncation" in kwargs:
+            raise ValueError(
+                "`truncation` would cut the Meta Tokens off. To cut the text before them, use `max_length`."
+            )
+
+    def _call_backbone(self, texts: list[str], images: list, videos: list, kwargs: dict) -> BatchFeature:
+        inner = self.backbone_processor
         # Right padding gives equal rows whatever the position embedding is; left padding moves absolute positions.
         kwargs = {"padding": True, "padding_side": "right", "return_tensors": "pt", **kwargs}
         bos = self.tokenizer.bos_token
-        if bos and prompt.startswith(bos):  # the chat template wrote it already
+        if bos and texts[0].startswith(bos):  # the chat template wrote it already
             kwargs["add_special_tokens"] = False
-        if isinstance(self.backbone_processor, PreTrainedTokenizerBase):
-            features = self.backbone_processor(texts, **kwargs)
+        bare = not any(images) and not any(videos)
+        if isinstance(inner, PreTrainedTokenizerBase) or (bare and self.config.text_through_tokenizer):
+            known = {name: value for name, value in kwargs.items() if name in TextKwargs.__annotations__}
+            if "token_type_ids" in inner.model_input_names:
+                known["return_token_type_ids"] = True
+            features = self.tokenizer(texts, **known)
         else:
-            nested = images if any(images) else None  # nested: flat lists are dealt to the wrong texts by some
+            flat = [image for pictures in images for image in pictures]
+            if not self.config.nests_images:
+                images = flat
+            media = {name: lists for name, lists in (("images", images), ("videos", videos)) if any(lists)}
+            if any(isinstance(video, np.ndarray) for clips in videos for video in clips):
+                kwargs.setdefault("do_sample_frames", False)  # whoever passes frames has sampled them
             try:
-                features = self.backbone_processor(text=texts, images=nested, **kwargs)
-            except ValueError as error:
-                sizes = [[image.size for image in pictures] for pictures in images]
+                features = inner(text=texts, **media, **{**(self.config.processor_options or {}), **kwargs})
+            except Exception as error:
+                sizes = [image.size for image in flat]
                 raise ValueError(
-                    f"the backbone's processor refused images of (width, height) {sizes}: {error}"
+                    f"{type(inner).__name__} refused inputs with images of (width, height) {sizes}: {error!r}"
                 ) from error
         features.pop("labels", None)
         return BatchFeature(dict(features))
@@ -315,7 +364,7 @@ class MetaEmbedProcessor(ProcessorMixin):
         if (counts != expected).any():
             raise ValueError(
                 f"after tokenization, inputs hold {counts.tolist()} {side} Meta Tokens instead of {expected} each. "
-                "If you passed `truncation` or `max_length`, they cut the Meta Tokens off: cut the text instead."
+                "The backbone's processor or tokenizer is not usable for MetaEmbed as it is set up."
             )
 
     # -- Saving and loading --------------------------------------------------------------------------------------
@@ -367,6 +416,8 @@ class MetaEmbedProcessor(ProcessorMixin):
             )
         saved = content["metaembed"]
         if saved["backbone_auto_map"]:
+            trusted = kwargs.get("trust_remote_code")
+            resolve_trust_remote_code(trusted, str(pretrained_model_name_or_path), has_local_code=False, has_remote_code=True)
             inner = get_class_from_dynamic_module(saved["backbone_auto_map"], pretrained_model_name_or_path, **kwargs)
         else:
             inner = getattr(transformers, saved["backbone_processor"], AutoTokenizer)

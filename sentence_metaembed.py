@@ -11,6 +11,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from .inputs_metaembed import as_batch, count_images
 from .modeling_metaembed import MetaEmbedModel
+from .sentence_card_metaembed import adopt_card
 
 try:  # in a `try`, so that transformers does not ask users of AutoModel alone to install it
     from sentence_transformers import MultiVectorEncoder
@@ -208,4 +209,8 @@ def to_multi_vector_encoder(model: MetaEmbedModel, **kwargs: Any) -> MultiVector
     """
     reference = f"{Path(__file__).stem}.{MetaEmbedTransformer.__name__}"
     module_class = get_class_from_dynamic_module(reference, str(Path(__file__).parent))
-    return MultiVectorEncoder(modules=[module_class(model)], similarity_fn_name="maxsim", **kwargs)
+    # Its trainer reads checkpoints back, to resume or to keep the best: their code is what runs here already.
+    options = {"similarity_fn_name": "maxsim", "trust_remote_code": True, **kwargs}
+    encoder = MultiVectorEncoder(modules=[module_class(model)], **options)
+    adopt_card(encoder)
+    return encoder

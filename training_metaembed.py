@@ -12,6 +12,7 @@ from sentence_transformers.util import all_gather, get_rank
 from torch import Tensor, nn
 
 from .configuration_metaembed import check_budgets, check_count
+from .sentence_card_metaembed import adopt_card
 
 if TYPE_CHECKING:
     from sentence_transformers import MultiVectorEncoder
@@ -101,6 +102,7 @@ class MMRObjective:
             raise ValueError(f'normalize must be "sum", "mean" or "sqrt", got {normalize!r}.')
         if score_mini_batch_size is not None:
             check_count("score_mini_batch_size", score_mini_batch_size, 1_000_000)
+        adopt_card(model)
         self.budgets = [(r_q, r_c) for r_q, r_c in pairs]
         self.weights = weights
         self.temperature = temperature

@@ -17,6 +17,18 @@ from transformers import (
 
 from metaembed import MetaEmbedModel
 
+
+class RootIsNoTestPackage:
+    """Without this, pytest imports the root's `__init__` by the name of the folder, which a clone may call anything."""
+
+    def pytest_collect_directory(self, path, parent):
+        return pytest.Dir.from_parent(parent, path=path) if path == parent.config.rootpath else None
+
+
+def pytest_configure(config):
+    config.pluginmanager.register(RootIsNoTestPackage())
+
+
 TEXTS = [
     "a red apple and a cat face on the table",
     "a blue rocket over the yellow moon",

@@ -4,14 +4,13 @@ import sys
 from functools import cache
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT / "examples"))
 
 from tiny_backbone import build_backbone, build_processor  # noqa: E402
+from tiny_pictures import picture  # noqa: E402, F401
 
 from metaembed import MetaEmbedModel  # noqa: E402
 from metaembed.sentence_metaembed import to_multi_vector_encoder  # noqa: E402
@@ -44,10 +43,6 @@ def tiny_model(double=False, hidden_size=32, layers=2, **options):
 
 def tiny_encoder(**options):
     return to_multi_vector_encoder(tiny_model(**options), device="cpu")
-
-
-def picture(seed, width=32, height=32):
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
 def gradients(model):

@@ -1,0 +1,128 @@
+"""Try every architecture of transformers' image-text-to-text mapping and write down what came of it.
+
+    python benchmarks/backbones.py [--only qwen3_vl,paligemma] [--output docs/backbones.md]
+
+Each is built tiny, with random weights and its real processor (see `tests/tiny.py`), and put through every check of
+`tests/conformance.py`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT / "tests"))
+
+import torch  # noqa: E402
+import transformers  # noqa: E402
+from conformance import CHECKS, inputs_of, load, run  # noqa: E402
+from tiny import build  # noqa: E402
+from tqdm.auto import tqdm  # noqa: E402
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES  # noqa: E402
+
+ALSO = ["modernvbert", "qwen3", "llama", "bert", "modernbert"]
+SECONDS = 180  # for one architecture
+
+HEADER = """\
+# Backbones
+
+Written by `make backbones`, with transformers {version}: every architecture of its image-text-to-text mapping, and some
+others, each built tiny with random weights and its real processor, and put through every check of
+`tests/conformance.py`: {checks}.
+
+**{works} of {total} work.** The others are named with the reason. There is no list of backbones in the package: whatever
+passes what [`MetaEmbedModel.from_backbone`] tries at creation is a backbone.
+
+- *prefix*: "fewer tokens" where the backbone is causal, so that only the Meta Tokens asked for are appended; "slice" where
+  it is not, so that all are appended and the first are kept.
+- *batches*: "mixed" where inputs with any numbers of images share a batch; "by images" where only equal numbers of images
+  do; "alone" where each input with images is encoded by itself. `encode_queries` and `encode_documents` see to it.
+
+## Work
+
+| architecture | inputs | prefix | batches |
+|---|---|---|---|
+{table}
+
+## Do not
+
+| architecture | where | reason |
+|---|---|---|
+{reasons}
+"""
+
+
+class TooLongError(Exception):
+    """Raised when an architecture takes longer than it may."""
+
+
+def raise_too_long(*_) -> None:
+    raise TooLongError(f"took longer than {SECONDS} s")
+
+
+def attempt(name: str) -> tuple[bool, list[str]]:
+    """Try one architecture.
+
+    Returns:
+        Whether it works, and the cells of its row.
+    """
+    stage = "built tiny"
+    signal.signal(signal.SIGALRM, raise_too_long)
+    signal.alarm(SECONDS)
+    try:
+        build(name)
+        stage = "created"
+        model = load(name)
+        for check in CHECKS:
+            stage = check.replace("_", " ")
+            with tempfile.TemporaryDirectory() as folder:
+                run(check, name, Path(folder))
+        config = model.config
+        batches = "mixed" if config.mixes_images else "by images" if config.batches_images else "alone"
+        inputs = ", ".join(inputs_of(model))
+        return True, [inputs, "fewer tokens" if config.causal else "slice", batches]
+    except Exception as error:
+        reason = (str(error).strip() or "the check failed").split("\n")[0][:300].replace("|", "\\|")
+        kind = {"built tiny": "not built here", "created": "refused at creation"}.get(stage, f"fails: {stage}")
+        return False, [kind, reason if isinstance(error, ValueError) else f"{type(error).__name__}: {reason}"]
+    finally:
+        signal.alarm(0)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--only", help="names of architectures, separated by commas")
+    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "backbones.md")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)  # models this small lose by more
+    warnings.filterwarnings("ignore")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    names = arguments.only.split(",") if arguments.only else [*MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, *ALSO]
+    rows: dict[bool, list[str]] = {True: [], False: []}
+    for name in tqdm(names):
+        start = time.perf_counter()
+        works, cells = attempt(name)
+        rows[works].append(f"| {name} | " + " | ".join(cells) + " |")
+        tqdm.write(f"{rows[works][-1]} {time.perf_counter() - start:.1f} s")
+    text = HEADER.format(
+        version=transformers.__version__,
+        checks=", ".join(check.replace("_", " ") for check in CHECKS),
+        works=len(rows[True]),
+        total=len(names),
+        table="\n".join(sorted(rows[True])),
+        reasons="\n".join(sorted(rows[False])),
+    )
+    arguments.output.parent.mkdir(exist_ok=True)
+    arguments.output.write_text(text, encoding="utf-8")
+    print(f"{len(rows[True])} of {len(names)} work. Written to {arguments.output}.")
+
+
+if __name__ == "__main__":
+    main()

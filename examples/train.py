@@ -1,0 +1,280 @@
+"""Fine-tune a MetaEmbed model on your own pairs: any backbone, text and images, LoRA or in full, one GPU or many.
+
+    python examples/train.py --backbone Qwen/Qwen2.5-VL-3B-Instruct --dataset you/your-pairs --output_dir outputs/train
+        --per_device_train_batch_size 256 --mini_batch_size 8 --bf16 --gradient_checkpointing --learning_rate 1e-4
+
+    accelerate launch --config_file examples/fsdp.yaml examples/train.py ...    several GPUs, sharded
+    torchrun --nproc-per-node 8 examples/train.py ... --gather_across_devices   several GPUs, a whole model on each
+    python examples/train.py ... --resume                                       go on after a kill
+    python examples/train.py ... --push_to_hub --hub_model_id you/your-model    publish the result
+
+The dataset has the columns `query`, `positive` and any number of `negative`, `negative_1`, ...; each holds text or
+images, and `query_image`, `positive_image`, ... add images to the text of the same name. Takes what `python
+examples/train.py --help` lists, among it everything that sentence-transformers' training arguments know.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import re
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, DatasetDict, load_dataset
+from PIL import Image
+from sentence_transformers import MultiVectorEncoderTrainer, MultiVectorEncoderTrainingArguments
+from transformers import AutoConfig, HfArgumentParser, set_seed
+
+from metaembed import MetaEmbedModel
+from metaembed.adapter_metaembed import find_adapter, lora_config, merge_adapter
+from metaembed.evaluation_metaembed import BudgetEvaluator, budget_table
+from metaembed.sentence_metaembed import to_multi_vector_encoder
+from metaembed.training_metaembed import CachedMMRLoss, MMRLoss
+
+logger = logging.getLogger("train")
+
+
+@dataclass
+class Arguments:
+    """What to train, on what, and how; the rest are sentence-transformers' training arguments."""
+
+    backbone: str = field(metadata={"help": "Hub id or folder: a plain backbone, or a MetaEmbed model to train on"})
+    dataset: str = field(metadata={"help": "Hub id, .parquet or .jsonl file, image folder, or a folder of these"})
+    dataset_config: str | None = field(default=None, metadata={"help": "configuration of a dataset of the Hub"})
+    train_split: str = field(default="train", metadata={"help": "split to train on"})
+    eval_split: str | None = field(default=None, metadata={"help": "split to evaluate on"})
+    eval_size: int = field(default=0, metadata={"help": "without eval_split: rows kept apart to evaluate on"})
+    query_column: str = field(default="query", metadata={"help": "name of the queries' column"})
+    positive_column: str = field(default="positive", metadata={"help": "name of the documents' column"})
+    num_query_tokens: int = field(default=16, metadata={"help": "R_q"})
+    num_document_tokens: int = field(default=64, metadata={"help": "R_c"})
+    embedding_dim: int | None = field(default=None, metadata={"help": "dimension of a vector; none: the hidden size"})
+    query_instruction: str | None = field(default=None, metadata={"help": "text put before every query"})
+    document_instruction: str | None = field(default=None, metadata={"help": "text put before every document"})
+    dtype: str | None = field(default=None, metadata={"help": "of the backbone; none: bfloat16 for LoRA with --bf16"})
+    attn_implementation: str | None = field(default=None, metadata={"help": "sdpa, flash_attention_2, ..."})
+    lora: bool = field(default=True, metadata={"help": "the paper's recipe; --no_lora trains every weight"})
+    lora_r: int = field(default=32, metadata={"help": "rank"})
+    lora_alpha: int = field(default=32, metadata={"help": "scale, over the rank"})
+    lora_dropout: float = field(default=0.1, metadata={"help": "dropout before the low-rank layers"})
+    meta_token_learning_rate: float | None = field(
+        default=None, metadata={"help": "of the Meta Tokens; with --no_lora, of the embedding that they are rows of"}
+    )
+    projection_learning_rate: float | None = field(default=None, metadata={"help": "of the projection"})
+    temperature: float = field(default=0.03, metadata={"help": "tau"})
+    normalize: str = field(default="sqrt", metadata={"help": "of the logits: sum (the paper's), mean or sqrt"})
+    mini_batch_size: int = field(default=0, metadata={"help": "GradCache: inputs in memory at a time; 0: all, plain"})
+    gather_across_devices: bool = field(default=False, metadata={"help": "negatives from all GPUs"})
+    resume: bool = field(default=False, metadata={"help": "go on from the last checkpoint in output_dir"})
+    merge: bool = field(default=False, metadata={"help": "save the model with its LoRA merged, not the adapter"})
+
+
+@dataclass
+class TrainingArguments(MultiVectorEncoderTrainingArguments):
+    """sentence-transformers' training arguments, in types that the parser knows."""
+
+    max_length: str | None = field(default=None, metadata={"help": "unused: inputs are never cut"})
+
+
+def load_rows(arguments: Arguments) -> tuple[Dataset, Dataset | None]:
+    """Load the rows to train on and to evaluate on."""
+    path = Path(arguments.dataset)
+    loaders = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
+    if path.suffix in loaders and path.is_file():
+        data = load_dataset(loaders[path.suffix], data_files=str(path))
+    else:  # a Hub id, or a folder: images with a metadata.jsonl, or files named after their splits
+        data = load_dataset(arguments.dataset, arguments.dataset_config)
+    assert isinstance(data, DatasetDict)
+    for split in filter(None, (arguments.train_split, arguments.eval_split)):
+        if split not in data:
+            raise ValueError(f"{arguments.dataset} has no split {split!r}; it has {sorted(data)}.")
+    train = data[arguments.train_split]
+    if arguments.eval_split:
+        return train, data[arguments.eval_split]
+    if arguments.eval_size:
+        parts = train.train_test_split(test_size=arguments.eval_size, seed=0)
+        return parts["train"], parts["test"]
+    return train, None
+
+
+def find_columns(names: list[str], arguments: Arguments) -> list[str]:
+    """Return the inputs of a row: the query, the positive, and the hard negatives that there are."""
+    roots = {name.removesuffix("_image") for name in names}
+    negatives = sorted(name for name in roots if re.fullmatch(r"negative(_\d+)?", name))
+    wanted = [arguments.query_column, arguments.positive_column, *negatives]
+    if missing := [name for name in wanted if name not in roots and name not in names]:
+        raise ValueError(f"the dataset has no column {missing[0]!r}; it has {names}. See --query_column.")
+    return wanted
+
+
+def combine(rows: dict[str, list], columns: list[str]) -> dict[str, list]:
+    """Join text and images of a batch of rows into inputs of the model."""
+    count = len(next(iter(rows.values())))
+    batch: dict[str, list] = {}
+    for column in columns:
+        batch[column] = []
+        for text, image in zip(
+            rows.get(column, [None] * count), rows.get(f"{column}_image", [None] * count), strict=True
+        ):
+            if text is None and image is None:
+                raise ValueError(f"a row holds neither text nor an image in {column!r}.")
+            both = text is not None and image is not None
+            batch[column].append({"text": text, "image": image} if both else image if text is None else text)
+    return batch
+
+
+def prepare(rows: Dataset, columns: list[str]) -> Dataset:
+    """Return a data set with one column an input, joined as they are read: images are not copied."""
+    numbers = Dataset.from_dict({column: range(len(rows)) for column in columns})
+    return numbers.with_transform(lambda batch: combine(rows[next(iter(batch.values()))], list(batch)))
+
+
+def identity(item: Any) -> str:
+    """Return a name for an input, equal for equal inputs."""
+    if isinstance(item, Image.Image):
+        return hashlib.sha1(f"{item.mode}{item.size}".encode() + item.tobytes()).hexdigest()
+    if isinstance(item, dict):
+        return "+".join(identity(value) for value in item.values())
+    if isinstance(item, (list, tuple)):
+        return "+".join(map(identity, item))
+    return str(item)
+
+
+def make_evaluator(rows: Dataset, columns: list[str], model: MetaEmbedModel, batch_size: int) -> BudgetEvaluator:
+    """Return an evaluator over the documents of `rows`: each query must find its own among all, negatives included."""
+    queries, corpus, relevant = {}, {}, {}
+    for index, row in enumerate(rows):
+        inputs = combine({name: [value] for name, value in row.items()}, columns)
+        query, positive, *_ = (inputs[column][0] for column in columns)
+        queries[f"q{index}"] = query
+        for column in columns[1:]:
+            corpus.setdefault(identity(inputs[column][0]), inputs[column][0])
+        relevant[f"q{index}"] = {identity(positive)}
+    cuts = dict(ndcg_at_k=[5, 10], mrr_at_k=[10], accuracy_at_k=[1], precision_recall_at_k=[1, 5], map_at_k=[100])
+    budgets = model.config.budgets
+    return BudgetEvaluator(queries, corpus, relevant, budgets, name="eval", batch_size=batch_size, **cuts)
+
+
+def make_model(arguments: Arguments, training: TrainingArguments) -> MetaEmbedModel:
+    """Load or make the model, and add the adapter."""
+    default = torch.bfloat16 if training.bf16 and arguments.lora else torch.float32
+    options: dict[str, Any] = {"dtype": getattr(torch, arguments.dtype) if arguments.dtype else default}
+    if arguments.attn_implementation:
+        options["attn_implementation"] = arguments.attn_implementation
+    adapter = find_adapter(arguments.backbone) is not None
+    if adapter or AutoConfig.from_pretrained(arguments.backbone).model_type == "metaembed":
+        model = MetaEmbedModel.from_pretrained(
+            arguments.backbone, **options, **({"is_trainable": arguments.lora} if adapter else {})
+        )
+    else:
+        model = MetaEmbedModel.from_backbone(
+            arguments.backbone,
+            num_query_tokens=arguments.num_query_tokens,
+            num_document_tokens=arguments.num_document_tokens,
+            embedding_dim=arguments.embedding_dim,
+            query_instruction=arguments.query_instruction,
+            document_instruction=arguments.document_instruction,
+            seed=training.seed,
+            **options,
+        )
+    if adapter and not arguments.lora:
+        merge_adapter(model)
+    elif arguments.lora and not adapter:
+        recipe = dict(r=arguments.lora_r, lora_alpha=arguments.lora_alpha, lora_dropout=arguments.lora_dropout)
+        model.add_adapter(lora_config(model, **recipe))
+    return model
+
+
+def learning_rates(arguments: Arguments, model: MetaEmbedModel) -> dict[str, float]:
+    """Return the learning rates of parameters that have their own, by patterns of their names."""
+    rates = {}
+    if arguments.meta_token_learning_rate is not None:
+        name = next(n for n, m in model.named_modules() if m is model.get_input_embeddings()).split(".token_adapter")[
+            0
+        ]
+        rates[rf"{re.escape(name)}\."] = arguments.meta_token_learning_rate
+    if arguments.projection_learning_rate is not None:
+        rates[r"\.projection\."] = arguments.projection_learning_rate
+    return rates
+
+
+def last_checkpoint(folder: str) -> str | None:
+    """Return the newest checkpoint in `folder` that was written whole: its state is what is written last."""
+    whole = [path.parent for path in Path(folder).glob("checkpoint-*/trainer_state.json")]
+    return str(max(whole, key=lambda path: int(path.name.rpartition("-")[2]))) if whole else None
+
+
+def main(arguments: Arguments, training: TrainingArguments) -> None:
+    """Train, evaluate, save and publish."""
+    set_seed(training.seed)
+    push, training.push_to_hub = training.push_to_hub, False  # the result is published, not every checkpoint
+
+    # 1. Load the rows.
+    train_rows, eval_rows = load_rows(arguments)
+    columns = find_columns(train_rows.column_names, arguments)
+    logger.info(f"{len(train_rows)} rows of {columns}")
+
+    # 2. Make the model.
+    model = make_model(arguments, training)
+    encoder = to_multi_vector_encoder(model)
+
+    # 3. Choose the loss: one term for every budget; cached where the batch does not fit.
+    options = dict(
+        temperature=arguments.temperature,
+        normalize=arguments.normalize,
+        gather_across_devices=arguments.gather_across_devices,
+    )
+    if arguments.mini_batch_size:
+        loss = CachedMMRLoss(encoder, mini_batch_size=arguments.mini_batch_size, **options)
+    else:
+        loss = MMRLoss(encoder, **options)
+
+    # 4. Evaluate at every budget whenever a checkpoint is saved, and keep the best.
+    evaluator = None
+    if eval_rows is not None:
+        evaluator = make_evaluator(eval_rows, columns, model, training.per_device_eval_batch_size)
+        training.eval_strategy, training.eval_steps = training.save_strategy, training.save_steps
+        training.load_best_model_at_end = training.save_strategy != "no"
+        training.metric_for_best_model, training.greater_is_better = f"eval_{evaluator.primary_metric}", True
+
+    # 5. Train.
+    training.learning_rate_mapping = learning_rates(arguments, model)
+    trainer = MultiVectorEncoderTrainer(
+        model=encoder,
+        args=training,
+        train_dataset=prepare(train_rows, columns),
+        loss=loss,
+        evaluator=evaluator,
+    )
+    trainer.train(resume_from_checkpoint=last_checkpoint(training.output_dir) if arguments.resume else None)
+
+    # 6. Evaluate what will be saved.
+    if evaluator is not None:
+        results = evaluator(encoder)
+        best = trainer.state.best_metric
+        if best is not None and abs(results[evaluator.primary_metric] - best) > 1e-3:
+            raise RuntimeError(f"the best checkpoint was not loaded: it had {best}, the model has {results}.")
+        if trainer.is_world_process_zero():
+            print(budget_table(evaluator.budget_metrics(results), ["ndcg@10", "recall@1", "recall@5", "mrr@10"]))
+
+    # 7. Save, and publish.
+    if arguments.merge and arguments.lora:
+        merge_adapter(model)
+    final = Path(training.output_dir) / "final"
+    trainer.save_model(str(final))
+    if push and trainer.is_world_process_zero():
+        repository = training.hub_model_id or Path(training.output_dir).name
+        print(
+            encoder.push_to_hub(repository, token=training.hub_token, private=training.hub_private_repo, exist_ok=True)
+        )
+    logger.info(f"saved to {final}")
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logger.setLevel(logging.INFO)
+    main(*HfArgumentParser((Arguments, TrainingArguments)).parse_args_into_dataclasses())

@@ -1,0 +1,241 @@
+"""What every backbone must do, as functions of one model: run by `test_backbones.py` and by the table of backbones."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import numpy as np
+import torch
+from peft import LoraConfig, get_peft_model
+from PIL import Image
+from tiny import build
+from torch.nn.functional import cosine_similarity
+
+from metaembed import MetaEmbedModel
+
+SIDES = ("query", "document")
+TOKENS = {"query": 2, "document": 4}
+CLOSE = 2e-4  # of float32 rows of unit vectors; a leak between rows changes them by a hundred times as much
+
+
+def picture(seed: int, width: int = 112, height: int = 84) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def video(seed: int, frames: int = 4) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (frames, 56, 84, 3), dtype=np.uint8)
+
+
+@functools.lru_cache(maxsize=1)
+def load(name: str) -> MetaEmbedModel:
+    backbone, processor = build(name)
+    return MetaEmbedModel.from_backbone(
+        backbone, processor=processor, num_query_tokens=TOKENS["query"], num_document_tokens=TOKENS["document"]
+    )
+
+
+def encode(model: MetaEmbedModel, side: str, *args, **kwargs) -> torch.Tensor:
+    return (model.encode_queries if side == "query" else model.encode_documents)(*args, **kwargs)
+
+
+def inputs_of(model: MetaEmbedModel) -> dict[str, object]:
+    """Return one input of each kind that the backbone takes."""
+    inputs: dict[str, object] = {"text": "a red apple and the green pear"}
+    if model.processor.image_processor is not None:
+        inputs["image"] = picture(0)
+        inputs["image and text"] = {"image": picture(1), "text": "a red apple"}
+        if takes(model, two := {"image": [picture(0), picture(1)], "text": "two cats"}):
+            inputs["two images"] = two
+            interleaved = ["first", picture(2), "then", {"type": "image", "image": picture(3)}, "what is new?"]
+            inputs["interleaved"] = [{"role": "user", "content": interleaved}]
+    if model.processor.video_processor is not None and takes(model, clip := {"video": video(0), "text": "a cat"}):
+        inputs["video"] = clip
+    return inputs
+
+
+def takes(model: MetaEmbedModel, item: object) -> bool:
+    try:
+        model.encode_documents(item)
+    except Exception:
+        return False
+    return True
+
+
+def distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    assert a.shape == b.shape, (a.shape, b.shape)
+    return float((a - b).norm(dim=-1).max())
+
+
+def check_every_kind_of_input_is_embedded(model: MetaEmbedModel) -> None:
+    for side in SIDES:
+        rows = {kind: encode(model, side, item) for kind, item in inputs_of(model).items()}
+        for kind, row in rows.items():
+            assert row.shape == (TOKENS[side], model.config.hidden_size), kind
+            torch.testing.assert_close(row.norm(dim=-1), torch.ones(TOKENS[side]), msg=kind)
+        kinds = list(rows)
+        for first in range(len(kinds)):
+            for second in range(first):
+                assert distance(rows[kinds[first]], rows[kinds[second]]) > 100 * CLOSE, (kinds[first], kinds[second])
+    text = "a red apple"
+    assert distance(encode(model, "query", text), encode(model, "document", text)[:2]) > 100 * CLOSE
+
+
+def check_fewer_tokens_equal_the_prefix(model: MetaEmbedModel) -> None:
+    for side in SIDES:
+        for kind, item in inputs_of(model).items():
+            whole = encode(model, side, item)
+            for r in range(1, TOKENS[side]):
+                part = encode(model, side, item, num_meta=r)
+                assert distance(part, whole[:r]) < CLOSE, (side, kind, r)
+
+
+def check_a_batch_equals_one_by_one(model: MetaEmbedModel) -> None:
+    items = [*inputs_of(model).values(), "cat", "the green pear on a blue table " * 5]
+    together = model.encode_documents(items)
+    for item, row in zip(items, together, strict=True):
+        assert distance(model.encode_documents(item), row) < CLOSE, item
+
+
+def check_special_tokens_in_user_text_are_text(model: MetaEmbedModel) -> None:
+    processor = model.processor
+    special = torch.tensor([i for i, token in processor.tokenizer.added_tokens_decoder.items() if token.special])
+    names = [processor.tokenizer.decode([i], skip_special_tokens=False) for i in special.tolist()]
+    names += [value for name, value in vars(processor.backbone_processor).items() if name.endswith("_token") and value]
+
+    def structure(text: str) -> list[int]:
+        ids = processor.process_documents(text)["input_ids"][0]
+        return ids[torch.isin(ids, special)].tolist()
+
+    plain = structure("apple")
+    for name in names:
+        assert structure(f"apple {name}{name} pear") == plain, name
+    model.encode_documents("".join(names))
+
+
+def check_saving_and_loading_changes_nothing(model: MetaEmbedModel, folder: Path) -> None:
+    model.save_pretrained(folder)
+    loaded = MetaEmbedModel.from_pretrained(folder)
+    for kind, item in inputs_of(model).items():
+        before, after = model.processor.process_documents(item), loaded.processor.process_documents(item)
+        assert before.keys() == after.keys(), kind
+        for name, value in before.items():
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(after[name])), (kind, name)
+        assert distance(model.encode_documents(item), loaded.encode_documents(item)) < 1e-5, kind
+
+
+def check_a_training_step_changes_what_it_should(name: str) -> None:
+    """The Meta Tokens and the LoRA weights, all of them, and nothing else."""
+    model = load.__wrapped__(name)
+    embedding = next(n for n, module in model.named_modules() if module is model.get_input_embeddings())
+    ids = model.config.query_token_ids + model.config.document_token_ids
+    lora = LoraConfig(
+        target_modules=linear_names(model), trainable_token_indices={embedding: ids}, init_lora_weights=False
+    )
+    trained = get_peft_model(model, lora).train()
+    before = {n: p.detach().clone() for n, p in trained.named_parameters()}
+    trainable = [p for p in trained.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(trainable, lr=10.0)
+    loss = mmr_loss(model)
+    loss.backward()
+    optimizer.step()
+    after = dict(trained.named_parameters())
+    changed = {n for n, value in before.items() if not torch.equal(value, after[n])}
+    assert changed == {n for n, p in after.items() if p.requires_grad}
+    delta = next(n for n in changed if "token_adapter" in n)
+    rows = (before[delta] - after[delta]).abs().amax(dim=1) > 0  # [R_q + R_c]
+    # Every query vector counts; a document vector counts where it is some query vector's best, and the last is not seen
+    # by any other.
+    assert rows[: TOKENS["query"] + 1].all()
+
+
+def linear_names(model: MetaEmbedModel) -> list[str]:
+    """Two linear layers of the language model that every input passes through, whatever they are called."""
+    used: dict[str, None] = {}
+    hooks = [
+        module.register_forward_hook(lambda *_, n=name: used.setdefault(n))
+        for name, module in model.named_modules()
+        if type(module) is torch.nn.Linear
+    ]
+    model.encode_queries("a red apple")
+    for hook in hooks:
+        hook.remove()
+    return list(used)[:2]
+
+
+def mmr_loss(model: MetaEmbedModel) -> torch.Tensor:
+    """The paper's loss, written out for two queries and two documents."""
+    items = inputs_of(model)
+    queries = model(**model.processor.process_queries(["a red apple", "a green pear"])).embeddings
+    documents = torch.cat(
+        [
+            model(**model.processor.process_documents(item)).embeddings
+            for item in (items.get("image and text", items["text"]), "the green pear on a blue table")
+        ]
+    )
+    scores = torch.einsum("qid,njd->qnij", queries, documents)
+    target = torch.arange(2)
+    losses = [
+        torch.nn.functional.cross_entropy(scores[..., :r_q, :r_c].amax(-1).sum(-1) / 0.3, target)
+        for r_q, r_c in model.config.budgets
+    ]
+    return sum(losses)
+
+
+def check_bfloat16(name: str) -> None:
+    model = load(name)
+    rough = load.__wrapped__(name).to(torch.bfloat16)
+    for kind, item in inputs_of(model).items():
+        rows = rough.encode_documents(item)
+        assert rows.dtype == torch.float32
+        assert cosine_similarity(rows, model.encode_documents(item), dim=-1).min() > 0.9, kind
+
+
+def check_gradient_checkpointing_changes_nothing(name: str) -> None:
+    gradients = []
+    for checkpointing in (False, True):
+        model = load.__wrapped__(name)
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        model.train()
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        mmr_loss(model.eval() if not checkpointing else model).backward()
+        gradients.append(model.get_input_embeddings().weight.grad)
+    torch.testing.assert_close(*gradients, atol=1e-4, rtol=1e-3)
+
+
+def check_sdpa_equals_eager(name: str) -> None:
+    model, eager = load(name), load.__wrapped__(name)
+    eager.set_attn_implementation("eager")
+    for kind, item in inputs_of(model).items():
+        assert distance(model.encode_documents(item), eager.encode_documents(item)) < CLOSE, kind
+
+
+def check_max_length_cuts_the_text_alone(model: MetaEmbedModel) -> None:
+    text = "a red apple and the green pear on a blue table"
+    ids = model.processor.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    cut = text[: ids["offset_mapping"][2][1]]
+    assert distance(model.encode_documents(text, max_length=3), model.encode_documents(cut)) < 1e-5
+    assert distance(model.encode_documents(text, max_length=1000), model.encode_documents(text)) < 1e-5
+
+
+def check_no_row_begins_with_two_bos(model: MetaEmbedModel) -> None:
+    bos = model.processor.tokenizer.bos_token_id
+    for kind, item in inputs_of(model).items():
+        ids = model.processor.process_documents(item)["input_ids"][0].tolist()
+        assert sum(token == bos for token in ids) <= 1, kind
+
+
+CHECKS = {name.removeprefix("check_"): check for name, check in list(globals().items()) if name.startswith("check_")}
+
+
+def run(check: str, name: str, folder: Path) -> None:
+    """Run one check on one architecture."""
+    function = CHECKS[check]
+    arguments = {"name": name, "folder": folder}
+    wanted = function.__code__.co_varnames[: function.__code__.co_argcount]
+    if "model" in wanted:
+        arguments["model"] = load(name)
+    function(**{argument: arguments[argument] for argument in wanted})

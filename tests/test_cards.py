@@ -1,0 +1,105 @@
+"""Every saved folder has a card that is complete and says nothing that was not measured."""
+
+import re
+
+import pytest
+import yaml
+from datasets import Dataset
+from huggingface_hub import ModelCard, parse_eval_result_entries
+from sentence_transformers import MultiVectorEncoder, MultiVectorEncoderTrainer, MultiVectorEncoderTrainingArguments
+from tiny_models import WORDS, picture, save_tiny_backbone, tiny_encoder, tiny_model
+
+from metaembed import MetaEmbedModel
+from metaembed.adapter_metaembed import lora_config
+from metaembed.card_metaembed import write_eval_results
+from metaembed.evaluation_metaembed import BudgetEvaluator
+from metaembed.training_metaembed import CachedMMRLoss
+
+
+def check(folder):
+    """Load the card of `folder`, with what every card must say."""
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.library_name == "sentence-transformers"
+    assert card.data.pipeline_tag == "visual-document-retrieval"
+    assert {"metaembed", "multi-vector", "late-interaction", "sentence-transformers"} <= set(card.data.tags)
+    for text in ("MultiVectorEncoder(", "AutoModel.from_pretrained(", "trust_remote_code=True", "@inproceedings{xiao"):
+        assert text in card.text
+    assert not re.search(r"{{|{%|\bNone\b", card.text), card.text
+    assert "| 4 | 8 | 1,024 |" in card.text
+    return card
+
+
+def check_examples_run(card, folder):
+    """The two examples of a card, run as they stand, on the folder."""
+    examples = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
+    assert len(examples) == 2
+    for example in examples:
+        exec(re.sub(r'"[^"\n]*", trust_remote_code', f'r"{folder}", trust_remote_code', example), {})
+
+
+def train(encoder, folder):
+    pairs = Dataset.from_dict({"query": WORDS, "positive": [picture(i) for i in range(16)]})
+    evaluator = BudgetEvaluator(
+        {"q": "cat"}, {"a": "cat", "b": "dog"}, {"q": {"a"}}, encoder[0].model.config.budgets, name="pets"
+    )
+    settings = MultiVectorEncoderTrainingArguments(
+        output_dir=str(folder),
+        max_steps=2,
+        per_device_train_batch_size=8,
+        learning_rate=3e-4,
+        report_to="none",
+        save_steps=2,
+        eval_strategy="steps",
+        eval_steps=2,
+        dataloader_pin_memory=False,
+    )
+    MultiVectorEncoderTrainer(
+        model=encoder, args=settings, train_dataset=pairs, loss=CachedMMRLoss(encoder), evaluator=evaluator
+    ).train()
+    return folder / "checkpoint-2"
+
+
+def test_the_card_of_a_saved_model(tmp_path):
+    tiny_model().save_pretrained(tmp_path / "saved")
+    card = check(tmp_path / "saved")
+    assert "not measured" in card.text and "Training" not in card.text and card.data.base_model is None
+    check_examples_run(card, tmp_path / "saved")
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_the_card_that_the_trainer_writes(tmp_path, again):
+    encoder = tiny_encoder()
+    if again:  # trained after sentence-transformers itself has loaded it
+        encoder.save_pretrained(str(tmp_path / "first"))
+        encoder = MultiVectorEncoder(str(tmp_path / "first"), trust_remote_code=True, device="cpu")
+    encoder.model_card_data.license = "apache-2.0"
+    folder = train(encoder, tmp_path / "run")
+    card = check(folder)
+    assert card.data.license == "apache-2.0"
+    assert "- `learning_rate`: 0.0003" in card.text and "CachedMMRLoss" in card.text
+    row = next(line for line in card.text.splitlines() if line.startswith("| 4 | 8 | 1,024 |"))
+    header = next(line for line in card.text.splitlines() if line.startswith("| query vectors"))
+    assert len(row.split("|")) == len(header.split("|")) and "ndcg@10" in header
+    assert "pets: 1 queries and 2 documents" in card.text and "not measured" not in card.text
+    assert not list(folder.rglob("*.png")), "pictures of the training data were put into the repository"
+    check_examples_run(card, folder)
+
+
+def test_the_card_of_an_adapter_says_so(tmp_path):
+    backbone = save_tiny_backbone(tmp_path / "backbone")
+    model = MetaEmbedModel.from_backbone(backbone, num_query_tokens=4, num_document_tokens=8)
+    model.config.base_model = "lab/backbone"
+    model.add_adapter(lora_config(model))
+    model.save_pretrained(tmp_path / "adapter")
+    card = check(tmp_path / "adapter")
+    assert card.data.base_model == "lab/backbone" and card.data["base_model_relation"] == "adapter"
+    assert "snapshot_download" in card.text and "an adapter" in card.text
+
+
+def test_eval_results_are_what_the_hub_reads(tmp_path):
+    quality = {(1, 1): {"ndcg@10": 0.5}, (4, 8): {"ndcg@10": 0.61234}}
+    files = write_eval_results(tmp_path, "lab/pairs", "test", quality, "ndcg@10")
+    assert [path.name for path in files] == ["lab-pairs-test-1x1.yaml", "lab-pairs-test-4x8.yaml"]
+    (entry,) = parse_eval_result_entries(yaml.safe_load(files[1].read_text()))
+    assert (entry.dataset_id, entry.task_id, entry.value) == ("lab/pairs", "test", 61.23)
+    assert "4 query and 8 document vectors" in entry.notes

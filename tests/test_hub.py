@@ -1,0 +1,209 @@
+"""What is pushed to the Hub loads by id and revision, in a fresh process, with an empty cache, without this package.
+
+The Hub is a small server on 127.0.0.1 that speaks the endpoints which these calls use; huggingface_hub is the real
+one.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from tiny_models import save_tiny_backbone
+
+pytestmark = pytest.mark.slow
+HERE = os.path.dirname(__file__)
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    """The address of a Hub, alone in its process."""
+    log = tmp_path_factory.mktemp("hub") / "log"
+    with open(log, "w") as stream:
+        command = [sys.executable, os.path.join(HERE, "local_hub.py")]
+        server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stream, text=True)
+        yield server.stdout.readline().strip()
+        server.terminate()
+        server.wait()
+        server.stdout.close()
+    assert log.read_text() == ""
+
+
+class Machine:
+    """A machine of its own: its folder, its cache; here it is told what to run."""
+
+    def __init__(self, folder, hub):
+        self.folder = folder
+        folder.mkdir()
+        self.environment = {
+            **{name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTHONPATH"))},
+            "HF_ENDPOINT": hub,
+            "HF_HOME": str(folder / "cache"),
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_TOKEN": "hf_test",
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": HERE,
+        }
+
+    def run(self, code):
+        """Run `code` in a fresh process, and return what it printed last, as JSON."""
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=self.folder, env=self.environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        return json.loads(done.stdout.splitlines()[-1])
+
+
+MAKE = """
+import json, torch
+from tiny_models import picture
+from metaembed import MetaEmbedModel
+from metaembed.sentence_metaembed import to_multi_vector_encoder
+QUERIES, DOCUMENTS = ["red apple"], ["a cat", picture(3), {"text": "boat", "image": picture(4, 48, 32)}]
+def embeddings(model):
+    return [model.encode_queries(QUERIES, num_meta=3).tolist(), model.encode_documents(DOCUMENTS, num_meta=5).tolist()]
+"""
+
+# A machine without the package: importing it fails, wherever it is installed.
+LOAD = """
+import json, sys
+sys.modules["metaembed"] = None
+import torch
+from transformers import AutoModel, AutoProcessor
+from sentence_transformers import MultiVectorEncoder
+from tiny_pictures import picture
+QUERIES, DOCUMENTS = ["red apple"], ["a cat", picture(3), {"text": "boat", "image": picture(4, 48, 32)}]
+def embeddings(model):
+    return [model.encode_queries(QUERIES, num_meta=3).tolist(), model.encode_documents(DOCUMENTS, num_meta=5).tolist()]
+def by_sentence_transformers(model):
+    sides = model.encode_query(QUERIES, num_meta=3), model.encode_document(DOCUMENTS, num_meta=5)
+    return [[embedding.tolist() for embedding in side] for side in sides]
+"""
+
+
+@pytest.fixture(scope="module")
+def trainer(hub, tmp_path_factory):
+    """The machine that makes models; the plain backbone is on the Hub."""
+    machine = Machine(tmp_path_factory.mktemp("machines") / "trainer", hub)
+    save_tiny_backbone(machine.folder / "backbone")
+    machine.run("""
+import json
+from huggingface_hub import HfApi
+HfApi().create_repo("lab/backbone")
+HfApi().upload_folder(repo_id="lab/backbone", folder_path="backbone")
+print(json.dumps("done"))
+""")
+    return machine
+
+
+@pytest.fixture
+def user(hub, tmp_path):
+    """A machine that has nothing yet."""
+    return Machine(tmp_path / "user", hub)
+
+
+def close(actual, expected):
+    for left, right in zip(actual, expected, strict=True):
+        torch.testing.assert_close(torch.tensor(left), torch.tensor(right), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("door", ["AutoModel", "MultiVectorEncoder"])
+def test_a_pushed_model_loads_by_id_and_revision(trainer, user, door):
+    push = {
+        "AutoModel": 'model.push_to_hub("lab/{0}")',
+        "MultiVectorEncoder": 'to_multi_vector_encoder(model).push_to_hub("lab/{0}", exist_ok=True)',
+    }[door].format(door)
+    first, second, commit = trainer.run(f"""{MAKE}
+model = MetaEmbedModel.from_backbone("lab/backbone", num_query_tokens=4, num_document_tokens=8, embedding_dim=24)
+first = embeddings(model)
+{push}
+from huggingface_hub import HfApi
+commit = HfApi().model_info("lab/{door}").sha
+torch.nn.init.normal_(model.projection.weight)
+{push}
+print(json.dumps([first, embeddings(model), commit]))
+""")
+    found = user.run(f"""{LOAD}
+old = dict(revision="{commit}", trust_remote_code=True)
+new = dict(trust_remote_code=True)
+processor = AutoProcessor.from_pretrained("lab/{door}", **old)
+assert processor.process_queries(["a"], num_meta=2)["input_ids"].shape[0] == 1
+print(json.dumps([
+    embeddings(AutoModel.from_pretrained("lab/{door}", **old)),
+    by_sentence_transformers(MultiVectorEncoder("lab/{door}", **old)),
+    embeddings(AutoModel.from_pretrained("lab/{door}", **new)),
+    by_sentence_transformers(MultiVectorEncoder("lab/{door}", **new)),
+]))
+""")
+    for actual, expected in zip(found, [first, first, second, second], strict=True):
+        close(actual, expected)
+
+
+def test_a_pushed_processor_loads_by_id(trainer, user):
+    expected = trainer.run(f"""{MAKE}
+model = MetaEmbedModel.from_backbone("lab/backbone", num_query_tokens=4, num_document_tokens=8)
+model.processor.push_to_hub("lab/processor")
+print(json.dumps(model.processor.process_documents(DOCUMENTS, num_meta=3)["input_ids"].tolist()))
+""")
+    actual = user.run(f"""{LOAD}
+processor = AutoProcessor.from_pretrained("lab/processor", trust_remote_code=True)
+print(json.dumps(processor.process_documents(DOCUMENTS, num_meta=3)["input_ids"].tolist()))
+""")
+    assert actual == expected
+
+
+def test_a_pushed_adapter_stands_on_its_own(trainer, user):
+    """It names the backbone on the Hub and its commit; a later change of the backbone does not reach it."""
+    expected = trainer.run(f"""{MAKE}
+from metaembed.adapter_metaembed import lora_config
+model = MetaEmbedModel.from_backbone("lab/backbone", num_query_tokens=4, num_document_tokens=8, embedding_dim=24)
+model.add_adapter(lora_config(model, r=4, init_lora_weights=False))
+for name, parameter in model.named_parameters():
+    if parameter.requires_grad:
+        torch.nn.init.normal_(parameter, std=0.1)
+model.eval()
+to_multi_vector_encoder(model).push_to_hub("lab/adapter")
+print(json.dumps(embeddings(model)))
+""")
+    trainer.run("""
+import json
+from huggingface_hub import HfApi
+from tiny_models import build_backbone, tiny_processor
+build_backbone(tiny_processor(), hidden_size=32, layers=2, seed=5).save_pretrained("other")
+HfApi().upload_folder(repo_id="lab/backbone", folder_path="other")
+print(json.dumps("the backbone has changed"))
+""")
+    trainer.folder.rename(trainer.folder.with_name("gone"))
+    try:
+        found = user.run(f"""{LOAD}
+from huggingface_hub import snapshot_download
+import json
+config = json.load(open(snapshot_download("lab/adapter") + "/adapter_config.json"))
+assert config["base_model_name_or_path"] == "lab/backbone" and len(config["revision"]) == 40, config
+print(json.dumps([
+    by_sentence_transformers(MultiVectorEncoder("lab/adapter", trust_remote_code=True)),
+    embeddings(AutoModel.from_pretrained(snapshot_download("lab/adapter"), trust_remote_code=True)),
+]))
+""")
+        again = user.run("""
+import json
+from tiny_models import picture
+from metaembed import MetaEmbedModel
+from peft import PeftModel
+QUERIES, DOCUMENTS = ["red apple"], ["a cat", picture(3), {"text": "boat", "image": picture(4, 48, 32)}]
+def embeddings(model):
+    return [model.encode_queries(QUERIES, num_meta=3).tolist(), model.encode_documents(DOCUMENTS, num_meta=5).tolist()]
+whole = MetaEmbedModel.from_pretrained("lab/adapter")
+name, commit = whole.adapter_base
+sizes = dict(num_query_tokens=4, num_document_tokens=8, embedding_dim=24, revision=commit)
+plain = MetaEmbedModel.from_backbone(name, **sizes)
+plain.load_adapter("lab/adapter")
+wrapped = PeftModel.from_pretrained(MetaEmbedModel.from_backbone(name, **sizes), "lab/adapter").eval()
+print(json.dumps([embeddings(whole), embeddings(plain), embeddings(wrapped)]))
+""")
+    finally:
+        trainer.folder.with_name("gone").rename(trainer.folder)
+    for actual in [*found, *again]:
+        close(actual, expected)
