@@ -4,10 +4,23 @@ import pytest
 import torch
 from conformance import CHECKS, run
 
-NAMED = """
-qwen2_5_vl paligemma mllama qwen2_vl qwen3_vl qwen3_5 idefics3 smolvlm gemma3 internvl llava_onevision
-mistral3 aya_vision lfm2_vl minicpmv4_6
-""".split()
+NAMED = [
+    "qwen2_5_vl",
+    "paligemma",
+    "mllama",
+    "qwen2_vl",
+    "qwen3_vl",
+    "qwen3_5",
+    "idefics3",
+    "smolvlm",
+    "gemma3",
+    "internvl",
+    "llava_onevision",
+    "mistral3",
+    "aya_vision",
+    "lfm2_vl",
+    "minicpmv4_6",
+]
 
 
 @pytest.fixture(autouse=True, scope="module")
