@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test lint backbones benchmark-encode clean
+.PHONY: quickstart test lint backbones benchmark benchmark-encode clean
 
 quickstart: $(VENV)/.ready
 	$(BIN)/python examples/quickstart.py $(ARGS)
@@ -16,6 +16,10 @@ backbones: $(VENV)/.ready
 
 benchmark-encode: $(VENV)/.ready
 	$(BIN)/python benchmarks/encode.py $(ARGS)
+
+# After `make quickstart`, whose model it uses.
+benchmark: $(VENV)/.ready
+	$(BIN)/python benchmarks/scoring.py $(ARGS)
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

@@ -419,7 +419,9 @@ class MetaEmbedProcessor(ProcessorMixin):
         saved = content["metaembed"]
         if saved["backbone_auto_map"]:
             trusted = kwargs.get("trust_remote_code")
-            resolve_trust_remote_code(trusted, str(pretrained_model_name_or_path), has_local_code=False, has_remote_code=True)
+            resolve_trust_remote_code(
+                trusted, str(pretrained_model_name_or_path), has_local_code=False, has_remote_code=True
+            )
             inner = get_class_from_dynamic_module(saved["backbone_auto_map"], pretrained_model_name_or_path, **kwargs)
         else:
             inner = getattr(transformers, saved["backbone_processor"], AutoTokenizer)
