@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test lint backbones benchmark benchmark-encode clean
+.PHONY: quickstart test test-floor lint backbones benchmark benchmark-encode clean
 
 quickstart: $(VENV)/.ready
 	$(BIN)/python examples/quickstart.py $(ARGS)
@@ -21,6 +21,10 @@ benchmark-encode: $(VENV)/.ready
 benchmark: $(VENV)/.ready
 	$(BIN)/python benchmarks/scoring.py $(ARGS)
 
+# The tests on the lowest versions that setup.py states.
+test-floor: $(VENV)-floor/.ready
+	$(VENV)-floor/bin/python -m pytest $(ARGS)
+
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -33,5 +37,12 @@ $(VENV)/.ready: setup.py
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
 	touch $@
 
+$(VENV)-floor/.ready: setup.py
+	$(PYTHON) -m venv $(VENV)-floor
+	sed -n 's/^ *"\([A-Za-z_-]*\)>=\([0-9.]*\)".*/\1==\2/p' setup.py > $(VENV)-floor/floor.txt
+	$(VENV)-floor/bin/python -m pip install --quiet --requirement $(VENV)-floor/floor.txt
+	$(VENV)-floor/bin/python -m pip install --quiet --constraint $(VENV)-floor/floor.txt --editable '.[test]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) outputs build *.egg-info
+	rm -rf $(VENV) $(VENV)-floor outputs build *.egg-info
