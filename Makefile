@@ -3,13 +3,23 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test test-floor lint clean
+.PHONY: quickstart test test-floor lint backbones benchmark benchmark-encode clean
 
 quickstart: $(VENV)/.ready
 	$(BIN)/python examples/quickstart.py $(ARGS)
 
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest $(ARGS)
+
+backbones: $(VENV)/.ready
+	$(BIN)/python benchmarks/backbones.py $(ARGS)
+
+benchmark-encode: $(VENV)/.ready
+	$(BIN)/python benchmarks/encode.py $(ARGS)
+
+# After `make quickstart`, whose model it uses.
+benchmark: $(VENV)/.ready
+	$(BIN)/python benchmarks/scoring.py $(ARGS)
 
 # The tests on the lowest versions that setup.py states.
 test-floor: $(VENV)-floor/.ready

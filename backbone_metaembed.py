@@ -30,7 +30,9 @@ def grow_embedding(backbone: PreTrainedModel, token_ids: list[int], vocabulary: 
     if token_ids[-1] >= rows:
         text_config = backbone.config.get_text_config()
         extra = rows - text_config.vocab_size  # some backbones keep rows beyond their vocabulary size
-        backbone.resize_token_embeddings(token_ids[-1] + 1 + extra, mean_resizing=False)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)  # for further tables that some backbones keep, and grow along
+            backbone.resize_token_embeddings(token_ids[-1] + 1 + extra, mean_resizing=False)
         text_config.vocab_size = token_ids[-1] + 1
     with torch.no_grad():
         weight = backbone.get_input_embeddings().weight
@@ -91,8 +93,14 @@ def last_hidden_state(backbone: PreTrainedModel, input_ids: torch.Tensor, **inpu
         Hidden states [N, L, hidden].
 
     Raises:
-        ValueError: If there is not one hidden state for each input id.
+        ValueError: If the input is longer than the backbone was made for, or there is not one hidden state for each id.
     """
+    longest = getattr(backbone.config.get_text_config(), "max_position_embeddings", None)
+    if longest and input_ids.shape[1] > longest:
+        raise ValueError(
+            f"an input is {input_ids.shape[1]} tokens long, and {type(backbone).__name__} was made for {longest} at most. "
+            "Cut its text with `max_length`, or make its images smaller."
+        )
     parameters = inspect.signature(backbone.forward).parameters
     takes_anything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     if "use_cache" in parameters or takes_anything:
@@ -131,14 +139,14 @@ def measure(backbone: PreTrainedModel, embed: Embed, processor: MetaEmbedProcess
     """
     config = processor.config
     text, image = {"text": "a picture"}, {"text": "a picture", "image": _picture(0)}
-    config.text_through_tokenizer = not _takes(processor, text)
+    config.text_through_tokenizer = not _takes(processor, [text, text])  # some take two texts for one
     probes = [("a text", text)]
     if processor.image_processor is not None:
         # A list for each text, if that is possible: flat lists are dealt to the wrong texts by some.
         config.nests_images = True
-        if not _takes(processor, image):
+        if not _takes(processor, [image]):
             config.nests_images = False
-            config.nests_images = not _takes(processor, image)
+            config.nests_images = not _takes(processor, [image])
         probes.append(("a text with an image", image))
     rows, causal = [], []
     for what, probe in probes:
@@ -179,9 +187,9 @@ def _options(backbone: PreTrainedModel, processor: MetaEmbedProcessor, item: Any
     return options
 
 
-def _takes(processor: MetaEmbedProcessor, item: Any) -> bool:
+def _takes(processor: MetaEmbedProcessor, items: list) -> bool:
     try:
-        processor.process_documents([item], instruction="")
+        processor.process_documents(items, instruction="")
     except ValueError:
         return False
     return True

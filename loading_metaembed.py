@@ -104,7 +104,11 @@ def plain_processor(processor: Any, backbone: PreTrainedModel) -> Any:
     parts = {name: getattr(processor, name, None) for name in expected.get_attributes()}
     if "video_processor" in parts and parts["video_processor"] is None:  # retrievers of pages have none
         names = ("patch_size", "temporal_patch_size", "merge_size")
-        same = {name: getattr(processor.image_processor, name) for name in names if hasattr(processor.image_processor, name)}
+        same = {
+            name: getattr(processor.image_processor, name)
+            for name in names
+            if hasattr(processor.image_processor, name)
+        }
         kinds = VIDEO_PROCESSOR_MAPPING[type(backbone.config)]
         parts["video_processor"] = next(iter(kinds.values()))(**same) if isinstance(kinds, dict) else kinds(**same)
     return expected(**parts, chat_template=processor.chat_template)

@@ -348,6 +348,8 @@ class MetaEmbedProcessor(ProcessorMixin):
                 kwargs.setdefault("do_sample_frames", False)  # whoever passes frames has sampled them
             try:
                 features = inner(text=texts, **media, **{**(self.config.processor_options or {}), **kwargs})
+            except ImportError:  # says what to install
+                raise
             except Exception as error:
                 sizes = [image.size for image in flat]
                 raise ValueError(
@@ -417,7 +419,9 @@ class MetaEmbedProcessor(ProcessorMixin):
         saved = content["metaembed"]
         if saved["backbone_auto_map"]:
             trusted = kwargs.get("trust_remote_code")
-            resolve_trust_remote_code(trusted, str(pretrained_model_name_or_path), has_local_code=False, has_remote_code=True)
+            resolve_trust_remote_code(
+                trusted, str(pretrained_model_name_or_path), has_local_code=False, has_remote_code=True
+            )
             inner = get_class_from_dynamic_module(saved["backbone_auto_map"], pretrained_model_name_or_path, **kwargs)
         else:
             inner = getattr(transformers, saved["backbone_processor"], AutoTokenizer)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from transformers import AddedToken, PreTrainedTokenizerBase
 
 from .inputs_metaembed import Message
 
@@ -21,7 +21,8 @@ def special_token_pattern(processor: Any) -> re.Pattern | None:
     tokens = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     tokens.update(tokenizer.all_special_tokens)
     # Placeholders that a processor searches for as strings; not all of them are in the vocabulary.
-    tokens.update(value for name, value in vars(processor).items() if name.endswith("_token") and value)
+    places = (value for name, value in vars(processor).items() if name.endswith("_token"))
+    tokens.update(place for place in places if isinstance(place, (str, AddedToken)))
     strings = (str(token) for token in tokens)
     breakable = sorted((token for token in strings if len(token.strip()) > 1), key=len, reverse=True)
     return re.compile("|".join(map(re.escape, breakable))) if breakable else None

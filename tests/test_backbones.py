@@ -5,8 +5,9 @@ import torch
 from conformance import CHECKS, run
 
 NAMED = """
-qwen2_5_vl paligemma mllama qwen2_vl qwen3_vl qwen3_5 idefics3 smolvlm gemma3 internvl llava_onevision
-mistral3 aya_vision lfm2_vl minicpmv4_6
+qwen2_5_vl paligemma mllama
+qwen2_vl qwen3_vl qwen3_5 idefics3 smolvlm gemma3 gemma4 internvl llava_onevision llama4 mistral3 aya_vision glm4v lfm2_vl
+minicpmv4_6 granite4_vision modernvbert qwen3 llama bert modernbert
 """.split()
 
 

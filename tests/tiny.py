@@ -20,6 +20,7 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTo
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.feature_extraction_auto import FEATURE_EXTRACTOR_MAPPING_NAMES
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 from transformers.models.auto.video_processing_auto import VIDEO_PROCESSOR_MAPPING_NAMES
 
@@ -144,9 +145,22 @@ QWEN_TOKENS = {
 }
 PATCHES = (IMAGE_SIZE // PATCH_SIZE) ** 2
 
-HALF_MROPE = {"text_config.rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5, "mrope_section": [1, 1, 2]}}
-GLM_TOKENS = {"image_token": "<|image|>", "video_token": "<|video|>", "image_start_token": "<|begin_of_image|>", "image_end_token": "<|end_of_image|>",
-    "video_start_token": "<|begin_of_video|>", "video_end_token": "<|end_of_video|>"}
+HALF_MROPE = {
+    "text_config.rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 1e4,
+        "partial_rotary_factor": 0.5,
+        "mrope_section": [1, 1, 2],
+    }
+}
+GLM_TOKENS = {
+    "image_token": "<|image|>",
+    "video_token": "<|video|>",
+    "image_start_token": "<|begin_of_image|>",
+    "image_end_token": "<|end_of_image|>",
+    "video_start_token": "<|begin_of_video|>",
+    "video_end_token": "<|end_of_video|>",
+}
 GLM = dict(image="<|begin_of_image|><|image|><|end_of_image|>", video="<|begin_of_video|><|video|><|end_of_video|>")
 ENCODER_FLAT = {"pad_token_id": 2, "cls_token_id": 0, "sep_token_id": 0, "reference_compile": False}
 ENCODER = {f"text_config.{name}": value for name, value in ENCODER_FLAT.items()}
@@ -280,7 +294,12 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "step3p7": Architecture(config={"text_config.sliding_window": 64}),
     "llama4": Architecture(
-        config={"vision_config.intermediate_size": 128, "vision_config.projector_input_dim": 32, "vision_config.projector_output_dim": 32, "vision_config.vision_output_dim": 32},
+        config={
+            "vision_config.intermediate_size": 128,
+            "vision_config.projector_input_dim": 32,
+            "vision_config.projector_output_dim": 32,
+            "vision_config.vision_output_dim": 32,
+        },
         ids={"image_token_index": "<|patch|>"},
     ),
     "glm4v": Architecture(config=MROPE, named=GLM_TOKENS, **GLM),
@@ -289,36 +308,115 @@ ARCHITECTURES: dict[str, Architecture] = {
     "glm_ocr": Architecture(config=MROPE, like="glm46v", named=GLM_TOKENS, **GLM),
     "glmga": Architecture(config=MROPE, like="glm46v", named=GLM_TOKENS, **GLM),
     "paddleocr_vl": Architecture(config=MROPE, image="<vision_start><image><vision_end>"),
-    "kimi_k25": Architecture(config={**LATENT, "projection_hidden_size": 32, "vision_config.projection_hidden_size": 32}),
+    "kimi_k25": Architecture(
+        config={**LATENT, "projection_hidden_size": 32, "vision_config.projection_hidden_size": 32}
+    ),
     "muse_glimmer": Architecture(config={"out_hidden_size": 128}),
     "muse_spark": Architecture(config={"out_hidden_size": 128}),
     "molmo2": Architecture(
         config={"adapter_config.vision_feature_layer": [-1, 0], "adapter_config.text_hidden_size": 32},
-        ids={"image_patch_id": "<im_patch>", "image_start_token_id": "<im_start>", "low_res_image_start_token_id": "<low_res_im_start>", "image_end_token_id": "<im_end>",
-             "image_low_res_id": "<im_low>", "image_col_id": "<im_col>", "frame_start_token_id": "<frame_start>", "frame_end_token_id": "<frame_end>"},
+        ids={
+            "image_patch_id": "<im_patch>",
+            "image_start_token_id": "<im_start>",
+            "low_res_image_start_token_id": "<low_res_im_start>",
+            "image_end_token_id": "<im_end>",
+            "image_low_res_id": "<im_low>",
+            "image_col_id": "<im_col>",
+            "frame_start_token_id": "<frame_start>",
+            "frame_end_token_id": "<frame_end>",
+        },
     ),
-    "ovis2": Architecture(options={"image_seq_length": 16}, ids={"image_token_id": "<IMG_ATOM>"}, config={"vision_config.num_visual_indicator_tokens": 5}, indicators="<IMG_START> <IMG_GRID> <IMG_COL> <IMG_ROW> <IMG_END>"),
+    "ovis2": Architecture(
+        options={"image_seq_length": 16},
+        ids={"image_token_id": "<IMG_ATOM>"},
+        config={"vision_config.num_visual_indicator_tokens": 5},
+        indicators="<IMG_START> <IMG_GRID> <IMG_COL> <IMG_ROW> <IMG_END>",
+    ),
     "granite4_vision": Architecture(
-        config={**GRID, "deepstack_layer_map": [[-1, 0]], "downsample_rate": "2/4", "qformer_config.encoder_hidden_size": 32, "spatial_target_layers": [1], "vision_feature_layer": -1},
-        image_options=GRID, options={**LLAVA, "downsample_rate": "2/4"},
+        config={
+            **GRID,
+            "deepstack_layer_map": [[-1, 0]],
+            "downsample_rate": "2/4",
+            "vision_config.hidden_size": 64,
+            "spatial_target_layers": [1],
+            "vision_feature_layer": -1,
+        },
+        image_options=GRID,
+        options={**LLAVA, "downsample_rate": "2/4"},
     ),
-    "cohere_compass": Architecture(config={"text_config.rope_parameters": {kind: MROPE["text_config.rope_parameters"] for kind in ("full_attention", "sliding_attention")}}),
-    "ernie4_5_vl_moe": Architecture(config={"text_config.rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [3, 3, 2]}}, image="<image_start><image><image_end>"),
-    "deepseek_ocr2": Architecture(config={"text_config.mlp_layer_types": ["dense", "sparse"], "text_config.num_experts_per_tok": 2, "text_config.n_routed_experts": 4, "text_config.num_local_experts": 4}),
-    "hunyuan_vl": Architecture(config={"text_config.rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 2, 2, 2]}}),
-    "dots3_note": Architecture(config={"vision_config.adapter_in_dim": 32, "vision_config.adapter_out_dim": 32, "vision_config.adapter_input_size": 32, "vision_config.adapter_output_size": 32}),
-    "gemma4": Architecture(parts={"vision_config": "gemma4_vision"}),
-    "gemma4_unified": Architecture(parts={"vision_config": "gemma4_unified_vision"}),
+    "cohere_compass": Architecture(
+        image="<|VISION_START|><|IMAGE_PAD|><|VISION_END|>",
+        video="<|VISION_START|><|VIDEO_PAD|><|VISION_END|>",
+        named={
+            "image_token": "<|IMAGE_PAD|>",
+            "video_token": "<|VIDEO_PAD|>",
+            "vision_start_token": "<|VISION_START|>",
+            "vision_end_token": "<|VISION_END|>",
+        },
+        image_options={"patch_size": 16},
+        video_options={"patch_size": 16},
+        config={
+            "text_config.rope_parameters": {
+                kind: MROPE["text_config.rope_parameters"] for kind in ("full_attention", "sliding_attention")
+            }
+        },
+    ),
+    "ernie4_5_vl_moe": Architecture(
+        config={
+            "text_config.rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [3, 3, 2]}
+        },
+        image="<image_start><image><image_end>",
+        video_options={"draw_on_frames": False},
+    ),
+    "deepseek_ocr2": Architecture(
+        config={
+            "text_config.mlp_layer_types": ["dense", "sparse"],
+            "text_config.num_experts_per_tok": 2,
+            "text_config.n_routed_experts": 4,
+            "text_config.num_local_experts": 4,
+        }
+    ),
+    "hunyuan_vl": Architecture(
+        config={
+            "text_config.rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 2, 2, 2]}
+        }
+    ),
+    "dots3_note": Architecture(
+        config={
+            "vision_config.adapter_in_dim": 32,
+            "vision_config.adapter_out_dim": 32,
+            "vision_config.adapter_input_size": 32,
+            "vision_config.adapter_output_size": 32,
+        }
+    ),
+    "gemma4": Architecture(parts={"vision_config": "gemma4_vision"}, image_options={"max_soft_tokens": 70}),
+    "gemma4_unified": Architecture(
+        parts={"vision_config": "gemma4_unified_vision"}, image_options={"max_soft_tokens": 70}
+    ),
     "minimax_m3_vl": Architecture(),
-    "qwen4_exp": Architecture(named=QWEN_TOKENS, image_options={"patch_size": 16}, video_options={"patch_size": 16},
-        config={"text_config.indexer_n_heads": 2, "text_config.indexer_kv_heads": 1, "text_config.indexer_head_dim": 16, "text_config.indexer_budget": 64, "text_config.indexer_compress_ratio": 4}, **QWEN),
+    "qwen4_exp": Architecture(
+        named=QWEN_TOKENS,
+        image_options={"patch_size": 16},
+        video_options={"patch_size": 16},
+        config={
+            "text_config.indexer_n_heads": 2,
+            "text_config.indexer_kv_heads": 1,
+            "text_config.indexer_head_dim": 16,
+            "text_config.indexer_budget": 64,
+            "text_config.indexer_compress_ratio": 4,
+        },
+        **QWEN,
+    ),
     "inkling2": Architecture(image_options={"size": None}),
     "modernvbert": Architecture(
-        options={"image_seq_len": 4}, image_options={"size": {"longest_edge": 112}, "max_image_size": {"longest_edge": 56}}, like="idefics3", config=ENCODER
+        options={"image_seq_len": 1},
+        image_options={"size": {"longest_edge": 112}, "max_image_size": {"longest_edge": 56}},
+        like="idefics3",
+        config=ENCODER,
     ),
     "qwen3": Architecture(),
     "llama": Architecture(template=False),
-    "bert": Architecture(template=False),
+    "bert": Architecture(template=False, config={"max_position_embeddings": 2048}),
     "modernbert": Architecture(template=False, config=ENCODER_FLAT),
 }
 
@@ -424,6 +522,8 @@ def build_processor(model_type: str, spec: Architecture) -> Any:
     model_type = spec.like or model_type
     cls = pick(PROCESSOR_MAPPING_NAMES, model_type)
     if cls is None:
+        if model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+            raise ValueError("transformers names no processor of its own for it")
         if spec.template:
             tokenizer.chat_template = CHAT_TEMPLATE
         return tokenizer

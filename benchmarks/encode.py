@@ -1,0 +1,139 @@
+"""What encoding costs over the bare backbone, and what asking for fewer Meta Tokens saves.
+
+    python benchmarks/encode.py [--hidden-size 512] [--layers 8] [--repeats 5]
+
+A Qwen2.5-VL with random weights and its real processor, on the CPU. The variants of a row run in turn, again and again,
+and each keeps the fastest of its runs: other work on the machine only ever adds time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT / "examples"))
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from PIL import Image  # noqa: E402
+from tiny_backbone import build_backbone, build_processor  # noqa: E402
+
+from metaembed import MetaEmbedModel  # noqa: E402
+
+WORDS = "a red apple and the green pear on a blue table two cats under one chair".split()
+
+
+def fastest(variants: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """Return the seconds that each variant took at its fastest, taking turns."""
+    seconds = dict.fromkeys(variants, float("inf"))
+    for turn in range(repeats + 1):
+        for name, variant in variants.items():
+            start = time.perf_counter()
+            variant()
+            if turn:  # the first turn warms up
+                seconds[name] = min(seconds[name], time.perf_counter() - start)
+    return seconds
+
+
+def sentence(generator: np.random.Generator, length: int) -> str:
+    return " ".join(generator.choice(WORDS, length))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--hidden-size", type=int, default=512)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--threads", type=int, default=1)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    processor = build_processor([" ".join(WORDS)])
+    model = MetaEmbedModel.from_backbone(
+        build_backbone(processor, arguments.hidden_size, arguments.layers), processor=processor
+    )
+    generator = np.random.default_rng(0)
+    pictures = [Image.fromarray(generator.integers(0, 256, (160, 160, 3), dtype=np.uint8)) for _ in range(16)]
+    inputs = {
+        "texts of 16 words": [sentence(generator, 16) for _ in range(32)],
+        "texts of 512 words": [sentence(generator, 512) for _ in range(16)],
+        "pictures of 160 x 160": pictures,
+    }
+    print(f"Qwen2.5-VL, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} million parameters, ", end="")
+    print(f"{arguments.threads} thread(s), batches of {arguments.batch_size}\n")
+    print_overhead(model, inputs, arguments.batch_size, arguments.repeats)
+    print_saving(model, inputs, arguments.batch_size, arguments.repeats)
+
+
+def print_overhead(model: MetaEmbedModel, inputs: dict[str, list], batch_size: int, repeats: int) -> None:
+    """Print the time of `encode_documents` beside that of the backbone alone, over the same batches of the same ids."""
+    print("| 64 Meta Tokens | tokens | forward alone | processor and forward | encode_documents | over both |")
+    print("|---|---|---|---|---|---|")
+    for name, items in inputs.items():
+        batches = [[items[i] for i in indices] for indices in model._batches(items, batch_size)]
+        features = [model.processor.process_documents(batch) for batch in batches]
+
+        @torch.inference_mode()
+        def forward(features=features):
+            for each in features:
+                model.backbone(**each, use_cache=False)
+
+        @torch.inference_mode()
+        def process_and_forward(batches=batches, features=features):
+            """The backbone's own processor and forward, on prompts that hold the same tokens."""
+            for batch, expected in zip(batches, features, strict=True):
+                prompts = prompts_of(model, batch)
+                images = [[item] for item in batch] if isinstance(batch[0], Image.Image) else None
+                each = model.processor.backbone_processor(
+                    text=prompts, images=images, padding=True, padding_side="right", return_tensors="pt"
+                )
+                assert torch.equal(each["input_ids"], expected["input_ids"])
+                model.backbone(**each, use_cache=False)
+
+        def encode(items=items):
+            model.encode_documents(items, batch_size=batch_size)
+
+        seconds = fastest({"forward": forward, "bare": process_and_forward, "ours": encode}, repeats)
+        tokens = sum(each["attention_mask"].sum().item() for each in features)
+        print(
+            f"| {name} | {tokens:,} | {seconds['forward'] * 1e3:,.0f} ms | {seconds['bare'] * 1e3:,.0f} ms "
+            f"| {seconds['ours'] * 1e3:,.0f} ms | {seconds['ours'] / seconds['bare'] - 1:+.1%} |",
+            flush=True,
+        )
+    print()
+
+
+def prompts_of(model: MetaEmbedModel, batch: list) -> list[str]:
+    """Return the prompts of a batch as a user of the bare backbone would write them, Meta Tokens included."""
+    meta = "".join(f"<|meta_document_{i}|>" for i in range(model.config.num_document_tokens))
+    template = model.processor.chat_template
+    content = [[{"type": "text", "text": item}] if isinstance(item, str) else [{"type": "image"}] for item in batch]
+    return [
+        model.processor.backbone_processor.apply_chat_template(
+            [{"role": "user", "content": parts}], tokenize=False, chat_template=template
+        )
+        + meta
+        for parts in content
+    ]
+
+
+def print_saving(model: MetaEmbedModel, inputs: dict[str, list], batch_size: int, repeats: int) -> None:
+    """Print what encoding costs with fewer Meta Tokens."""
+    counts = (64, 16, 4, 1)
+    print("| encode_documents | " + " | ".join(f"num_meta={r}" for r in counts) + " | 1 against 64 |")
+    print("|---" * (len(counts) + 2) + "|")
+    for name, items in inputs.items():
+        seconds = fastest(
+            {r: lambda r=r, items=items: model.encode_documents(items, r, batch_size=batch_size) for r in counts},
+            repeats,
+        )
+        cells = " | ".join(f"{seconds[r] * 1e3:,.0f} ms" for r in counts)
+        print(f"| {name} | {cells} | {seconds[64] / seconds[1]:.2f} times faster |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
