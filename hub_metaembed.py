@@ -77,6 +77,11 @@ class HubModel(PreTrainedModel):
         return info
 
     @property
+    def commit(self) -> str | None:
+        """The commit of the Hub repository that the model was loaded from, or None where it was not."""
+        return (self._hub_arguments or {}).get("revision")
+
+    @property
     def processor(self) -> MetaEmbedProcessor:
         """The processor, loaded at first use from where the model came from: the same repository and commit."""
         if self._processor is None:

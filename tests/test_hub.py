@@ -130,6 +130,7 @@ old = dict(revision="{commit}", trust_remote_code=True)
 new = dict(trust_remote_code=True)
 processor = AutoProcessor.from_pretrained("lab/{door}", **old)
 assert processor.process_queries(["a"], num_meta=2)["input_ids"].shape[0] == 1
+assert AutoModel.from_pretrained("lab/{door}", **old).commit == "{commit}"
 print(json.dumps([
     embeddings(AutoModel.from_pretrained("lab/{door}", **old)),
     by_sentence_transformers(MultiVectorEncoder("lab/{door}", **old)),
