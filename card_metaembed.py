@@ -111,7 +111,7 @@ Arguments that differ from sentence-transformers' defaults:
 </details>
 {% endif %}
 Versions: Python {{ version.python }}, sentence-transformers {{ version.sentence_transformers }}, transformers
-{{ version.transformers }}, torch {{ version.pytorch }}.
+{{ version.transformers }}, torch {{ version.torch }}.
 {% endif %}
 ## Licence
 
