@@ -67,7 +67,8 @@ from huggingface_hub import snapshot_download
 from transformers import AutoModel
 
 {% if is_adapter -%}
-model = AutoModel.from_pretrained(snapshot_download("{{ repository }}"), trust_remote_code=True)
+folder = snapshot_download("{{ repository }}", local_dir="{{ repository.split("/")[-1] }}")
+model = AutoModel.from_pretrained(folder, trust_remote_code=True)
 {% else -%}
 model = AutoModel.from_pretrained("{{ repository }}", trust_remote_code=True)
 {% endif -%}

@@ -181,11 +181,12 @@ print(json.dumps("the backbone has changed"))
         found = user.run(f"""{LOAD}
 from huggingface_hub import snapshot_download
 import json
-config = json.load(open(snapshot_download("lab/adapter") + "/adapter_config.json"))
+folder = snapshot_download("lab/adapter", local_dir="adapter")
+config = json.load(open(folder + "/adapter_config.json"))
 assert config["base_model_name_or_path"] == "lab/backbone" and len(config["revision"]) == 40, config
 print(json.dumps([
     by_sentence_transformers(MultiVectorEncoder("lab/adapter", trust_remote_code=True)),
-    embeddings(AutoModel.from_pretrained(snapshot_download("lab/adapter"), trust_remote_code=True)),
+    embeddings(AutoModel.from_pretrained(folder, trust_remote_code=True)),
 ]))
 """)
         again = user.run("""
