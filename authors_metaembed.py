@@ -1,7 +1,7 @@
 """From weights trained with the paper's own code to a [`MetaEmbedModel`].
 
-Their model is the backbone's class with a head, and beside it `prompt_embed_tokens` [R_q + R_c, hidden], the Meta Tokens
-with the query ones first, and `custom_text_proj`, the projection, where there is one. A sequence is
+Their model is the backbone's class with a head, and beside it `prompt_embed_tokens` [R_q + R_c, hidden], the Meta
+Tokens with the query ones first, and `custom_text_proj`, the projection, where there is one. A sequence is
 `[input; M_q; M_c]` for both sides. Saved as a full state dict, or as a PEFT adapter with these two in full.
 """
 
@@ -82,8 +82,8 @@ def convert(
     tokens, projection = _split(own, checkpoint)
     if not 1 <= num_query_tokens < len(tokens):
         raise ValueError(
-            f"{checkpoint} holds {len(tokens)} Meta Tokens, query and document ones together, so num_query_tokens must "
-            f"be between 1 and {len(tokens) - 1}, got {num_query_tokens}."
+            f"{checkpoint} holds {len(tokens)} Meta Tokens, query and document ones together, so num_query_tokens "
+            f"must be between 1 and {len(tokens) - 1}, got {num_query_tokens}."
         )
     processor = processor or base_processor or AutoProcessor.from_pretrained(base or folder, **hub)
     model = cls.from_backbone(

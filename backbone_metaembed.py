@@ -93,13 +93,13 @@ def last_hidden_state(backbone: PreTrainedModel, input_ids: torch.Tensor, **inpu
         Hidden states [N, L, hidden].
 
     Raises:
-        ValueError: If the input is longer than the backbone was made for, or there is not one hidden state for each id.
+        ValueError: If the input is longer than the backbone was made for, or has not one hidden state for each id.
     """
     longest = getattr(backbone.config.get_text_config(), "max_position_embeddings", None)
     if longest and input_ids.shape[1] > longest:
         raise ValueError(
-            f"an input is {input_ids.shape[1]} tokens long, and {type(backbone).__name__} was made for {longest} at most. "
-            "Cut its text with `max_length`, or make its images smaller."
+            f"an input is {input_ids.shape[1]} tokens long, and {type(backbone).__name__} was made for at most "
+            f"{longest}. Cut its text with `max_length`, or make its images smaller."
         )
     parameters = inspect.signature(backbone.forward).parameters
     takes_anything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())

@@ -110,8 +110,8 @@ class HubModel:
         push, name = kwargs.pop("push_to_hub", False), kwargs.pop("repo_id", folder.name)
         hub = {key: kwargs.pop(key) for key in ("private", "revision", "create_pr", "commit_message") if key in kwargs}
         check_saves_whole(self, folder)
-        # Under the names of the modules: transformers would write the older names that some backbones have in their own
-        # checkpoints, and does not find them again inside another model.
+        # Under the names of the modules: transformers would write the older names of some backbones' own checkpoints,
+        # which it does not find again inside another model.
         super().save_pretrained(folder, **{"save_original_format": False, **kwargs})
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         first = not distributed or torch.distributed.get_rank() == 0

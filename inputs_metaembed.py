@@ -14,8 +14,8 @@ from transformers.image_utils import load_image
 
 ACCEPTED = (
     "a string (text), a PIL image, a pathlib.Path or bytes of an image, a numpy array [height, width(, channels)], "
-    'a dict with "text", "image" (one or a list; a path, URL, PIL image, bytes or array each) and/or "video" (a path or '
-    "URL, a list of images or an array [frames, height, width, 3]; or a list of these), "
+    'a dict with "text", "image" (one or a list; a path, URL, PIL image, bytes or array each) and/or "video" (a path '
+    "or URL, a list of images or an array [frames, height, width, 3]; or a list of these), "
     'or chat messages [{"role": ..., "content": ...}]'
 )
 

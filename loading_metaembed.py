@@ -95,8 +95,8 @@ def _inside(model: nn.Module, backbone: nn.Module, names: Iterable[str]) -> set[
 def plain_processor(processor: Any, backbone: PreTrainedModel) -> Any:
     """Return the processor of the backbone, where the given one is that of a retriever around it.
 
-    A retriever's processor takes texts or images and adds prompts of its own; the backbone's takes anything. It is made
-    of the same parts.
+    A retriever's processor takes texts or images and adds prompts of its own; the backbone's takes anything. It is
+    made of the same parts.
     """
     expected = PROCESSOR_MAPPING.get(type(backbone.config), None)
     if expected is None or isinstance(processor, expected) or not hasattr(processor, "tokenizer"):

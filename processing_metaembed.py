@@ -194,7 +194,8 @@ class MetaEmbedProcessor(ProcessorMixin):
             the inputs, for the model to slice by.
 
         Raises:
-            TypeError: If an input or `num_meta` is of the wrong type, or the backbone's processor knows no such keyword.
+            TypeError: If an input or `num_meta` is of the wrong type, or the backbone's processor knows no such
+                keyword.
             ValueError: If there are no inputs, an input cannot be read, a number is out of range, the backbone does
                 not take such inputs, or these inputs may not share a batch (see [`group`]).
         """
@@ -419,7 +420,9 @@ class MetaEmbedProcessor(ProcessorMixin):
         saved = content["metaembed"]
         if saved["backbone_auto_map"]:
             trusted = kwargs.get("trust_remote_code")
-            resolve_trust_remote_code(trusted, str(pretrained_model_name_or_path), has_local_code=False, has_remote_code=True)
+            resolve_trust_remote_code(
+                trusted, str(pretrained_model_name_or_path), has_local_code=False, has_remote_code=True
+            )
             inner = get_class_from_dynamic_module(saved["backbone_auto_map"], pretrained_model_name_or_path, **kwargs)
         else:
             inner = getattr(transformers, saved["backbone_processor"], AutoTokenizer)

@@ -27,22 +27,23 @@ from tqdm.auto import tqdm  # noqa: E402
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES  # noqa: E402
 
 ALSO = ["modernvbert", "qwen3", "llama", "bert", "modernbert"]
-SECONDS = 180  # for one architecture
+SECONDS = 300  # for one architecture
 
 HEADER = """\
 # Backbones
 
-Written by `make backbones`, with transformers {version}: every architecture of its image-text-to-text mapping, and some
-others, each built tiny with random weights and its real processor, and put through every check of
+Written by `make backbones`, with transformers {version}: every architecture of its image-text-to-text mapping, and
+some others, each built tiny with random weights and its real processor, and put through every check of
 `tests/conformance.py`: {checks}.
 
-**{works} of {total} work.** The others are named with the reason. There is no list of backbones in the package: whatever
-passes what [`MetaEmbedModel.from_backbone`] tries at creation is a backbone.
+**{works} of {total} work.** The others are named with the reason. There is no list of backbones in the package:
+whatever passes what `MetaEmbedModel.from_backbone` tries at creation is a backbone.
 
-- *prefix*: "fewer tokens" where the backbone is causal, so that only the Meta Tokens asked for are appended; "slice" where
-  it is not, so that all are appended and the first are kept.
-- *batches*: "mixed" where inputs with any numbers of images share a batch; "by images" where only equal numbers of images
-  do; "alone" where each input with images is encoded by itself. `encode_queries` and `encode_documents` see to it.
+- *prefix*: "fewer tokens" where the backbone is causal, so that only the Meta Tokens asked for are appended; "slice"
+  where it is not, so that all are appended and the first are kept.
+- *batches*: "mixed" where inputs with any numbers of images share a batch; "by images" where only equal numbers of
+  images do; "alone" where each input with images is encoded by itself. `encode_queries` and `encode_documents` see to
+  it.
 
 ## Work
 
@@ -63,6 +64,7 @@ class TooLongError(Exception):
 
 
 def raise_too_long(*_) -> None:
+    """Handle the alarm."""
     raise TooLongError(f"took longer than {SECONDS} s")
 
 
@@ -96,6 +98,7 @@ def attempt(name: str) -> tuple[bool, list[str]]:
 
 
 def main() -> None:
+    """Try them all and write the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", help="names of architectures, separated by commas")
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "backbones.md")
