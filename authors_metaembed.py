@@ -158,7 +158,8 @@ def _apply_adapter(backbone: PreTrainedModel, folder: Path, state: dict[str, Ten
         if config.get(setting):
             raise ValueError(f"the adapter {folder} uses {setting}={config[setting]!r}, which is not supported.")
     names = {re.sub(r"^base_model\.model\.|\.default\b|\.modules_to_save\b", "", name): name for name in state}
-    own, rest = {}, {}
+    own: dict[str, Tensor] = {}
+    rest: dict[str, Tensor] = {}
     for short, name in names.items():
         if ".original_module." in short:  # PEFT's copy of what `modules_to_save` replaces
             continue

@@ -214,7 +214,8 @@ class MetaEmbedProcessor(ProcessorMixin):
         if instruction is None:
             instruction = getattr(self.config, f"{side}_instruction")
         suffix = "".join(self._appended_tokens(side, num_meta))
-        texts, media = [], {"image": [], "video": []}
+        texts: list[str] = []
+        media: dict[str, list[list]] = {"image": [], "video": []}  # a list for each input
         for index, item in enumerate(items):
             try:
                 messages = to_messages(item)
