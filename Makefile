@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test lint backbones benchmark-encode clean
+.PHONY: quickstart test test-floor lint backbones benchmark benchmark-encode clean
 
 quickstart: $(VENV)/.ready
 	$(BIN)/python examples/quickstart.py $(ARGS)
@@ -17,6 +17,14 @@ backbones: $(VENV)/.ready
 benchmark-encode: $(VENV)/.ready
 	$(BIN)/python benchmarks/encode.py $(ARGS)
 
+# After `make quickstart`, whose model it uses.
+benchmark: $(VENV)/.ready
+	$(BIN)/python benchmarks/scoring.py $(ARGS)
+
+# The tests on the lowest versions that setup.py states.
+test-floor: $(VENV)-floor/.ready
+	$(VENV)-floor/bin/python -m pytest $(ARGS)
+
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -29,5 +37,12 @@ $(VENV)/.ready: setup.py
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
 	touch $@
 
+$(VENV)-floor/.ready: setup.py
+	$(PYTHON) -m venv $(VENV)-floor
+	sed -n 's/^ *"\([A-Za-z_-]*\)>=\([0-9.]*\)".*/\1==\2/p' setup.py > $(VENV)-floor/floor.txt
+	$(VENV)-floor/bin/python -m pip install --quiet --requirement $(VENV)-floor/floor.txt
+	$(VENV)-floor/bin/python -m pip install --quiet --constraint $(VENV)-floor/floor.txt --editable '.[test]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) outputs build *.egg-info
+	rm -rf $(VENV) $(VENV)-floor outputs build *.egg-info

@@ -23,7 +23,7 @@ SENTENCE_CONFIG = {
     "similarity_fn_name": "maxsim",
     "prompts": {"query": None, "document": None},
     "default_prompt_name": None,
-    "requirements": {"sentence-transformers": ">=6.0", "transformers": ">=5.0"},
+    "requirements": {"sentence-transformers": ">=6.0.0", "transformers": ">=5.10.1"},
 }
 
 LIBRARY = "sentence-transformers"
@@ -173,7 +173,7 @@ def model_card(
     return ModelCard.from_template(data, template_str=CARD, title=repository, repository=repository, **fields)
 
 
-def base_fields(fields: Mapping[str, Any]) -> dict[str, str]:
+def base_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Return what the metadata of a card says of the base model."""
     relation = "adapter" if fields["is_adapter"] else "finetune"
     return {"base_model": fields["backbone"], "base_model_relation": relation} if fields["backbone"] else {}

@@ -21,7 +21,7 @@ from .scoring_metaembed import (
 
 Stage = tuple[Budget, int]  # (budget, how many documents it keeps)
 
-DEFAULT_STAGES: tuple[Stage, ...] = (((1, 1), 1000), ((4, 8), 100))
+DEFAULT_STAGES: tuple[Stage, ...] = (((1, 1), 1000), ((4, 8), 200))  # docs/performance.md has what they give
 
 
 class CascadeResult(SearchResult):

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import CommitInfo, HfApi
+from transformers import PreTrainedModel
 
 from .adapter_metaembed import (
     check_saves_whole,
@@ -23,11 +24,9 @@ from .loading_metaembed import HUB_ARGUMENTS, check_loading
 from .processing_metaembed import MetaEmbedProcessor
 
 
-class HubModel:
-    """What a [`MetaEmbedModel`] adds to the loading and saving of a `PreTrainedModel`, which stands after it."""
+class HubModel(PreTrainedModel):
+    """A `PreTrainedModel` that loads and saves whole: with processor and adapter, and what else a repository holds."""
 
-    config: Any
-    _hf_peft_config_loaded: bool
     _processor: MetaEmbedProcessor | None = None
     _hub_arguments: dict[str, Any] | None = None  # where the model came from, and its processor will come from
     adapter_base: tuple[str | None, str | None] = (None, None)  # Hub id and commit that an adapter must name
@@ -70,9 +69,7 @@ class HubModel:
         """
         conversions = self.__dict__.get("_weight_conversions")
         info = super().load_adapter(peft_model_id, adapter_name, *args, **kwargs)
-        self._weight_conversions = (
-            conversions  # else the adapter's names are written into the model saved after merging
-        )
+        self._weight_conversions = conversions  # else a model saved after merging would get the adapter's names
         upcast_adapter(self)
         if peft_model_id is not None:
             hub = {**(kwargs.get("adapter_kwargs") or {}), **{k: kwargs[k] for k in HUB_ARGUMENTS if k in kwargs}}

@@ -5,14 +5,13 @@
 // picked by an index all need no copy of the documents, and the maximum over a document's vectors is elementwise.
 //
 // Compiled on the machine that runs it, for what its processor has (-march=native): the micro kernels below are chosen by
-// the compiler's feature macros, with portable vector code when there is none. Matrix tiles (AMX) are asked for at run time.
-// Every product is summed in one fixed order, so scores depend neither on threads nor on where a block starts.
+// the compiler's feature macros, with portable vector code when there is none. Matrix tiles (AMX) are asked for at run
+// time. Every product is summed in one fixed order, so scores depend neither on threads nor on where a block starts.
 
 #include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
 #include <limits>
 #include <new>
@@ -33,10 +32,10 @@ namespace {
 
 constexpr int64_t LANES = 16;        // query vectors a tile
 constexpr int64_t GROUP = 512;       // query vectors scored in one pass over a block of documents
-constexpr int64_t DEPTH = 256;       // groups of 4 bytes of a row multiplied in one go, so that the queries' part stays in the cache
+constexpr int64_t DEPTH = 256;       // groups of 4 bytes of a row multiplied in one go: the queries' part stays in the cache
 constexpr int64_t FAR = 4096;        // bytes: longer rows are fetched in time by the processor itself
 constexpr int64_t LINE = 16;         // groups of 4 bytes in a line of the cache
-constexpr int64_t STRIP = 96;        // document rows multiplied before their maxima are taken; a multiple of all kernels' rows
+constexpr int64_t STRIP = 96;        // document rows multiplied before their maxima are taken; all kernels' rows divide it
 
 enum Kind { FLOAT32 = 0, BFLOAT16 = 1, INT8 = 2, INT4 = 3, BINARY = 4 };
 
@@ -44,7 +43,7 @@ enum Kind { FLOAT32 = 0, BFLOAT16 = 1, INT8 = 2, INT4 = 3, BINARY = 4 };
 // multiply(): c[row][lane] (+)= rows . q over `depth` groups of 4 bytes of every row, `first` when nothing is in c yet.
 // `q` holds TILES tiles, `tile` bytes apart, each [depth][LANES][4 bytes]; rows of `c` are `width` sums apart.
 
-// Asks for as many bytes of the next strip as are multiplied of this one, in the order in which they lie in memory.
+// While rows are multiplied, as many bytes of the next ones are asked for, in the order in which they lie in memory.
 template <int LINES>
 inline void prefetch(const uint8_t* ahead) {
     for (int line = 0; line < LINES; ++line) __builtin_prefetch(ahead + line * LINE * 4, 0, 2);
@@ -291,19 +290,6 @@ void decode(const uint8_t* from, Kind stored, Kind computed, int64_t dim, uint8_
     }
 }
 
-bool finite(const uint8_t* row, Kind stored, int64_t dim) {
-    uint32_t most = 0;
-    if (stored == FLOAT32) {
-        const uint32_t* x = reinterpret_cast<const uint32_t*>(row);
-        for (int64_t i = 0; i < dim; ++i) most = std::max(most, x[i] & 0x7fffffffu);
-        return most < 0x7f800000u;
-    }
-    const uint16_t* x = reinterpret_cast<const uint16_t*>(row);
-    uint16_t high = 0;
-    for (int64_t i = 0; i < dim; ++i) high = std::max<uint16_t>(high, x[i] & 0x7fffu);
-    return high < 0x7f80u;
-}
-
 struct Walk {  // over the vectors of a slab, one document after another
     Walk(const Job& job, const Slab& slab, int64_t start, int64_t at)
         : job(job), slab(slab), document(start + at / slab.used), vector(at % slab.used) {}
@@ -358,18 +344,13 @@ void multiply_strip(const Job& job, const uint8_t* queries, const uint8_t* rows,
     }
 }
 
-void take_maximum(const float* sums, const int32_t*, float, int64_t lanes, float* best) {
-    for (int64_t l = 0; l < lanes; ++l) best[l] = std::max(best[l], sums[l]);
-}
+inline float value(float sum, int32_t) { return sum; }
+inline float value(int32_t sum, int32_t correction) { return float(sum - correction); }
 
-void take_maximum(const int32_t* sums, const int32_t* corrections, float scale, int64_t lanes, float* best) {
-    for (int64_t l = 0; l < lanes; ++l) best[l] = std::max(best[l], float(sums[l] - corrections[l]) * scale);
+template <class Sum>
+void take_maxima(const Sum* sums, const int32_t* corrections, float scale, int64_t lanes, float* best) {
+    for (int64_t l = 0; l < lanes; ++l) best[l] = std::max(best[l], value(sums[l], corrections[l]) * scale);
 }
-
-void take_scaled_maximum(const float* sums, float scale, int64_t lanes, float* best) {
-    for (int64_t l = 0; l < lanes; ++l) best[l] = std::max(best[l], sums[l] * scale);
-}
-void take_scaled_maximum(const int32_t*, float, int64_t, float*) {}
 
 float add_up(const float* best, const float* scales, int64_t r_q) {
     float sum = 0;
@@ -390,7 +371,7 @@ void work(Job& job) {
     Buffer rows(STRIP * row_bytes), sums_buffer(STRIP * width * 4), best_buffer(job.block * width * 4);
     Sum* sums = reinterpret_cast<Sum*>(sums_buffer.data);
     float* best = reinterpret_cast<float*>(best_buffer.data);
-    Tiles<One::matrix> configured;
+    [[maybe_unused]] Tiles<One::matrix> configured;
 
     for (int64_t start; (start = job.next.fetch_add(job.block)) < job.n;) {
         const int64_t documents = std::min(job.block, job.n - start);
@@ -412,22 +393,14 @@ void work(Job& job) {
                         from = rows.data;
                         stride = row_bytes;
                     }
-                    if (job.check && q0 == 0)
-                        for (int64_t r = 0; r < count; ++r)
-                            if (!finite(from + r * stride, job.computed, job.dim)) job.bad = true;
                     multiply_strip<One, Two>(job, packed, from, stride, flat && stride < FAR, count, sums, width);
+                    if (job.check && q0 == 0)  // a value that is not finite shows in the product with any query vector
+                        for (int64_t r = 0; r < count; ++r)
+                            if (!std::isfinite(float(sums[r * width]))) job.bad = true;
                     Walk at_row{job, slab, start, at};
-                    for (int64_t r = 0; r < count; ++r, at_row.next()) {
-                        float* to = best + (at_row.document - start) * width;
-                        const Sum* row = sums + r * width;
-                        if (!slab.scales) {
-                            take_maximum(row, nullptr, 1.0f, lanes, to);
-                            continue;
-                        }
-                        const float scale = at_row.scale();
-                        if (std::is_same<Sum, float>::value) take_scaled_maximum(row, scale, lanes, to);
-                        else take_maximum(row, job.corrections + group * lanes, scale, lanes, to);
-                    }
+                    for (int64_t r = 0; r < count; ++r, at_row.next())
+                        take_maxima(sums + r * width, job.corrections + group * lanes, slab.scales ? at_row.scale() : 1.0f,
+                                    lanes, best + (at_row.document - start) * width);
                 }
             }
             for (int64_t q = 0; q < queries; ++q) {

@@ -110,7 +110,7 @@ class Kernel:
             torch.get_num_threads(),
         )
         if status == 1:
-            raise ValueError("documents hold NaN or infinity; look for an overflow where they were encoded")
+            raise ValueError("documents hold NaN or infinity, or values too large: is there an overflow?")
         if status:
             raise MemoryError("the compiled kernel ran out of memory; score fewer queries at a time")
         return out

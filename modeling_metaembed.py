@@ -52,7 +52,7 @@ class MetaEmbedOutput(ModelOutput):
     embeddings: Tensor | None = None
 
 
-class MetaEmbedModel(HubModel, PreTrainedModel):
+class MetaEmbedModel(HubModel):
     """A vision-language backbone that embeds queries and documents as a chosen number of vectors.
 
     Implements MetaEmbed (Xiao et al., ICLR 2026, arXiv 2509.18095). Make one of a plain backbone with

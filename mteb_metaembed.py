@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from mteb.models import ModelMeta, MultiVectorWrapper
+from mteb.models.model_meta import ScoringFunction
 from mteb.types import PromptType
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ class BudgetModel(MultiVectorWrapper):
                 revision=revision,
                 loader=type(self),
                 embed_dim=encoder.get_embedding_dimension(),
-                similarity_fn_name=self.mteb_model_meta.similarity_fn_name,
+                similarity_fn_name=ScoringFunction.MAX_SIM,
                 framework=["Sentence Transformers", "PyTorch"],
                 model_type=["late-interaction"],
                 modalities=modalities,

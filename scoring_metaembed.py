@@ -20,6 +20,8 @@ Budget = tuple[int, int]  # (query vectors, document vectors)
 Positions: TypeAlias = "Tensor | Sequence[int]"  # of documents: whole numbers, or a bool for every document
 
 _CACHE_FLOATS = 1 << 20  # products are made this many at a time (4 MiB in float32), so that they stay in the cache
+_MOST_FLOATS = 1 << 22  # numbers of documents that are widened to float32 at a time
+_FEW = 64  # query vectors for which a library's product of matrices wants them first
 _BLOCK_SCORES = 1 << 22  # `search` holds at most about this many scores at once
 
 
@@ -97,7 +99,7 @@ class SearchResult(tuple[Tensor, Tensor]):
 
     def __repr__(self) -> str:
         queries, k = self.scores.shape
-        return f"SearchResult(queries={queries}, k={k}, backend={self.backend!r})"
+        return f"{type(self).__name__}(queries={queries}, k={k}, backend={self.backend!r})"
 
 
 @torch.no_grad()
@@ -325,31 +327,35 @@ def _torch_scores(queries: Tensor, store: Store, index: Tensor | None) -> Tensor
     count, r_q, dim = queries.shape
     n = len(store) if index is None else len(index)
     flat = round_queries(queries, store.precision).reshape(count * r_q, dim)
-    chunk = max(1, _CACHE_FLOATS // max(1, store.vectors * max(count * r_q, dim)))
+    chunk = max(1, min(_CACHE_FLOATS // max(1, count * r_q), _MOST_FLOATS // dim) // store.vectors)
     out = torch.empty(count, n, device=queries.device)
     for start in range(0, n, chunk):
         part = slice(start, start + chunk)
         best = None
         for slab in store.pick(part if index is None else index[part].to(queries.device)).slabs:
             rows = decode(slab.stored, slab.scales, store.precision, dim)  # [n, vectors, D]
-            if not store.checked:
-                check_finite(rows, "documents")
-            maxima = _maxima(flat, rows)
+            maxima = _maxima(flat, rows, check=not store.checked)
             best = maxima if best is None else torch.maximum(best, maxima)
         assert best is not None
         out[:, part] = best.reshape(count, r_q, best.shape[1]).sum(dim=1)
     return out
 
 
-def _maxima(queries: Tensor, rows: Tensor) -> Tensor:
+def _maxima(queries: Tensor, rows: Tensor, check: bool) -> Tensor:
     """The best product of every query vector `[m, D]` with a vector of every document `[n, r, D]`: `[m, n]`."""
     n, r, dim = rows.shape
-    rows = rows.reshape(n * r, dim)
+    few = len(queries) < _FEW
+    # Few: maxima along what lies together in memory. Many: maxima of whole rows, one with another.
+    products = queries @ rows.reshape(n * r, dim).T if few else (rows.reshape(n * r, dim) @ queries.T).T
+    if (
+        check and len(queries) and not products[0].sum().isfinite()
+    ):  # any query vector shows a value that is not finite
+        check_finite(rows, "documents")
     if r == 1:
-        return queries @ rows.T
-    if len(queries) < 64:  # few: maxima along what lies together in memory
-        return (queries @ rows.T).view(len(queries), n, r).amax(dim=2)
-    return (rows @ queries.T).view(n, r, len(queries)).amax(dim=1).T  # many: maxima of whole rows, one with another
+        return products
+    if few:
+        return products.view(len(queries), n, r).amax(dim=2)
+    return products.T.view(n, r, len(queries)).amax(dim=1).T
 
 
 def _allowed(include: Positions | None, exclude: Positions | None, n: int) -> Tensor | None:

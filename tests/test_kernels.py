@@ -27,7 +27,7 @@ if platform.machine() != "x86_64":
     HERE = ["native"]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.sampled_from(HERE), st.sampled_from(PRECISIONS), st.data())
 def test_the_kernel_equals_a_float64_reference(architecture, precision, data):
     kernel = load_kernel(architecture)

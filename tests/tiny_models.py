@@ -6,15 +6,15 @@ from pathlib import Path
 
 import torch
 
+sys.path.append(str(Path(__file__).parent.parent / "examples"))
+
+from tiny_backbone import build_backbone, build_processor
+from tiny_pictures import picture  # noqa: F401
+
+from metaembed import MetaEmbedModel
+from metaembed.sentence_metaembed import to_multi_vector_encoder
+
 ROOT = Path(__file__).parent.parent
-sys.path.append(str(ROOT / "examples"))
-
-from tiny_backbone import build_backbone, build_processor  # noqa: E402
-from tiny_pictures import picture  # noqa: E402, F401
-
-from metaembed import MetaEmbedModel  # noqa: E402
-from metaembed.sentence_metaembed import to_multi_vector_encoder  # noqa: E402
-
 WORDS = [
     *("red", "green", "blue", "apple", "boat", "cat", "dog", "egg"),
     *("fish", "goat", "hat", "ice", "jam", "key", "lamp", "moon"),

@@ -1,0 +1,168 @@
+"""What cascades and fewer bytes cost in quality: on the quickstart's task, and on embeddings of the paper's size."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from scenes_embedded import MODEL, embed_scenes
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from metaembed.cascade_metaembed import DEFAULT_STAGES, cascade
+from metaembed.collection_metaembed import EmbeddingCollection
+from metaembed.precision_metaembed import PRECISIONS, bytes_per_vector
+from metaembed.rotation_metaembed import fit_rotation
+from metaembed.scoring_metaembed import search
+from metaembed.tuning_metaembed import tune_cascade
+
+QUERIES = 200
+SCENES = 100_000
+DISCOUNTS = 1 / torch.arange(2, 12).float().log2()  # [10]
+
+
+def recall_at_10(found: Tensor, truth: Tensor) -> float:
+    """The share of the true best ten among those found."""
+    return (found[:, :, None] == truth[:, None, :]).any(dim=2).double().mean().item()
+
+
+def ndcg_at_10(found: Tensor, relevant: Tensor) -> float:
+    """With a relevance of 0 or 1, `[Q, N]` boolean."""
+    best = torch.stack([DISCOUNTS[:count].sum() for count in relevant.sum(dim=1).clamp(max=10).tolist()])
+    return ((relevant.gather(1, found) * DISCOUNTS).sum(dim=1) / best).mean().item()
+
+
+def milliseconds(call: Callable[[Tensor], object], queries: Tensor) -> float:
+    """The median for one query at a time, of processor time: on one thread, whatever else the machine does."""
+    call(queries[:1])
+    times = []
+    for query in queries[:50].split(1):
+        start = time.process_time()
+        call(query)
+        times.append(time.process_time() - start)
+    return statistics.median(times) * 1e3
+
+
+def measure_cascade(size: str) -> list[str]:
+    """Cascades on the quickstart's model against full scans of our own."""
+    if not MODEL.exists():
+        raise SystemExit(f"{MODEL} is not there: run `make quickstart` first")
+    torch.set_num_threads(1)
+    stored, queries, relevant = embed_scenes(1000 if size == "quick" else SCENES, QUERIES)
+    torch.set_num_threads(1)
+    documents = stored.to_tensor()
+    n, k = len(documents), 10
+    collections = {
+        p: EmbeddingCollection.from_embeddings(documents, precision=p) for p in ("float32", "bfloat16", "int8")
+    }
+    truth = search(queries, documents, k).indices
+    full = {p: milliseconds(lambda q, c=c: search(q, c, k), queries) for p, c in collections.items()}
+    fastest = min(full.values())
+    rows = []
+
+    def add(name: str, found: Tensor, spent: float) -> None:
+        quality = [f"{recall_at_10(found, truth):.3f}", f"{ndcg_at_10(found, relevant):.3f}"]
+        rows.append([name, *quality, f"{spent:.2f}", f"{fastest / spent:.1f}"])
+
+    for p, c in collections.items():
+        add(f"{p}, full scan", search(queries, c, k).indices, full[p])
+    for p in ("float32", "int8"):
+        c = collections[p]
+        options = {f"{p}, default {show(DEFAULT_STAGES)}": {}}
+        options[f"{p}, default, margin 0.2"] = {"margin": 0.2}
+        for target in (0.95, 0.99):
+            tuned = tune_cascade(c, queries, target, k)
+            options[f"{p}, tuned for {target}: {show(tuned.stages)}"] = {"stages": tuned.stages}
+        for name, option in options.items():
+            run = lambda q, c=c, o=option: cascade(q, c, k, **o)  # noqa: E731
+            add(name, run(queries).indices, milliseconds(run, queries))
+    head = ["documents", "recall@10", "nDCG@10", "ms a query", "times the fastest full scan"]
+    dim = documents.shape[2]
+    return [
+        "## Cascades",
+        "",
+        f"{n:,} scenes embedded by the quickstart's model ({documents.shape[1]} vectors of {dim} dimensions), "
+        f"{len(queries)} queries, one thread, one query at a time, processor time. Recall is against the exact search "
+        "in float32; stages are tuned on half of the queries.",
+        "",
+        *table(head, rows),
+    ]
+
+
+def show(stages: tuple) -> str:
+    """Stages as text."""
+    return " ".join(f"({r_q},{r_c})->{keep}" for (r_q, r_c), keep in stages) or "no stages"
+
+
+def measure_quality(size: str) -> list[str]:
+    """Precisions and fewer dimensions against float32."""
+    torch.set_num_threads(2)
+    lines = ["## Fewer bytes", "", "At (16, 64). Recall@10 is the share of what float32 finds."]
+    if not MODEL.exists():
+        raise SystemExit(f"{MODEL} is not there: run `make quickstart` first")
+    stored, queries, relevant = embed_scenes(1000 if size == "quick" else SCENES, QUERIES)
+    n = min(len(stored), 10_000)
+    documents, relevant = stored.to_tensor()[:n], relevant[:, :n]
+    lines += ["", f"### The quickstart's task, {n:,} scenes", "", *compare(queries, documents, relevant, [64, 32, 16])]
+    for dim, dims in ((2048, [2048, 1024, 512, 128]), (3584, [3584, 1792, 512, 128])):
+        queries, documents, relevant = synthesize(500 if size == "quick" else 2000, dim)
+        lines += ["", f"### Synthetic, {dim} dimensions, {len(documents):,} documents", ""]
+        lines += compare(queries, documents, relevant, dims)
+    paper = 64 * bytes_per_vector("bfloat16", 3584)
+    lines += ["", f"Bytes of a document of 64 vectors; the paper's, 3584 dimensions in bfloat16, takes {paper:,}:", ""]
+    rows = [
+        [
+            str(dim),
+            *(f"{64 * bytes_per_vector(p, dim):,} ({paper / 64 / bytes_per_vector(p, dim):.0f}x)" for p in PRECISIONS),
+        ]
+        for dim in (3584, 2048, 512, 128)
+    ]
+    return [*lines, *table(["dimensions", *PRECISIONS], rows)]
+
+
+def compare(queries: Tensor, documents: Tensor, relevant: Tensor, dims: list[int]) -> list[str]:
+    """A table of every precision at every number of dimensions."""
+    truth = search(queries, documents, 10).indices
+    rotation = fit_rotation(documents[:1000], max(dims))
+    rows = []
+    for dim in dims:
+        turn = None if dim == documents.shape[2] else rotation[:, :dim].contiguous()
+        for p in PRECISIONS:
+            collection = EmbeddingCollection.from_embeddings(documents, precision=p, rotation=turn)
+            found = search(queries, collection, 10).indices
+            size = collection.bytes_per_document
+            rows.append(
+                [str(dim), p, f"{size:,}", f"{recall_at_10(found, truth):.3f}", f"{ndcg_at_10(found, relevant):.3f}"]
+            )
+    return table(["dimensions", "precision", "bytes a document", "recall@10", "nDCG@10"], rows)
+
+
+def synthesize(n: int, dim: int, queries: int = 200) -> tuple[Tensor, Tensor, Tensor]:
+    """Embeddings like a language model's: most variance in few directions, and a direction that all share.
+
+    The variance of the i-th direction falls as 1/i. A document's vectors are its topic plus details of their own; a
+    query's are noisy copies of some of them.
+    """
+    generator = torch.Generator().manual_seed(dim)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, dim, generator=generator) * spectrum
+
+    spectrum = torch.arange(1, dim + 1).float().rsqrt()
+    common = draw(1, 1)
+    documents = normalize(common + 0.6 * draw(n, 1) + draw(n, 64), dim=-1)
+    picked = torch.stack([torch.randperm(64, generator=generator)[:16] for _ in range(queries)])  # [Q, 16]
+    sources = documents[:queries].gather(1, picked[:, :, None].expand(-1, -1, dim))
+    noise = draw(queries, 16)
+    return (
+        normalize(sources + 1.6 * noise / noise.norm(dim=-1, keepdim=True), dim=-1),
+        documents,
+        torch.eye(n, dtype=torch.bool)[:queries],
+    )
+
+
+def table(head: list[str], rows: list[list[str]]) -> list[str]:
+    """A Markdown table."""
+    return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]

@@ -1,0 +1,55 @@
+"""Scenes and queries of the quickstart, embedded by the model that it trained: real Matryoshka embeddings, cached."""
+
+from __future__ import annotations
+
+import random
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoModel
+
+from metaembed.collection_metaembed import EmbeddingCollection
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "examples"))
+
+from scenes import make_query, make_scene, name_query  # noqa: E402
+
+MODEL = ROOT / "outputs/quickstart/model"
+CACHE = ROOT / "outputs/benchmark"
+SEED = 123_456_789  # not the quickstart's training seed, nor its test seed
+PART = 5000  # scenes encoded and committed at a time
+
+
+def embed_scenes(count: int, queries: int) -> tuple[EmbeddingCollection, Tensor, Tensor]:
+    """Embed `count` scenes and the queries of the first `queries` of them; what the cache has is not done again.
+
+    Returns:
+        The collection, in float32; the queries `[queries, R_q, D]`; whether a scene holds all that a query names,
+        boolean `[queries, count]`.
+    """
+    torch.set_num_threads(2)
+    model = AutoModel.from_pretrained(MODEL, trust_remote_code=True)
+    rng = random.Random(SEED)
+    scenes = [make_scene(rng) for _ in range(count)]
+    rng = random.Random(SEED + 1)
+    wanted = [make_query(scene, rng) for scene in scenes[:queries]]
+    texts = [name_query(pictograms, rng) for pictograms in wanted]
+    folder = CACHE / f"scenes-{count}"
+    if (folder / "collection.json").exists():
+        collection = EmbeddingCollection.load(folder)
+    else:
+        probe = model.encode_documents([scenes[0].draw(16)])
+        collection = EmbeddingCollection(*probe.shape[1:], folder=folder)
+    while len(collection) < count:
+        part = scenes[len(collection) : len(collection) + PART]
+        collection.append(model.encode_documents([scene.draw(16) for scene in part], batch_size=64))
+        print(f"embedded {len(collection):,} of {count:,} scenes", file=sys.stderr, flush=True)
+    relevant = torch.tensor([[names <= scene.pictograms for scene in scenes] for names in wanted])
+    return collection, model.encode_queries(texts), relevant
+
+
+if __name__ == "__main__":
+    embed_scenes(100_000, 200)

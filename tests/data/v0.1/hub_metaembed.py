@@ -1,0 +1,163 @@
+"""How a model is loaded, saved and published: whole or not at all, with its processor, through every door."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import CommitInfo, HfApi
+from transformers import PreTrainedModel
+
+from .adapter_metaembed import (
+    check_saves_whole,
+    commit_of,
+    fill_adapter,
+    find_adapter,
+    load_with_adapter,
+    name_base,
+    upcast_adapter,
+)
+from .backbone_metaembed import HUB_ARGUMENTS, check_loading
+from .card_metaembed import write_repository_files
+from .processing_metaembed import MetaEmbedProcessor
+
+
+class HubModel(PreTrainedModel):
+    """A `PreTrainedModel` that loads and saves whole: with processor and adapter, and what else a repository holds."""
+
+    _processor: MetaEmbedProcessor | None = None
+    _hub_arguments: dict[str, Any] | None = None  # where the model came from, and its processor will come from
+    adapter_base: tuple[str | None, str | None] = (None, None)  # Hub id and commit that an adapter must name
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
+        """Load a saved model, whole or not at all. Takes what transformers' `from_pretrained` takes.
+
+        Loads adapter repositories too: the backbone that they name, and the adapter on it. With `is_trainable=True`,
+        to train it further.
+
+        Raises:
+            ValueError: If a weight is missing from the checkpoint, or of another shape.
+        """
+        wants_info = kwargs.pop("output_loading_info", False)
+        source = pretrained_model_name_or_path
+        hub = {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None}
+        if source is not None and (adapter := find_adapter(source, **hub)) is not None:
+            model, info = load_with_adapter(cls, source, adapter, hub, **kwargs), {}
+        else:
+            model, info = super().from_pretrained(source, *model_args, output_loading_info=True, **kwargs)
+            check_loading(source, info)
+            model.adapter_base = (str(source), commit_of(source, **hub))
+        model._hub_arguments = {**hub, "revision": commit_of(source, **hub)}
+        return (model, info) if wants_info else model
+
+    def add_adapter(self, adapter_config: Any, adapter_name: str | None = None) -> None:
+        """Add a fresh adapter to train, such as [`lora_config`]'s. Its weights are in float32 at least."""
+        super().add_adapter(adapter_config, adapter_name)
+        upcast_adapter(self)
+
+    def load_adapter(self, peft_model_id: str | None = None, adapter_name: str | None = None, *args, **kwargs):
+        """Load an adapter onto this model, whole or not at all. Takes what transformers' `load_adapter` takes.
+
+        Raises:
+            ValueError: If a trained part is missing from the adapter, or not in the model.
+        """
+        conversions = self.__dict__.get("_weight_conversions")
+        info = super().load_adapter(peft_model_id, adapter_name, *args, **kwargs)
+        self._weight_conversions = conversions  # else a model saved after merging would get the adapter's names
+        upcast_adapter(self)
+        if peft_model_id is not None:
+            hub = {**(kwargs.get("adapter_kwargs") or {}), **{k: kwargs[k] for k in HUB_ARGUMENTS if k in kwargs}}
+            fill_adapter(self, peft_model_id, adapter_name or "default", **hub)
+        return info
+
+    @property
+    def processor(self) -> MetaEmbedProcessor:
+        """The processor, loaded at first use from where the model came from: the same repository and commit."""
+        if self._processor is None:
+            where = self.config._name_or_path
+            if not where:
+                raise ValueError("this model was not loaded from anywhere, so has no processor: set model.processor.")
+            processor = MetaEmbedProcessor.from_pretrained(
+                where, trust_remote_code=True, **(self._hub_arguments or {})
+            )
+            self.processor = processor
+            return processor
+        return self._processor
+
+    @processor.setter
+    def processor(self, processor: MetaEmbedProcessor) -> None:
+        processor.config = self.config  # one truth: a default set on the model's configuration holds for both
+        self._processor = processor
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+        """Save a folder that is a complete Hub repository, loadable without this package.
+
+        Writes the weights (safetensors), the configuration, the processor, the Python files, the files of
+        sentence-transformers, and a model card where there is none.
+
+        Args:
+            save_directory: Folder to write to.
+            **kwargs: For transformers' `save_pretrained`. With `push_to_hub=True`, also for [`push_to_hub`].
+        """
+        folder = Path(save_directory)
+        push, name = kwargs.pop("push_to_hub", False), kwargs.pop("repo_id", folder.name)
+        hub = {key: kwargs.pop(key) for key in ("private", "revision", "create_pr", "commit_message") if key in kwargs}
+        check_saves_whole(self, folder)
+        super().save_pretrained(folder, **kwargs)
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        first = not distributed or torch.distributed.get_rank() == 0
+        if first and kwargs.get("is_main_process", True):
+            if self._hf_peft_config_loaded:
+                self.config.save_pretrained(folder)
+                name_base(folder, self.adapter_base)
+            self.processor.save_pretrained(folder)
+            takes_images = self.processor.image_processor is not None
+            card = dict(repository=name, is_adapter=self._hf_peft_config_loaded, takes_images=takes_images)
+            write_repository_files(folder, self.config, **card)
+        if push and first:
+            self.push_to_hub(name, token=kwargs.get("token"), **hub)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        token: str | bool | None = None,
+        private: bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        commit_message: str | None = None,
+        commit_description: str | None = None,
+        **kwargs: Any,
+    ) -> CommitInfo:
+        """Save the model, whole, to a repository of the Hub. A model card that is there is kept.
+
+        Args:
+            repo_id: Where to; made if it does not exist.
+            token: Of the Hub.
+            private: Whether a new repository is private.
+            revision: Branch.
+            create_pr: Whether to open a pull request instead.
+            commit_message: Title of the commit.
+            commit_description: Its text.
+            **kwargs: For [`save_pretrained`].
+
+        Returns:
+            The commit.
+        """
+        api = HfApi(token=token)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        keep = ["README.md"] if api.file_exists(repo_id, "README.md", revision=revision) else None
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, repo_id=repo_id, **kwargs)
+            return api.upload_folder(
+                repo_id=repo_id,
+                folder_path=folder,
+                ignore_patterns=keep,
+                revision=revision,
+                create_pr=create_pr,
+                commit_message=commit_message or f"Upload {type(self).__name__}",
+                commit_description=commit_description,
+            )

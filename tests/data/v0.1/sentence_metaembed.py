@@ -1,0 +1,216 @@
+"""The sentence-transformers door: a module that makes a MetaEmbedModel a `MultiVectorEncoder`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+from .inputs_metaembed import as_batch, count_images
+from .modeling_metaembed import MetaEmbedModel
+from .sentence_card_metaembed import adopt_card
+
+try:  # in a `try`, so that transformers does not ask users of AutoModel alone to install it
+    from sentence_transformers import MultiVectorEncoder
+    from sentence_transformers.base.modules import InputModule
+except ImportError as error:
+    raise ImportError("this door needs sentence-transformers: pip install 'sentence-transformers>=6.0'") from error
+
+if TYPE_CHECKING:
+    from .processing_metaembed import MetaEmbedProcessor
+
+HUB_NAMES = {  # sentence-transformers' names of where to load from, and transformers'
+    "token": "token",
+    "cache_folder": "cache_dir",
+    "revision": "revision",
+    "local_files_only": "local_files_only",
+}
+
+
+class MetaEmbedTransformer(InputModule):
+    """Wraps a [`MetaEmbedModel`] as the one module of a `MultiVectorEncoder`.
+
+    Args:
+        model: The model, with its processor.
+
+    Example:
+        >>> encoder = MultiVectorEncoder("you/your-metaembed", trust_remote_code=True)
+        >>> queries = encoder.encode_query(["a red apple"], num_meta=4)  # list of [4, D]
+        >>> encoder[0].query_num_meta = 4  # what evaluators, which know no `num_meta`, will use; saved with the model
+    """
+
+    forward_kwargs = {"task", "num_meta"}
+    save_in_root = True
+
+    def __init__(self, model: MetaEmbedModel):
+        super().__init__()
+        self.model = model
+
+    @property
+    def processor(self) -> MetaEmbedProcessor:
+        """The model's processor."""
+        return self.model.processor
+
+    @property
+    def tokenizer(self) -> Any:
+        """The backbone's tokenizer."""
+        return self.processor.tokenizer
+
+    @property
+    def modalities(self) -> list[str]:
+        """What inputs may be."""
+        return ["text", "message"] if self.processor.image_processor is None else ["text", "image", "message"]
+
+    @property
+    def max_seq_length(self) -> int | None:
+        """None: nothing is cut."""
+        return None
+
+    @property
+    def query_num_meta(self) -> int | None:
+        """Number of vectors of a query where a call names none, saved with the model. None: all."""
+        return self.model.config.query_num_meta
+
+    @query_num_meta.setter
+    def query_num_meta(self, value: int | None) -> None:
+        self.model.config.query_num_meta = None if value is None else self.processor.resolve_num_meta("query", value)
+
+    @property
+    def document_num_meta(self) -> int | None:
+        """Number of vectors of a document where a call names none, saved with the model. None: all."""
+        return self.model.config.document_num_meta
+
+    @document_num_meta.setter
+    def document_num_meta(self, value: int | None) -> None:
+        value = None if value is None else self.processor.resolve_num_meta("document", value)
+        self.model.config.document_num_meta = value
+
+    def get_embedding_dimension(self) -> int:
+        """Return D, the dimension of every vector."""
+        return self.model.config.embedding_dim or self.model.config.hidden_size
+
+    def preprocess(
+        self,
+        inputs: list[Any],
+        prompt: str | None = None,
+        task: str | None = None,
+        num_meta: int | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """Turn inputs into model inputs.
+
+        Args:
+            inputs: Queries or documents: whatever [`MetaEmbedModel.encode_queries`] takes.
+            prompt: Instruction put before each input. None or "" (what sentence-transformers sends where there is no
+                prompt): the configuration's default.
+            task: "query" or "document". None means "document".
+            num_meta: Number of vectors of each. None: the persistent default, else all.
+            **kwargs: `processing_kwargs`, a dict for the backbone's processor; and what sentence-transformers sends
+                along for modules of other kinds.
+
+        Returns:
+            The model inputs. Where inputs with different numbers of images may not share a batch, several of them as
+            `groups`, each with the `rows` it fills.
+        """
+        side = "query" if task == "query" else "document"
+        options = dict(num_meta=num_meta, instruction=prompt or None, **(kwargs.get("processing_kwargs") or {}))
+        inputs = as_batch(inputs)
+        groups = self.processor.group(inputs)
+        if len(groups) == 1:
+            return self._process(inputs, side, options)
+        parts = [
+            {**self._process([inputs[i] for i in rows], side, options), "rows": torch.tensor(rows)} for rows in groups
+        ]
+        # The trainer tells the columns of a batch apart by their input_ids, and counts rows by them.
+        return {"input_ids": torch.empty(len(inputs), 0, dtype=torch.long), "groups": parts}
+
+    def _process(self, inputs: list[Any], side: str, options: dict[str, Any]) -> dict[str, Any]:
+        features = dict(self.processor.process(inputs, side, **options))
+        counts = [count_images(item) for item in inputs]
+        if any(counts):  # says which images are whose, where a cached loss cuts the batch into smaller ones
+            features["num_images_per_sample"] = torch.tensor(counts)
+        return features
+
+    def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        """Embed model inputs.
+
+        Args:
+            features: What [`preprocess`] returned.
+            **kwargs: `task` and `num_meta`, which `preprocess` has heeded already.
+
+        Returns:
+            `features` with `token_embeddings` [N, r, D] and an `attention_mask` [N, r] that keeps them all.
+        """
+        if "groups" in features:
+            device = features["input_ids"].device
+            rows = torch.cat([part["rows"] for part in features["groups"]]).to(device)
+            stacked = torch.cat([self._embed(part, device) for part in features["groups"]])  # [N, r, D]
+            embeddings = stacked[rows.argsort()]
+        else:
+            embeddings = self._embed(features, features["input_ids"].device)
+        features["token_embeddings"] = embeddings
+        features["attention_mask"] = torch.ones(embeddings.shape[:2], dtype=torch.bool, device=embeddings.device)
+        return features
+
+    def _embed(self, features: dict[str, Any], device: torch.device) -> Tensor:
+        skipped = ("rows", "num_images_per_sample", "task", "modality", "prompt_length", "token_embeddings")
+        inputs = {name: value for name, value in features.items() if name not in skipped}
+        inputs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
+        return self.model(**inputs).embeddings
+
+    def save(self, output_path: str, *args: Any, **kwargs: Any) -> None:
+        """Save the model, whole, as [`MetaEmbedModel.save_pretrained`] does."""
+        self.model.save_pretrained(output_path)
+
+    @classmethod
+    def load(
+        cls,
+        model_name_or_path: str,
+        subfolder: str = "",
+        trust_remote_code: bool = False,
+        model_kwargs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> MetaEmbedTransformer:
+        """Load the module of a saved model.
+
+        Args:
+            model_name_or_path: Hub id or folder.
+            subfolder: Unused: the module stands in the root.
+            trust_remote_code: Unused: this code runs already.
+            model_kwargs: For [`MetaEmbedModel.from_pretrained`] (`dtype`, `attn_implementation`, ...).
+            **kwargs: Where to load from.
+
+        Returns:
+            The module.
+        """
+        where = {HUB_NAMES[name]: value for name, value in kwargs.items() if name in HUB_NAMES and value is not None}
+        return cls(MetaEmbedModel.from_pretrained(model_name_or_path, **where, **(model_kwargs or {})))
+
+
+def to_multi_vector_encoder(model: MetaEmbedModel, **kwargs: Any) -> MultiVectorEncoder:
+    """Return `model` as a `MultiVectorEncoder`, to train, evaluate or save with sentence-transformers.
+
+    The module's class is loaded from its file as transformers loads a Hub repository's: sentence-transformers then
+    saves the file along, and what it saves needs this package no more than what the model saves itself.
+
+    Args:
+        model: The model, with its processor. Shared, not copied.
+        **kwargs: For `MultiVectorEncoder` (`device`, `prompts`, `model_card_data`, ...).
+
+    Returns:
+        The encoder.
+
+    Example:
+        >>> encoder = to_multi_vector_encoder(MetaEmbedModel.from_backbone("Qwen/Qwen2.5-VL-3B-Instruct"))
+        >>> trainer = MultiVectorEncoderTrainer(model=encoder, train_dataset=dataset, loss=MMRLoss(encoder))
+    """
+    reference = f"{Path(__file__).stem}.{MetaEmbedTransformer.__name__}"
+    module_class = get_class_from_dynamic_module(reference, str(Path(__file__).parent))
+    # Its trainer reads checkpoints back, to resume or to keep the best: their code is what runs here already.
+    options = {"similarity_fn_name": "maxsim", "trust_remote_code": True, **kwargs}
+    encoder = MultiVectorEncoder(modules=[module_class(model)], **options)
+    adopt_card(encoder)
+    return encoder

@@ -1,0 +1,58 @@
+"""Checkpoints that earlier versions saved keep loading, with this code and with their own, and mean the same."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from freeze import embeddings
+from safetensors.torch import load
+
+from metaembed import MetaEmbedModel
+
+CHECKPOINTS = sorted((Path(__file__).parent / "data").glob("v*"))
+
+
+def check(actual, folder):
+    expected = load((folder / "embeddings.bin").read_bytes())
+    assert actual.keys() == expected.keys() and expected["documents"].shape == (3, 6, 8)
+    for name, value in expected.items():
+        torch.testing.assert_close(actual[name], value, atol=1e-5, rtol=0)
+
+
+def test_there_is_a_frozen_checkpoint():
+    assert [folder.name for folder in CHECKPOINTS][:1] == ["v0.1"]
+
+
+@pytest.mark.parametrize("folder", CHECKPOINTS, ids=lambda folder: folder.name)
+def test_a_frozen_checkpoint_loads_with_this_code(folder):
+    model = MetaEmbedModel.from_pretrained(folder)
+    assert model.config.document_num_meta == 6
+    check(embeddings(model), folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("folder", CHECKPOINTS, ids=lambda folder: folder.name)
+def test_a_frozen_checkpoint_loads_with_its_own_code(folder, tmp_path):
+    """As its users do: from the Hub with trust_remote_code, on today's libraries."""
+    code = """
+import sys
+sys.modules["metaembed"] = None
+from safetensors.torch import save_file
+from transformers import AutoModel
+from tiny_pictures import picture
+QUERIES = ["red apple", {"text": "which boat?", "image": picture(1)}]
+DOCUMENTS = ["a cat", picture(3), {"text": "boat", "image": picture(4, 48, 32)}]
+model = AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True)
+found = dict(queries=model.encode_queries(QUERIES), documents=model.encode_documents(DOCUMENTS))
+save_file({**found, "short": model.encode_documents(DOCUMENTS, num_meta=2)}, sys.argv[2])
+"""
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.path.dirname(__file__),
+        "HF_MODULES_CACHE": str(tmp_path / "modules"),
+    }
+    subprocess.run([sys.executable, "-c", code, folder, tmp_path / "found"], env=environment, check=True)
+    check(load((tmp_path / "found").read_bytes()), folder)
