@@ -2,6 +2,8 @@
 
     python benchmarks/backbones.py [--only qwen3_vl,paligemma] [--output docs/backbones.md]
 
+With `--only`, the rows of the other architectures stay as they are in the output file.
+
 Each is built tiny, with random weights and its real processor (see `tests/tiny.py`), and put through every check of
 `tests/conformance.py`.
 """
@@ -97,6 +99,15 @@ def attempt(name: str) -> tuple[bool, list[str]]:
         signal.alarm(0)
 
 
+def read(path: Path) -> dict[str, tuple[bool, str]]:
+    """Return the results in a file that this command wrote."""
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    works, _, fails = text.partition("## Do not")
+    rows = [(worked, line) for worked, part in ((True, works), (False, fails)) for line in part.splitlines()]
+    rows = [(worked, line) for worked, line in rows if line.startswith("| ") and "| architecture |" not in line]
+    return {line.split(" ")[1]: (worked, line) for worked, line in rows}
+
+
 def main() -> None:
     """Try them all and write the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -107,24 +118,25 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    names = arguments.only.split(",") if arguments.only else [*MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, *ALSO]
-    rows: dict[bool, list[str]] = {True: [], False: []}
-    for name in tqdm(names):
+    every = [*MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, *ALSO]
+    results = read(arguments.output) if arguments.only else {}
+    for name in tqdm(arguments.only.split(",") if arguments.only else every):
         start = time.perf_counter()
         works, cells = attempt(name)
-        rows[works].append(f"| {name} | " + " | ".join(cells) + " |")
-        tqdm.write(f"{rows[works][-1]} {time.perf_counter() - start:.1f} s")
+        results[name] = works, f"| {name} | " + " | ".join(cells) + " |"
+        tqdm.write(f"{results[name][1]} {time.perf_counter() - start:.1f} s")
+    rows = {works: sorted(row for worked, row in results.values() if worked is works) for works in (True, False)}
     text = HEADER.format(
         version=transformers.__version__,
         checks=", ".join(check.replace("_", " ") for check in CHECKS),
         works=len(rows[True]),
-        total=len(names),
-        table="\n".join(sorted(rows[True])),
-        reasons="\n".join(sorted(rows[False])),
+        total=len(results),
+        table="\n".join(rows[True]),
+        reasons="\n".join(rows[False]),
     )
     arguments.output.parent.mkdir(exist_ok=True)
     arguments.output.write_text(text, encoding="utf-8")
-    print(f"{len(rows[True])} of {len(names)} work. Written to {arguments.output}.")
+    print(f"{len(rows[True])} of {len(results)} work. Written to {arguments.output}.")
 
 
 if __name__ == "__main__":

@@ -191,6 +191,9 @@ ARCHITECTURES: dict[str, Architecture] = {
     "glm46v": GLM,
     "glm4v": GLM,
     "glm4v_moe": replace(GLM, config=text(rope_parameters=rope(1, 1, 2, partial_rotary_factor=0.5)), like="glm4v"),
+    "glm5_next": Architecture(
+        config=text(q_lora_rank=16, index_head_dim=64, index_n_heads=2, linear_head_dim=16, linear_num_heads=2)
+    ),
     "glm_ocr": replace(GLM, like="glm46v"),
     "glmga": replace(GLM, like="glm46v"),
     "got_ocr2": Architecture(
