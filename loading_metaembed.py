@@ -69,7 +69,7 @@ def load_backbone(source: Any, **kwargs: Any) -> tuple[PreTrainedModel, Any, set
     for auto in autos:
         model, info = auto.from_pretrained(source, output_loading_info=True, **kwargs)
         check_loading(source, {"mismatched_keys": info["mismatched_keys"]})
-        missing = _inside(model, headless(model), info["missing_keys"])
+        missing = names_inside(model, headless(model), info["missing_keys"])
         candidates.append((model, missing))
         if not missing:
             break
@@ -85,7 +85,7 @@ def headless(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def _inside(model: nn.Module, backbone: nn.Module, names: Iterable[str]) -> set[str]:
+def names_inside(model: nn.Module, backbone: nn.Module, names: Iterable[str]) -> set[str]:
     """Return those of the names that are of the backbone, as the backbone calls them."""
     prefix = next(name for name, module in model.named_modules() if module is backbone)
     prefix = f"{prefix}." if prefix else ""
