@@ -1,7 +1,7 @@
 """From weights trained with the paper's own code to a [`MetaEmbedModel`].
 
-Their model is the backbone's class with a head, and beside it `prompt_embed_tokens` [R_q + R_c, hidden], the Meta Tokens
-with the query ones first, and `custom_text_proj`, the projection, where there is one. A sequence is
+Their model is the backbone's class with a head, and beside it `prompt_embed_tokens` [R_q + R_c, hidden], the Meta
+Tokens with the query ones first, and `custom_text_proj`, the projection, where there is one. A sequence is
 `[input; M_q; M_c]` for both sides. Saved as a full state dict, or as a PEFT adapter with these two in full.
 """
 
@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoConfig, AutoProcessor, PreTrainedModel
 
-from .loading_metaembed import HUB_ARGUMENTS, check_loading, headless, load_backbone, set_linear
+from .loading_metaembed import HUB_ARGUMENTS, check_loading, headless, load_backbone, names_inside, set_linear
 
 WEIGHTS = re.compile(r"(adapter_model|model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)")
 META_TOKENS = "prompt_embed_tokens.weight"
@@ -82,8 +82,8 @@ def convert(
     tokens, projection = _split(own, checkpoint)
     if not 1 <= num_query_tokens < len(tokens):
         raise ValueError(
-            f"{checkpoint} holds {len(tokens)} Meta Tokens, query and document ones together, so num_query_tokens must "
-            f"be between 1 and {len(tokens) - 1}, got {num_query_tokens}."
+            f"{checkpoint} holds {len(tokens)} Meta Tokens, query and document ones together, so num_query_tokens "
+            f"must be between 1 and {len(tokens) - 1}, got {num_query_tokens}."
         )
     processor = processor or base_processor or AutoProcessor.from_pretrained(base or folder, **hub)
     model = cls.from_backbone(
@@ -128,7 +128,7 @@ def _read(folder: Path) -> dict[str, Tensor]:
 
 
 def _is_own(name: str) -> bool:
-    return name.endswith(META_TOKENS) or f"{PROJECTION}." in name
+    return name.endswith((META_TOKENS, f"{PROJECTION}.weight", f"{PROJECTION}.bias"))
 
 
 def _load_full(folder: Path, state: dict[str, Tensor], dtype: Any) -> PreTrainedModel:
@@ -146,8 +146,8 @@ def _load_full(folder: Path, state: dict[str, Tensor], dtype: Any) -> PreTrained
         raise ValueError(
             f"{len(unknown)} weights of {folder} find no place in {auto.__name__}: {', '.join(unknown[:5])}."
         )
-    tied = {"lm_head.weight"}  # the head stays behind, so it does not matter whether the checkpoint holds it
-    check_loading(folder, {**info, "missing_keys": set(info["missing_keys"]) - tied})
+    missing = names_inside(model, headless(model), info["missing_keys"])  # the head stays behind
+    check_loading(folder, {**info, "missing_keys": missing})
     return headless(model)
 
 
@@ -158,7 +158,8 @@ def _apply_adapter(backbone: PreTrainedModel, folder: Path, state: dict[str, Ten
         if config.get(setting):
             raise ValueError(f"the adapter {folder} uses {setting}={config[setting]!r}, which is not supported.")
     names = {re.sub(r"^base_model\.model\.|\.default\b|\.modules_to_save\b", "", name): name for name in state}
-    own, rest = {}, {}
+    own: dict[str, Tensor] = {}
+    rest: dict[str, Tensor] = {}
     for short, name in names.items():
         if ".original_module." in short:  # PEFT's copy of what `modules_to_save` replaces
             continue
@@ -167,16 +168,16 @@ def _apply_adapter(backbone: PreTrainedModel, folder: Path, state: dict[str, Ten
         match = re.fullmatch(r"(.+)\.lora_A\.weight", short)
         if match is None:
             continue
-        down, up = rest.pop(short), rest.pop(f"{match[1]}.lora_B.weight")  # [r, in], [out, r]
+        other = f"{match[1]}.lora_B.weight"
+        if other not in rest:
+            break  # named below, as not understood
+        down, up = rest.pop(short), rest.pop(other)  # [r, in], [out, r]
         root = len(down) ** 0.5 if config.get("use_rslora") else len(down)
         with torch.no_grad():
             weight = _find(backbone, match[1], (len(up), down.shape[1])).weight
-            delta = (
-                up.to(torch.float32) @ down.to(torch.float32)
-                if weight.dtype != torch.float64
-                else up.double() @ down.double()
-            )
-            weight += (delta * (config["lora_alpha"] / root)).to(weight.device, weight.dtype)
+            work = torch.promote_types(weight.dtype, torch.float32)
+            delta = (up.to(work) @ down.to(work)) * (config["lora_alpha"] / root)
+            weight += delta.to(weight.device, weight.dtype)
     if rest:
         raise ValueError(
             f"{len(rest)} weights of the adapter {folder} are not understood: {', '.join(sorted(rest)[:5])}."

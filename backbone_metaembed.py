@@ -93,13 +93,13 @@ def last_hidden_state(backbone: PreTrainedModel, input_ids: torch.Tensor, **inpu
         Hidden states [N, L, hidden].
 
     Raises:
-        ValueError: If the input is longer than the backbone was made for, or there is not one hidden state for each id.
+        ValueError: If the input is longer than the backbone was made for, or has not one hidden state for each id.
     """
     longest = getattr(backbone.config.get_text_config(), "max_position_embeddings", None)
     if longest and input_ids.shape[1] > longest:
         raise ValueError(
-            f"an input is {input_ids.shape[1]} tokens long, and {type(backbone).__name__} was made for {longest} at most. "
-            "Cut its text with `max_length`, or make its images smaller."
+            f"an input is {input_ids.shape[1]} tokens long, and {type(backbone).__name__} was made for at most "
+            f"{longest}. Cut its text with `max_length`, or make its images smaller."
         )
     parameters = inspect.signature(backbone.forward).parameters
     takes_anything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
@@ -138,7 +138,8 @@ def measure(backbone: PreTrainedModel, embed: Embed, processor: MetaEmbedProcess
         ValueError: If the backbone cannot embed a text, or an image where its processor takes images: with the reason.
     """
     config = processor.config
-    text, image = {"text": "a picture"}, {"text": "a picture", "image": _picture(0)}
+    text: dict[str, Any] = {"text": "a picture"}
+    image = {**text, "image": _picture(0)}
     config.text_through_tokenizer = not _takes(processor, [text, text])  # some take two texts for one
     probes = [("a text", text)]
     if processor.image_processor is not None:
@@ -160,16 +161,29 @@ def measure(backbone: PreTrainedModel, embed: Embed, processor: MetaEmbedProcess
                 f"{type(backbone).__name__} cannot be a MetaEmbed backbone: {what} failed: {error}"
             ) from error
     if len(probes) > 1:
-        pair = {"text": "two pictures", "image": [_picture(1), _picture(2)]}
-        try:
-            with torch.no_grad():
-                more = [embed(**_inputs(backbone, processor, [pair]))]  # [1, R, D]
-        except Exception:  # one image at most: an input with two will say so
-            more = []
-        config.mixes_images = _share(backbone, embed, processor, [text, image, pair][: 2 + len(more)], rows + more)
-        config.batches_images = config.mixes_images or _share(backbone, embed, processor, [image] * 2, rows[1:] * 2)
+        with torch.no_grad():
+            _measure_batches(backbone, embed, processor, text, image, rows)
     config.causal = all(causal)
     return torch.cat(rows)
+
+
+def _measure_batches(
+    backbone: PreTrainedModel, embed: Embed, processor: MetaEmbedProcessor, text: Any, image: Any, rows: list
+) -> None:
+    """Find out which inputs keep the rows [1, R, D] that they have alone when they share a batch."""
+    config = processor.config
+    items, alone = [text, image], list(rows)
+    try:
+        pair = {**text, "image": [_picture(1), _picture(2)]}
+        alone.append(embed(**_inputs(backbone, processor, [pair])))
+        items.append(pair)
+    except Exception:  # one image at most: an input with two will say so
+        pass
+    config.mixes_images = _share(backbone, embed, processor, items, alone)
+    if not config.mixes_images:
+        other = {**text, "image": _picture(3)}
+        alone = [rows[1], embed(**_inputs(backbone, processor, [other]))]
+        config.batches_images = _share(backbone, embed, processor, [image, other], alone)
 
 
 def _options(backbone: PreTrainedModel, processor: MetaEmbedProcessor, item: Any) -> dict[str, Any]:
@@ -195,7 +209,6 @@ def _takes(processor: MetaEmbedProcessor, items: list) -> bool:
     return True
 
 
-@torch.no_grad()
 def _share(backbone: PreTrainedModel, embed: Embed, processor: MetaEmbedProcessor, items: list, alone: list) -> bool:
     """Whether inputs keep, in one batch, the rows [1, R, D] that each has alone."""
     before = processor.config.mixes_images

@@ -14,8 +14,8 @@ from transformers.image_utils import load_image
 
 ACCEPTED = (
     "a string (text), a PIL image, a pathlib.Path or bytes of an image, a numpy array [height, width(, channels)], "
-    'a dict with "text", "image" (one or a list; a path, URL, PIL image, bytes or array each) and/or "video" (a path or '
-    "URL, a list of images or an array [frames, height, width, 3]; or a list of these), "
+    'a dict with "text", "image" (one or a list; a path, URL, PIL image, bytes or array each) and/or "video" (a path '
+    "or URL, a list of images or an array [frames, height, width, 3]; or a list of these), "
     'or chat messages [{"role": ..., "content": ...}]'
 )
 
@@ -48,10 +48,8 @@ def count_images(item: Any) -> int:
     if isinstance(item, (list, tuple)):
         return sum(count_images(part) for part in item)
     if isinstance(item, dict):
-        images = item.get("image")
-        if item.get("type") != "video" and images is None:
-            images = item.get("url") or item.get("path")
-        return len(images) if isinstance(images, (list, tuple)) else int(images is not None)
+        elsewhere = None if item.get("type") == "video" else item.get("url") or item.get("path")
+        return len(_as_list(item.get("image", elsewhere)))
     return int(item is not None and not isinstance(item, str))
 
 
@@ -133,12 +131,10 @@ def _dict_parts(item: dict[str, Any]) -> list[dict[str, Any]]:
         raise ValueError(
             f'unknown keys {sorted(map(str, unknown))} in {sorted(map(str, item))}. Use "text", "image", "video".'
         )
-    images, videos = item.get("image"), item.get("video")
-    if not isinstance(images, (list, tuple)):
-        images = [] if images is None else [images]
+    parts = [_image(image) for image in _as_list(item.get("image"))]
+    videos: Any = item.get("video")
     if not _is_list_of_videos(videos):
         videos = [] if videos is None else [videos]
-    parts = [_image(image) for image in images]
     parts += [{"type": "video", "video": read_video(video)} for video in videos]
     if item.get("text") is not None:
         parts.append(_text(item["text"]))
@@ -153,6 +149,12 @@ def _text(text: Any) -> dict[str, Any]:
 
 def _image(image: Any) -> dict[str, Any]:
     return {"type": "image", "image": read_image(image)}
+
+
+def _as_list(value: Any) -> list[Any]:
+    if isinstance(value, (list, tuple)):
+        return list(value)
+    return [] if value is None else [value]
 
 
 def _is_list_of_videos(videos: Any) -> bool:

@@ -69,7 +69,7 @@ def load_backbone(source: Any, **kwargs: Any) -> tuple[PreTrainedModel, Any, set
     for auto in autos:
         model, info = auto.from_pretrained(source, output_loading_info=True, **kwargs)
         check_loading(source, {"mismatched_keys": info["mismatched_keys"]})
-        missing = _inside(model, headless(model), info["missing_keys"])
+        missing = names_inside(model, headless(model), info["missing_keys"])
         candidates.append((model, missing))
         if not missing:
             break
@@ -85,7 +85,7 @@ def headless(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def _inside(model: nn.Module, backbone: nn.Module, names: Iterable[str]) -> set[str]:
+def names_inside(model: nn.Module, backbone: nn.Module, names: Iterable[str]) -> set[str]:
     """Return those of the names that are of the backbone, as the backbone calls them."""
     prefix = next(name for name, module in model.named_modules() if module is backbone)
     prefix = f"{prefix}." if prefix else ""
@@ -95,8 +95,8 @@ def _inside(model: nn.Module, backbone: nn.Module, names: Iterable[str]) -> set[
 def plain_processor(processor: Any, backbone: PreTrainedModel) -> Any:
     """Return the processor of the backbone, where the given one is that of a retriever around it.
 
-    A retriever's processor takes texts or images and adds prompts of its own; the backbone's takes anything. It is made
-    of the same parts.
+    A retriever's processor takes texts or images and adds prompts of its own; the backbone's takes anything. It is
+    made of the same parts.
     """
     expected = PROCESSOR_MAPPING.get(type(backbone.config), None)
     if expected is None or isinstance(processor, expected) or not hasattr(processor, "tokenizer"):

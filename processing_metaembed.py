@@ -194,7 +194,8 @@ class MetaEmbedProcessor(ProcessorMixin):
             the inputs, for the model to slice by.
 
         Raises:
-            TypeError: If an input or `num_meta` is of the wrong type, or the backbone's processor knows no such keyword.
+            TypeError: If an input or `num_meta` is of the wrong type, or the backbone's processor knows no such
+                keyword.
             ValueError: If there are no inputs, an input cannot be read, a number is out of range, the backbone does
                 not take such inputs, or these inputs may not share a batch (see [`group`]).
         """
@@ -213,7 +214,8 @@ class MetaEmbedProcessor(ProcessorMixin):
         if instruction is None:
             instruction = getattr(self.config, f"{side}_instruction")
         suffix = "".join(self._appended_tokens(side, num_meta))
-        texts, media = [], {"image": [], "video": []}
+        texts: list[str] = []
+        media: dict[str, list[list]] = {"image": [], "video": []}  # a list for each input
         for index, item in enumerate(items):
             try:
                 messages = to_messages(item)

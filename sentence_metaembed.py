@@ -62,7 +62,8 @@ class MetaEmbedTransformer(InputModule):
     @property
     def modalities(self) -> list[str]:
         """What inputs may be."""
-        return ["text", "message"] if self.processor.image_processor is None else ["text", "image", "message"]
+        pictures = [kind for kind in ("image", "video") if getattr(self.processor, f"{kind}_processor") is not None]
+        return ["text", *pictures, "message"]
 
     @property
     def max_seq_length(self) -> int | None:

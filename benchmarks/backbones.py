@@ -2,6 +2,8 @@
 
     python benchmarks/backbones.py [--only qwen3_vl,paligemma] [--output docs/backbones.md]
 
+With `--only`, the rows of the other architectures stay as they are in the output file.
+
 Each is built tiny, with random weights and its real processor (see `tests/tiny.py`), and put through every check of
 `tests/conformance.py`.
 """
@@ -27,22 +29,23 @@ from tqdm.auto import tqdm  # noqa: E402
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES  # noqa: E402
 
 ALSO = ["modernvbert", "qwen3", "llama", "bert", "modernbert"]
-SECONDS = 180  # for one architecture
+SECONDS = 300  # for one architecture
 
 HEADER = """\
 # Backbones
 
-Written by `make backbones`, with transformers {version}: every architecture of its image-text-to-text mapping, and some
-others, each built tiny with random weights and its real processor, and put through every check of
+Written by `make backbones`, with transformers {version}: every architecture of its image-text-to-text mapping, and
+some others, each built tiny with random weights and its real processor, and put through every check of
 `tests/conformance.py`: {checks}.
 
-**{works} of {total} work.** The others are named with the reason. There is no list of backbones in the package: whatever
-passes what [`MetaEmbedModel.from_backbone`] tries at creation is a backbone.
+**{works} of {total} work.** The others are named with the reason. There is no list of backbones in the package:
+whatever passes what `MetaEmbedModel.from_backbone` tries at creation is a backbone.
 
-- *prefix*: "fewer tokens" where the backbone is causal, so that only the Meta Tokens asked for are appended; "slice" where
-  it is not, so that all are appended and the first are kept.
-- *batches*: "mixed" where inputs with any numbers of images share a batch; "by images" where only equal numbers of images
-  do; "alone" where each input with images is encoded by itself. `encode_queries` and `encode_documents` see to it.
+- *prefix*: "fewer tokens" where the backbone is causal, so that only the Meta Tokens asked for are appended; "slice"
+  where it is not, so that all are appended and the first are kept.
+- *batches*: "mixed" where inputs with any numbers of images share a batch; "by images" where only equal numbers of
+  images do; "alone" where each input with images is encoded by itself. `encode_queries` and `encode_documents` see to
+  it.
 
 ## Work
 
@@ -63,6 +66,7 @@ class TooLongError(Exception):
 
 
 def raise_too_long(*_) -> None:
+    """Handle the alarm."""
     raise TooLongError(f"took longer than {SECONDS} s")
 
 
@@ -95,7 +99,17 @@ def attempt(name: str) -> tuple[bool, list[str]]:
         signal.alarm(0)
 
 
+def read(path: Path) -> dict[str, tuple[bool, str]]:
+    """Return the results in a file that this command wrote."""
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    works, _, fails = text.partition("## Do not")
+    rows = [(worked, line) for worked, part in ((True, works), (False, fails)) for line in part.splitlines()]
+    rows = [(worked, line) for worked, line in rows if line.startswith("| ") and "| architecture |" not in line]
+    return {line.split(" ")[1]: (worked, line) for worked, line in rows}
+
+
 def main() -> None:
+    """Try them all and write the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", help="names of architectures, separated by commas")
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "backbones.md")
@@ -104,24 +118,25 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    names = arguments.only.split(",") if arguments.only else [*MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, *ALSO]
-    rows: dict[bool, list[str]] = {True: [], False: []}
-    for name in tqdm(names):
+    every = [*MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, *ALSO]
+    results = read(arguments.output) if arguments.only else {}
+    for name in tqdm(arguments.only.split(",") if arguments.only else every):
         start = time.perf_counter()
         works, cells = attempt(name)
-        rows[works].append(f"| {name} | " + " | ".join(cells) + " |")
-        tqdm.write(f"{rows[works][-1]} {time.perf_counter() - start:.1f} s")
+        results[name] = works, f"| {name} | " + " | ".join(cells) + " |"
+        tqdm.write(f"{results[name][1]} {time.perf_counter() - start:.1f} s")
+    rows = {works: sorted(row for worked, row in results.values() if worked is works) for works in (True, False)}
     text = HEADER.format(
         version=transformers.__version__,
         checks=", ".join(check.replace("_", " ") for check in CHECKS),
         works=len(rows[True]),
-        total=len(names),
-        table="\n".join(sorted(rows[True])),
-        reasons="\n".join(sorted(rows[False])),
+        total=len(results),
+        table="\n".join(rows[True]),
+        reasons="\n".join(rows[False]),
     )
     arguments.output.parent.mkdir(exist_ok=True)
     arguments.output.write_text(text, encoding="utf-8")
-    print(f"{len(rows[True])} of {len(names)} work. Written to {arguments.output}.")
+    print(f"{len(rows[True])} of {len(results)} work. Written to {arguments.output}.")
 
 
 if __name__ == "__main__":

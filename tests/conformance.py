@@ -146,8 +146,8 @@ def check_a_training_step_changes_what_it_should(name: str) -> None:
     assert changed == {n for n, p in after.items() if p.requires_grad}
     delta = next(n for n in changed if "token_adapter" in n)
     rows = (before[delta] - after[delta]).abs().amax(dim=1) > 0  # [R_q + R_c]
-    # Every query vector counts; a document vector counts where it is some query vector's best, and the last is not seen
-    # by any other.
+    # Every query vector counts; a document vector counts where it is some query vector's best, and no other sees the
+    # last.
     assert rows[: TOKENS["query"] + 1].all()
 
 

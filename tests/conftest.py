@@ -19,7 +19,7 @@ from metaembed import MetaEmbedModel
 
 
 class RootIsNoTestPackage:
-    """Without this, pytest imports the root's `__init__` by the name of the folder, which a clone may call anything."""
+    """Without this, pytest imports the root's `__init__` by the folder's name, which may be anything in a clone."""
 
     def pytest_collect_directory(self, path, parent):
         return pytest.Dir.from_parent(parent, path=path) if path == parent.config.rootpath else None

@@ -129,9 +129,14 @@ def test_a_peft_adapter(tmp_path, old_names):
     again = MetaEmbedModel.from_pretrained(tmp_path / "ours", dtype=torch.float64)
     assert_equal(again, headed, processor, tokens, projection)
 
-    save_file({**state, "base_model.model.model.stray.weight": tokens.clone()}, adapter / "adapter_model.safetensors")
-    with pytest.raises(ValueError, match="stray"):
-        MetaEmbedModel.from_authors_checkpoint(adapter, num_query_tokens=R_Q, dtype=torch.float64)
+    for stray in (
+        "model.stray.weight",
+        "custom_text_proj.lora_A.weight",
+        "model.layers.0.self_attn.q_proj.lora_C.weight",
+    ):
+        save_file({**state, f"base_model.model.{stray}": torch.zeros(2, 32)}, adapter / "adapter_model.safetensors")
+        with pytest.raises(ValueError, match=stray):
+            MetaEmbedModel.from_authors_checkpoint(adapter, num_query_tokens=R_Q, dtype=torch.float64)
 
 
 @pytest.mark.parametrize("change", ["stray", "missing", "no tokens", "too few tokens"])

@@ -4,11 +4,13 @@ import pytest
 import torch
 from conformance import CHECKS, run
 
-NAMED = """
-qwen2_5_vl paligemma mllama
-qwen2_vl qwen3_vl qwen3_5 idefics3 smolvlm gemma3 gemma4 internvl llava_onevision llama4 mistral3 aya_vision glm4v lfm2_vl
-minicpmv4_6 granite4_vision modernvbert qwen3 llama bert modernbert
-""".split()
+NAMED = [
+    *("qwen2_5_vl", "paligemma", "mllama"),  # the paper's
+    *("qwen2_vl", "qwen3_vl", "qwen3_5", "idefics3", "smolvlm", "gemma3"),
+    *("gemma4", "internvl", "llava_onevision", "llama4", "mistral3", "aya_vision"),
+    *("glm4v", "lfm2_vl", "minicpmv4_6", "granite4_vision", "modernvbert", "qwen3"),
+    *("llama", "bert", "modernbert"),
+]
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -78,5 +78,5 @@ def test_a_weight_that_no_row_depends_on_may_be_missing_and_no_other(tmp_path):
     state = masked.state_dict()
     del state["bert.encoder.layer.0.output.dense.weight"]
     masked.save_pretrained(tmp_path, state_dict=state)
-    with pytest.raises(ValueError, match="output.dense.weight"):
+    with pytest.raises(ValueError, match=r"output\.dense\.weight"):
         MetaEmbedModel.from_backbone(tmp_path, num_query_tokens=2, num_document_tokens=4)

@@ -1,0 +1,282 @@
+"""What is to be said of each architecture beyond its name, to build it tiny with its real processor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+IMAGE_SIZE, PATCH_SIZE = 56, 14  # of towers that take one size only: 16 patches
+PATCHES = (IMAGE_SIZE // PATCH_SIZE) ** 2
+
+# What tokenizers call the special tokens that processors ask them for.
+NAMED = {
+    "bos_token": "<s>",
+    "eos_token": "</s>",
+    "pad_token": "<pad>",
+    "unk_token": "<unk>",
+    "image_token": "<image>",
+    "video_token": "<video>",
+    "audio_token": "<audio>",
+    "boi_token": "<boi>",
+    "eoi_token": "<eoi>",
+    "boa_token": "<boa>",
+    "eoa_token": "<eoa>",
+    "sep_token": "<sep>",
+    "image_start_token": "<image_start>",
+    "image_end_token": "<image_end>",
+    "image_break_token": "<image_break>",
+    "image_wrapper_token": "<image_wrapper>",
+    "image_boundary_token": "<fake_token_around_image>",
+    "img_line_break_token": "<line_break>",
+    "image_id_start_token": "<image_id>",
+    "image_id_end_token": "</image_id>",
+    "slice_start_token": "<slice>",
+    "slice_end_token": "</slice>",
+    "eof_token": "<eof>",
+    "video_start_token": "<video_start>",
+    "video_end_token": "<video_end>",
+    "vision_start_token": "<vision_start>",
+    "vision_end_token": "<vision_end>",
+    "vision_bos_token": "<vision_start>",
+    "vision_eos_token": "<vision_end>",
+    "audio_bos_token": "<boa>",
+    "audio_eos_token": "<eoa>",
+    "start_image_token": "<img>",
+    "end_image_token": "</img>",
+    "context_image_token": "<IMG_CONTEXT>",
+}
+
+# Special tokens that processors ask for by their text.
+SPECIAL = (
+    "<|im_start|> <|im_end|> <|endoftext|> <|image_pad|> <|video_pad|> <|vision_start|> <|vision_end|> "
+    "<|begin_of_text|> <|python_tag|> <|image|> <|video|> <|audio|> <|IMG_PATCH|> <|START_OF_IMG|> "
+    "<|END_OF_IMG|> <|IMG_LINE_BREAK|> TILE_GLOBAL TILE <end_of_utterance> <fake_token_around_image> "
+    "<global-img> <|image_start|> <|image_end|> <|img_thumbnail|> <|patch|> <|tile_x_separator|> "
+    "<|tile_y_separator|> [IMG] [IMG_BREAK] [IMG_END] <imgpad> <|media_pad|> <|kimi_k25_video_placeholder|> "
+    "<|imgpad|> <|audio_comp_pad|> <|begin_of_video|> <|end_of_video|> <|begin_of_image|> <|end_of_image|> "
+    "<IMG_COL> <IMG_END> <IMG_ROW> <IMG_PRE> <IMG_START> <im_patch> <im_start> <im_end> <im_col> <im_low> "
+    "<low_res_im_start> <frame_start> <frame_end> <patch_newline> <|vid_start|> <|vid_end|> "
+    "<|vid_frame_separator|> <|unused_200053|> <|unused_200054|> <|content_image|> <|content_audio_input|> "
+    "<|IMAGE_PAD|> <|VIDEO_PAD|> <|VISION_START|> <|VISION_END|> <racm3:break> <eoss> <|video_duration|> "
+    "[CLS] [SEP] [MASK] |SPEAKER| |NEWLINE| <IMG_ATOM> <IMG_GRID> ]<]image[>[ ]<]video[>[ <|extra_200|> "
+)
+LITERAL = SPECIAL.split() + [f"<row_{row}_col_{column}>" for row in range(1, 4) for column in range(1, 4)]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What is to be said of an architecture beyond its name.
+
+    Args:
+        config: Fields of the configuration to set, by dotted path.
+        parts: Parts of the configuration to add, and the model types they are of.
+        ids: Fields of the configuration that hold the ids of these tokens (one, or several separated by spaces).
+        image: What an image is in a prompt. "": the processor's own placeholder.
+        video: The same for a video.
+        image_options: For the image processor.
+        video_options: For the video processor.
+        options: For the processor.
+        named: What the tokenizer calls its special tokens, where it differs from NAMED.
+        template: Whether there is a chat template.
+        like: The model type whose processor it uses.
+    """
+
+    config: dict[str, Any] = field(default_factory=dict)
+    parts: dict[str, str] = field(default_factory=dict)
+    ids: dict[str, str] = field(default_factory=dict)
+    image: str = ""
+    video: str = ""
+    image_options: dict[str, Any] = field(default_factory=dict)
+    video_options: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
+    named: dict[str, str] = field(default_factory=dict)
+    template: bool = True
+    like: str | None = None
+
+
+def text(**fields: Any) -> dict[str, Any]:
+    """Return fields of the language model's configuration by their paths."""
+    return {f"text_config.{name}": value for name, value in fields.items()}
+
+
+def vision(**fields: Any) -> dict[str, Any]:
+    """Return fields of the vision tower's configuration by their paths."""
+    return {f"vision_config.{name}": value for name, value in fields.items()}
+
+
+def rope(*sections: int, **more: Any) -> dict[str, Any]:
+    """Return rotary position embeddings in sections, for heads of 16 dimensions."""
+    return {"rope_type": "default", "rope_theta": 1e4, "mrope_section": list(sections), **more}
+
+
+MROPE = text(rope_parameters=rope(2, 3, 3))
+PATCH_16 = {"image_options": {"patch_size": 16}, "video_options": {"patch_size": 16}}
+QWEN2 = Architecture(
+    image="<|vision_start|><|image_pad|><|vision_end|>",
+    video="<|vision_start|><|video_pad|><|vision_end|>",
+    named={
+        "image_token": "<|image_pad|>",
+        "video_token": "<|video_pad|>",
+        "vision_start_token": "<|vision_start|>",
+        "vision_end_token": "<|vision_end|>",
+    },
+    config=MROPE,
+)
+QWEN3 = replace(QWEN2, **PATCH_16)
+QWEN3_5 = replace(QWEN3, config={})
+COMPASS = {
+    "image_token": "<|IMAGE_PAD|>",
+    "video_token": "<|VIDEO_PAD|>",
+    "vision_start_token": "<|VISION_START|>",
+    "vision_end_token": "<|VISION_END|>",
+}
+GLM = Architecture(
+    image="<|begin_of_image|><|image|><|end_of_image|>",
+    video="<|begin_of_video|><|video|><|end_of_video|>",
+    named={
+        "image_token": "<|image|>",
+        "video_token": "<|video|>",
+        "image_start_token": "<|begin_of_image|>",
+        "image_end_token": "<|end_of_image|>",
+        "video_start_token": "<|begin_of_video|>",
+        "video_end_token": "<|end_of_video|>",
+    },
+    config=MROPE,
+)
+SQUARE = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+LLAVA = {"patch_size": PATCH_SIZE, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+GRID = {"image_grid_pinpoints": [[56, 112], [112, 56], [112, 112]]}
+TILES = {"size": {"longest_edge": 112}, "max_image_size": {"longest_edge": IMAGE_SIZE}}
+IDEFICS = Architecture(options={"image_seq_len": 4}, image_options=TILES)
+ENCODER = dict(pad_token_id=2, cls_token_id=0, sep_token_id=0, reference_compile=False)
+LATENT = dict(qk_rope_head_dim=16, qk_nope_head_dim=16, v_head_dim=16, head_dim=16, kv_lora_rank=16, q_lora_rank=16)
+INTERNVL = Architecture(
+    config=vision(image_size=[IMAGE_SIZE] * 2, patch_size=[PATCH_SIZE] * 2),
+    options={"image_seq_length": 4},
+    image_options={"max_patches": 2},
+)
+
+ARCHITECTURES: dict[str, Architecture] = {
+    "aria": Architecture(config=vision(image_size=490, patch_size=14), image_options={"max_image_size": 490}),
+    "aya_vision": Architecture(
+        options={"patch_size": PATCH_SIZE, "img_size": IMAGE_SIZE, "downsample_factor": 2},
+        image_options={"max_patches": 2},
+    ),
+    "bert": Architecture(template=False, config={"max_position_embeddings": 2048}),
+    "cohere2_vision": Architecture(image_options={"patch_size": 2, "max_patches": 2}),
+    "cohere_compass": Architecture(
+        image="<|VISION_START|><|IMAGE_PAD|><|VISION_END|>",
+        video="<|VISION_START|><|VIDEO_PAD|><|VISION_END|>",
+        named=COMPASS,
+        config=text(rope_parameters={"full_attention": rope(2, 3, 3), "sliding_attention": rope(2, 3, 3)}),
+        **PATCH_16,
+    ),
+    "cosmos3_edge": QWEN2,
+    "cosmos3_omni": replace(QWEN3, like="qwen3_vl"),
+    "deepseek_vl": Architecture(options={"num_image_tokens": PATCHES}),
+    "ernie4_5_vl_moe": Architecture(
+        config=text(rope_parameters=rope(3, 3, 2)),
+        image="<image_start><image><image_end>",
+        video_options={"draw_on_frames": False},
+    ),
+    "gemma3": Architecture(
+        config={"mm_tokens_per_image": 4},
+        options={"image_seq_length": 4},
+        ids={"image_token_id": "<image>", "image_token_index": "<image>"},
+    ),
+    "gemma4": Architecture(parts={"vision_config": "gemma4_vision"}, image_options={"max_soft_tokens": 70}),
+    "gemma4_unified": Architecture(
+        parts={"vision_config": "gemma4_unified_vision"}, image_options={"max_soft_tokens": 70}
+    ),
+    "glm46v": GLM,
+    "glm4v": GLM,
+    "glm4v_moe": replace(GLM, config=text(rope_parameters=rope(1, 1, 2, partial_rotary_factor=0.5)), like="glm4v"),
+    "glm5_next": Architecture(
+        config=text(q_lora_rank=16, index_head_dim=64, index_n_heads=2, linear_head_dim=16, linear_num_heads=2)
+    ),
+    "glm_ocr": replace(GLM, like="glm46v"),
+    "glmga": replace(GLM, like="glm46v"),
+    "got_ocr2": Architecture(
+        config=vision(image_size=1024, patch_size=16, global_attn_indexes=[]),
+        image_options={"size": {"height": 1024, "width": 1024}},
+        image="<img><imgpad></img>",
+    ),
+    "granite4_vision": Architecture(
+        config={
+            **GRID,
+            **vision(hidden_size=64),
+            "deepstack_layer_map": [[-1, 0]],
+            "downsample_rate": "2/4",
+            "spatial_target_layers": [1],
+            "vision_feature_layer": -1,
+        },
+        image_options=GRID,
+        options={**LLAVA, "downsample_rate": "2/4"},
+    ),
+    "idefics3": IDEFICS,
+    "internvl": INTERNVL,
+    "janus": Architecture(options={"num_image_tokens": PATCHES}),
+    "kimi_k25": Architecture(
+        config={**text(**LATENT), **vision(projection_hidden_size=32), "projection_hidden_size": 32}
+    ),
+    "lfm3_vl": QWEN3_5,
+    "llama": Architecture(template=False),
+    "llama4": Architecture(
+        config=vision(intermediate_size=128, projector_input_dim=32, projector_output_dim=32, vision_output_dim=32),
+        ids={"image_token_index": "<|patch|>"},
+    ),
+    "llava": Architecture(options=LLAVA),
+    "llava_next": Architecture(config=GRID, image_options=GRID, options=LLAVA),
+    "llava_next_video": Architecture(config=GRID, image_options=GRID, options=LLAVA),
+    "llava_onevision": Architecture(
+        config=GRID,
+        image_options=GRID,
+        options={"num_image_tokens": PATCHES, "vision_feature_select_strategy": "full"},
+    ),
+    "mistral3": Architecture(
+        options={"patch_size": PATCH_SIZE, "spatial_merge_size": 2},
+        image_options={"size": {"longest_edge": 112}},
+        named={"image_token": "[IMG]"},
+        ids={"image_token_index": "[IMG]"},
+    ),
+    "mllama": Architecture(
+        named={"image_token": "<|image|>"},
+        config={
+            **text(cross_attention_layers=[1]),
+            **vision(intermediate_layers_indices=[0], vision_output_dim=64, num_global_layers=1),
+        },
+    ),
+    "modernbert": Architecture(template=False, config=ENCODER),
+    "modernvbert": replace(IDEFICS, config=text(**ENCODER), options={"image_seq_len": 1}, like="idefics3"),
+    "muse_glimmer": Architecture(config={"out_hidden_size": 128}),
+    "muse_spark": Architecture(config={"out_hidden_size": 128}),
+    "ovis2": Architecture(
+        options={"image_seq_length": PATCHES},
+        ids={
+            "image_token_id": "<IMG_ATOM>",
+            "visual_indicator_token_ids": "<IMG_START> <IMG_GRID> <IMG_COL> <IMG_ROW> <IMG_END>",
+        },
+    ),
+    "paddleocr_vl": Architecture(config=MROPE, image="<vision_start><image><vision_end>"),
+    "paligemma": Architecture(
+        config={"projection_dim": 32}, image_options={"image_seq_length": PATCHES}, template=False
+    ),
+    "qianfan_ocr": replace(INTERNVL, image="<image>"),
+    "qwen2_5_vl": QWEN2,
+    "qwen2_vl": QWEN2,
+    "qwen3_5": QWEN3_5,
+    "qwen3_5_moe": QWEN3_5,
+    "qwen3_vl": QWEN3,
+    "qwen3_vl_moe": replace(QWEN3, like="qwen3_vl"),
+    "qwen4_exp": replace(
+        QWEN3,
+        config=text(
+            indexer_n_heads=2, indexer_kv_heads=1, indexer_head_dim=16, indexer_budget=64, indexer_compress_ratio=4
+        ),
+    ),
+    "smolvlm": IDEFICS,
+    "step3p7": Architecture(config=text(sliding_window=64)),
+    "video_llama_3": Architecture(**PATCH_16),
+    "video_llava": Architecture(image_options={"size": SQUARE, "crop_size": SQUARE}, options=LLAVA),
+    "vipllava": Architecture(config={"vision_feature_layers": [-1, -2]}, options=LLAVA),
+}
