@@ -1,6 +1,6 @@
 """What encoding costs over the bare backbone, and what asking for fewer Meta Tokens saves.
 
-    python benchmarks/encode.py [--hidden-size 256] [--layers 6] [--repeats 5]
+    python benchmarks/encode.py [--hidden-size 256] [--layers 6] [--repeats 12]
 
 A Qwen2.5-VL with random weights and its real processor, on the CPU. The variants of a row run in turn, again and
 again, and each keeps the fastest of its runs: other work on the machine only ever adds time.
@@ -49,7 +49,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--hidden-size", type=int, default=256)
     parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=12)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
