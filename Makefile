@@ -28,7 +28,8 @@ test-floor: $(VENV)-floor/.ready
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	mkdir -p $(VENV)/src && ln -sfn $(CURDIR) $(VENV)/src/metaembed  # mypy wants a package's name, whatever the clone's is
+	cd $(VENV)/src && $(abspath $(BIN))/mypy --config-file metaembed/pyproject.toml metaembed/__init__.py metaembed/*_metaembed.py
 
 # torch and torchvision first and together, so that both come from the same place.
 $(VENV)/.ready: setup.py

@@ -67,7 +67,8 @@ from huggingface_hub import snapshot_download
 from transformers import AutoModel
 
 {% if is_adapter -%}
-model = AutoModel.from_pretrained(snapshot_download("{{ repository }}"), trust_remote_code=True)
+folder = snapshot_download("{{ repository }}", local_dir="{{ repository.split("/")[-1] }}")
+model = AutoModel.from_pretrained(folder, trust_remote_code=True)
 {% else -%}
 model = AutoModel.from_pretrained("{{ repository }}", trust_remote_code=True)
 {% endif -%}
@@ -111,7 +112,7 @@ Arguments that differ from sentence-transformers' defaults:
 </details>
 {% endif %}
 Versions: Python {{ version.python }}, sentence-transformers {{ version.sentence_transformers }}, transformers
-{{ version.transformers }}, torch {{ version.pytorch }}.
+{{ version.transformers }}, torch {{ version.torch }}.
 {% endif %}
 ## Licence
 

@@ -77,6 +77,11 @@ class HubModel(PreTrainedModel):
         return info
 
     @property
+    def commit(self) -> str | None:
+        """The commit of the Hub repository that the model was loaded from, or None where it was not."""
+        return (self._hub_arguments or {}).get("revision")
+
+    @property
     def processor(self) -> MetaEmbedProcessor:
         """The processor, loaded at first use from where the model came from: the same repository and commit."""
         if self._processor is None:
@@ -107,8 +112,8 @@ class HubModel(PreTrainedModel):
         push, name = kwargs.pop("push_to_hub", False), kwargs.pop("repo_id", folder.name)
         hub = {key: kwargs.pop(key) for key in ("private", "revision", "create_pr", "commit_message") if key in kwargs}
         check_saves_whole(self, folder)
-        # Under the names of the modules: transformers would write the older names of some backbones' own checkpoints,
-        # which it does not find again inside another model.
+        # Under the names of the modules: transformers would write the older names that some backbones have in their
+        # own checkpoints, and does not find them again inside another model.
         super().save_pretrained(folder, **{"save_original_format": False, **kwargs})
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         first = not distributed or torch.distributed.get_rank() == 0

@@ -430,6 +430,6 @@ class MetaEmbedProcessor(ProcessorMixin):
         if isinstance(inner, type) and issubclass(inner, PreTrainedTokenizerBase):
             inner = AutoTokenizer  # it alone knows how to load every tokenizer class
         backbone_processor = inner.from_pretrained(pretrained_model_name_or_path, **kwargs)
-        return cls(
-            backbone_processor, MetaEmbedConfig(**{name: saved[name] for name in PROCESSING_FIELDS if name in saved})
-        )
+        # A field that came later than the checkpoint takes its default.
+        fields = {name: saved[name] for name in PROCESSING_FIELDS if name in saved}
+        return cls(backbone_processor, MetaEmbedConfig(**fields))

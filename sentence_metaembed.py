@@ -160,6 +160,8 @@ class MetaEmbedTransformer(InputModule):
         skipped = ("rows", "num_images_per_sample", "task", "modality", "prompt_length", "token_embeddings")
         inputs = {name: value for name, value in features.items() if name not in skipped}
         inputs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
+        if "image_grid_thw" in inputs and not len(inputs["image_grid_thw"]):  # of a mini-batch without images
+            inputs = {name: inputs[name] for name in inputs if name not in ("image_grid_thw", "pixel_values")}
         return self.model(**inputs).embeddings
 
     def save(self, output_path: str, *args: Any, **kwargs: Any) -> None:

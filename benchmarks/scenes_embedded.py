@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModel
 
@@ -30,26 +31,23 @@ def embed_scenes(count: int, queries: int) -> tuple[EmbeddingCollection, Tensor,
         The collection, in float32; the queries `[queries, R_q, D]`; whether a scene holds all that a query names,
         boolean `[queries, count]`.
     """
-    torch.set_num_threads(2)
-    model = AutoModel.from_pretrained(MODEL, trust_remote_code=True)
     rng = random.Random(SEED)
     scenes = [make_scene(rng) for _ in range(count)]
     rng = random.Random(SEED + 1)
     wanted = [make_query(scene, rng) for scene in scenes[:queries]]
     texts = [name_query(pictograms, rng) for pictograms in wanted]
-    folder = CACHE / f"scenes-{count}"
-    if (folder / "collection.json").exists():
-        collection = EmbeddingCollection.load(folder)
-    else:
-        probe = model.encode_documents([scenes[0].draw(16)])
-        collection = EmbeddingCollection(*probe.shape[1:], folder=folder)
-    while len(collection) < count:
-        part = scenes[len(collection) : len(collection) + PART]
-        collection.append(model.encode_documents([scene.draw(16) for scene in part], batch_size=64))
-        print(f"embedded {len(collection):,} of {count:,} scenes", file=sys.stderr, flush=True)
+    folder, file = CACHE / f"scenes-{count}", CACHE / f"queries-{count}.safetensors"
+    collection = EmbeddingCollection.load(folder) if (folder / "collection.json").exists() else None
+    if not (file.exists() and collection is not None and len(collection) == count):
+        torch.set_num_threads(2)
+        model = AutoModel.from_pretrained(MODEL, trust_remote_code=True)
+        collection = collection or EmbeddingCollection(
+            *model.encode_documents([scenes[0].draw(16)]).shape[1:], folder=folder
+        )
+        while len(collection) < count:
+            part = scenes[len(collection) : len(collection) + PART]
+            collection.append(model.encode_documents([scene.draw(16) for scene in part], batch_size=64))
+            print(f"embedded {len(collection):,} of {count:,} scenes", file=sys.stderr, flush=True)
+        save_file({"queries": model.encode_queries(texts)}, file)
     relevant = torch.tensor([[names <= scene.pictograms for scene in scenes] for names in wanted])
-    return collection, model.encode_queries(texts), relevant
-
-
-if __name__ == "__main__":
-    embed_scenes(100_000, 200)
+    return collection, load_file(file)["queries"], relevant

@@ -217,7 +217,8 @@ def speed(size: str) -> list[str]:
         rows = compare(results)
         ratios += [f"{title(n, dim, threads)}:", "", *table(["queries", "at (16, 64)", "aim", "measured"], rows), ""]
         print("\n".join(ratios[-len(rows) - 4 :]), flush=True)
-    return ["## Speed", "", *describe_machine(), "", "### Ratios", "", *ratios, *details]
+    load = f"The load average was {os.getloadavg()[2]:.1f} at the end: above one, other work ran at the same time."
+    return ["## Speed", "", *describe_machine(), "", load, "", "### Ratios", "", *ratios, *details]
 
 
 def main() -> None:

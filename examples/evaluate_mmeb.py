@@ -123,7 +123,7 @@ def main() -> None:
     model = MetaEmbedModel.from_pretrained(arguments.model, revision=arguments.revision)
     if torch.cuda.is_available():
         model.cuda()
-    commit = model._hub_arguments.get("revision") or "local"
+    commit = model.commit or "local"
     folder = arguments.output / f"{arguments.model.strip('/').replace('/', '__')}__{commit[:12]}"
     results = {}
     for subset in arguments.subsets:

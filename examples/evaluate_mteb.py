@@ -4,7 +4,8 @@
     python examples/evaluate_mteb.py you/your-metaembed --tasks NFCorpus SciFact     any task of MTEB by name
     python examples/evaluate_mteb.py you/your-metaembed --budgets 1,1 16,64
 
-Results are kept by MTEB in `outputs/mteb`, of each budget apart: what is there is not run again.
+Results are kept by MTEB in `outputs/mteb`, of each budget and each commit of the model apart: what is there is not run
+again. Of a model in a folder, which may have changed, everything is run again.
 """
 
 from __future__ import annotations
@@ -48,9 +49,13 @@ def evaluate(
     """
     rows = []
     for budget in budgets:
-        model = BudgetModel(encoder, budget, name, revision)
         results = mteb.evaluate(
-            model, tasks, cache=mteb.ResultCache(output), encode_kwargs={"batch_size": batch_size}, co2_tracker=False
+            BudgetModel(encoder, budget, name, revision),
+            tasks,
+            cache=mteb.ResultCache(output),
+            overwrite_strategy="always" if revision == "local" else "only-missing",
+            encode_kwargs={"batch_size": batch_size},
+            co2_tracker=False,
         )
         rows += [(result.task_name, budget, result.get_score()) for result in results]
     return rows
@@ -79,7 +84,7 @@ def main() -> None:
         budgets = [tuple(map(int, pair.split(","))) for pair in arguments.budgets]
     else:
         budgets = [tuple(budget) for budget in encoder[0].model.config.budgets]
-    revision = encoder[0].model.adapter_base[1] or arguments.revision or "local"
+    revision = encoder[0].model.commit or "local"
     print(table(evaluate(encoder, tasks, budgets, arguments.model, revision, arguments.output, arguments.batch_size)))
 
 

@@ -9,8 +9,9 @@
     python examples/train.py ... --push_to_hub --hub_model_id you/your-model    publish the result
 
 The dataset has the columns `query`, `positive` and any number of `negative`, `negative_1`, ...; each holds text or
-images, and `query_image`, `positive_image`, ... add images to the text of the same name. Takes what `python
-examples/train.py --help` lists, among it everything that sentence-transformers' training arguments know.
+images, and `query_image`, `positive_image`, ... add images to the text of the same name (in JSON: paths, relative
+to the file). Takes what `python examples/train.py --help` lists, among it everything that sentence-transformers'
+training arguments know.
 """
 
 from __future__ import annotations
@@ -114,26 +115,39 @@ def find_columns(names: list[str], arguments: Arguments) -> list[str]:
     return wanted
 
 
-def combine(rows: dict[str, list], columns: list[str]) -> dict[str, list]:
-    """Join text and images of a batch of rows into inputs of the model."""
+def combine(rows: dict[str, list], columns: list[str], folder: Path) -> dict[str, list]:
+    """Join text and images of a batch of rows into inputs of the model.
+
+    Args:
+        rows: Columns of values.
+        columns: The inputs wanted.
+        folder: What paths in image columns are relative to.
+    """
     count = len(next(iter(rows.values())))
     batch: dict[str, list] = {}
     for column in columns:
         batch[column] = []
-        for text, image in zip(
-            rows.get(column, [None] * count), rows.get(f"{column}_image", [None] * count), strict=True
-        ):
+        images = rows.get(f"{column}_image", [None] * count)
+        for text, image in zip(rows.get(column, [None] * count), images, strict=True):
             if text is None and image is None:
                 raise ValueError(f"a row holds neither text nor an image in {column!r}.")
+            image = read_paths(image, folder)
             both = text is not None and image is not None
             batch[column].append({"text": text, "image": image} if both else image if text is None else text)
     return batch
 
 
-def prepare(rows: Dataset, columns: list[str]) -> Dataset:
+def read_paths(image: Any, folder: Path) -> Any:
+    """Return `image` with strings, as they stand in JSON, as paths: of one image, or of a list of them."""
+    if isinstance(image, list):
+        return [read_paths(item, folder) for item in image]
+    return folder / image if isinstance(image, str) else image
+
+
+def prepare(rows: Dataset, columns: list[str], folder: Path) -> Dataset:
     """Return a data set with one column an input, joined as they are read: images are not copied."""
     numbers = Dataset.from_dict({column: range(len(rows)) for column in columns})
-    return numbers.with_transform(lambda batch: combine(rows[next(iter(batch.values()))], list(batch)))
+    return numbers.with_transform(lambda batch: combine(rows[next(iter(batch.values()))], list(batch), folder))
 
 
 def identity(item: Any) -> str:
@@ -151,12 +165,10 @@ def make_evaluator(rows: Dataset, columns: list[str], model: MetaEmbedModel, bat
     """Return an evaluator over the documents of `rows`: each query must find its own among all, negatives included."""
     queries, corpus, relevant = {}, {}, {}
     for index, row in enumerate(rows):
-        inputs = combine({name: [value] for name, value in row.items()}, columns)
-        query, positive, *_ = (inputs[column][0] for column in columns)
+        query, *documents = (row[column] for column in columns)
         queries[f"q{index}"] = query
-        for column in columns[1:]:
-            corpus.setdefault(identity(inputs[column][0]), inputs[column][0])
-        relevant[f"q{index}"] = {identity(positive)}
+        corpus.update((identity(document), document) for document in documents)
+        relevant[f"q{index}"] = {identity(documents[0])}
     cuts = dict(ndcg_at_k=[5, 10], mrr_at_k=[10], accuracy_at_k=[1], precision_recall_at_k=[1, 5], map_at_k=[100])
     budgets = model.config.budgets
     return BudgetEvaluator(queries, corpus, relevant, budgets, name="eval", batch_size=batch_size, **cuts)
@@ -220,6 +232,8 @@ def main(arguments: Arguments, training: TrainingArguments) -> None:
     train_rows, eval_rows = load_rows(arguments)
     columns = find_columns(train_rows.column_names, arguments)
     logger.info(f"{len(train_rows)} rows of {columns}")
+    path = Path(arguments.dataset)
+    folder = path.parent if path.is_file() else path if path.is_dir() else Path()
 
     # 2. Make the model.
     model = make_model(arguments, training)
@@ -239,7 +253,9 @@ def main(arguments: Arguments, training: TrainingArguments) -> None:
     # 4. Evaluate at every budget whenever a checkpoint is saved, and keep the best.
     evaluator = None
     if eval_rows is not None:
-        evaluator = make_evaluator(eval_rows, columns, model, training.per_device_eval_batch_size)
+        evaluator = make_evaluator(
+            prepare(eval_rows, columns, folder), columns, model, training.per_device_eval_batch_size
+        )
         training.eval_strategy, training.eval_steps = training.save_strategy, training.save_steps
         training.load_best_model_at_end = training.save_strategy != "no"
         training.metric_for_best_model, training.greater_is_better = f"eval_{evaluator.primary_metric}", True
@@ -249,7 +265,7 @@ def main(arguments: Arguments, training: TrainingArguments) -> None:
     trainer = MultiVectorEncoderTrainer(
         model=encoder,
         args=training,
-        train_dataset=prepare(train_rows, columns),
+        train_dataset=prepare(train_rows, columns, folder),
         loss=loss,
         evaluator=evaluator,
     )

@@ -3,6 +3,7 @@
 import re
 
 import pytest
+import torch
 import yaml
 from datasets import Dataset
 from huggingface_hub import ModelCard, parse_eval_result_entries
@@ -80,6 +81,7 @@ def test_the_card_that_the_trainer_writes(tmp_path, again):
     row = next(line for line in card.text.splitlines() if line.startswith("| 4 | 8 | 1,024 |"))
     header = next(line for line in card.text.splitlines() if line.startswith("| query vectors"))
     assert len(row.split("|")) == len(header.split("|")) and "ndcg@10" in header
+    assert f"torch {torch.__version__}." in card.text
     assert "pets: 1 queries and 2 documents" in card.text and "not measured" not in card.text
     assert not list(folder.rglob("*.png")), "pictures of the training data were put into the repository"
     check_examples_run(card, folder)

@@ -91,16 +91,20 @@ def test_mteb_runs_at_a_budget_and_keeps_budgets_apart(encoder, tmp_path, name):
     seen = []
     hook = encoder[0].model.register_forward_hook(lambda module, args, output: seen.append(output.embeddings.shape[1]))
     try:
-        rows = evaluate(encoder, [task], [(1, 1), (4, 8)], "you/tiny", output=str(tmp_path))
+        rows = evaluate(encoder, [task], [(1, 1), (4, 8)], "you/tiny", "abc", output=str(tmp_path))
         assert set(seen) == {1, 4, 8}
         seen.clear()
-        assert evaluate(encoder, [mteb_task(name)], [(4, 8), (1, 1)], "you/tiny", output=str(tmp_path)) == rows[::-1]
-        assert not seen, "what is in the cache was run again"
+        again = evaluate(encoder, [mteb_task(name)], [(4, 8), (1, 1)], "you/tiny", "abc", output=str(tmp_path))
+        assert again == rows[::-1] and not seen, "what is in the cache was run again"
+        for _ in range(2):  # a folder may have changed
+            evaluate(encoder, [mteb_task(name)], [(1, 1)], "folder", output=str(tmp_path))
+            assert seen
+            seen.clear()
     finally:
         hook.remove()
     assert [budget for _, budget, _ in rows] == [(1, 1), (4, 8)]
     assert all(0 <= score <= 1 for _, _, score in rows)
-    assert len(list(tmp_path.rglob(f"{task.metadata.name}.json"))) == 2
+    assert len(list((tmp_path / "results" / "you__tiny").rglob(f"{task.metadata.name}.json"))) == 2
     assert table(rows).splitlines()[-1].startswith("| mean |")
 
 

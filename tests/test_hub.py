@@ -130,6 +130,7 @@ old = dict(revision="{commit}", trust_remote_code=True)
 new = dict(trust_remote_code=True)
 processor = AutoProcessor.from_pretrained("lab/{door}", **old)
 assert processor.process_queries(["a"], num_meta=2)["input_ids"].shape[0] == 1
+assert AutoModel.from_pretrained("lab/{door}", **old).commit == "{commit}"
 print(json.dumps([
     embeddings(AutoModel.from_pretrained("lab/{door}", **old)),
     by_sentence_transformers(MultiVectorEncoder("lab/{door}", **old)),
@@ -180,11 +181,12 @@ print(json.dumps("the backbone has changed"))
         found = user.run(f"""{LOAD}
 from huggingface_hub import snapshot_download
 import json
-config = json.load(open(snapshot_download("lab/adapter") + "/adapter_config.json"))
+folder = snapshot_download("lab/adapter", local_dir="adapter")
+config = json.load(open(folder + "/adapter_config.json"))
 assert config["base_model_name_or_path"] == "lab/backbone" and len(config["revision"]) == 40, config
 print(json.dumps([
     by_sentence_transformers(MultiVectorEncoder("lab/adapter", trust_remote_code=True)),
-    embeddings(AutoModel.from_pretrained(snapshot_download("lab/adapter"), trust_remote_code=True)),
+    embeddings(AutoModel.from_pretrained(folder, trust_remote_code=True)),
 ]))
 """)
         again = user.run("""

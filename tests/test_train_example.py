@@ -14,7 +14,33 @@ from tiny_models import ROOT, WORDS, picture, save_tiny_backbone
 
 from metaembed import MetaEmbedModel
 
-pytestmark = pytest.mark.slow
+
+def test_a_row_may_be_text_or_images_from_any_kind_of_file(tmp_path):
+    """jsonl with paths, parquet with pictures, an image folder: the same inputs."""
+    from train import Arguments, find_columns, load_rows, prepare
+
+    for i in range(2):
+        picture(i).save(tmp_path / f"{i}.png")
+    rows = [{"query": "a", "positive": "b", "positive_image": "0.png", "negative_image": ["0.png", "1.png"]}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pictures = [{**rows[0], "positive_image": picture(0), "negative_image": [picture(0), picture(1)]}]
+    Dataset.from_list(pictures).to_parquet(tmp_path / "rows.parquet")
+    (tmp_path / "folder" / "train").mkdir(parents=True)
+    picture(0).save(tmp_path / "folder" / "train" / "0.png")
+    (tmp_path / "folder" / "train" / "metadata.jsonl").write_text('{"file_name": "0.png", "query": "a"}\n')
+    found = {}
+    for name, positive in (("rows.jsonl", "positive"), ("rows.parquet", "positive"), ("folder", "image")):
+        arguments = Arguments(backbone="", dataset=str(tmp_path / name), positive_column=positive)
+        data, _ = load_rows(arguments)
+        found[name] = prepare(data, find_columns(data.column_names, arguments), tmp_path)[0]
+    assert list(found["rows.jsonl"]) == ["query", "positive", "negative"]
+    assert found["rows.jsonl"]["positive"] == {"text": "b", "image": tmp_path / "0.png"}
+    assert found["rows.jsonl"]["negative"] == [tmp_path / "0.png", tmp_path / "1.png"]
+    assert found["rows.parquet"]["positive"]["image"].tobytes() == picture(0).tobytes()
+    assert [image.tobytes() for image in found["rows.parquet"]["negative"]] == [picture(i).tobytes() for i in range(2)]
+    assert found["folder"]["image"].tobytes() == picture(0).tobytes() and list(found["folder"]) == ["query", "image"]
+    with pytest.raises(ValueError, match="no column 'answer'"):
+        find_columns(["query"], Arguments(backbone="", dataset="", positive_column="answer"))
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +89,7 @@ def table(output):
     return [line for line in output.splitlines() if line.startswith("| (")]
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_where_an_unbroken_one_does(data, tmp_path):
     options = ["--mini_batch_size", 4, "--embedding_dim", 24, "--lora_r", 4, "--num_train_epochs", 2]
     options += ["--meta_token_learning_rate", 1e-2, "--projection_learning_rate", 5e-3]
@@ -83,6 +110,7 @@ def test_a_killed_run_ends_where_an_unbroken_one_does(data, tmp_path):
     assert torch.equal(first.encode_queries(queries), second.encode_queries(queries))
 
 
+@pytest.mark.slow
 def test_full_finetuning_in_bfloat16_with_gradient_checkpointing(data, tmp_path):
     finish(
         start(
@@ -98,6 +126,7 @@ def test_full_finetuning_in_bfloat16_with_gradient_checkpointing(data, tmp_path)
     assert MetaEmbedModel.from_pretrained(tmp_path / "final").encode_queries("red apple").shape == (4, 32)
 
 
+@pytest.mark.slow
 def test_two_ranks_with_gathering(data, tmp_path):
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     options = ["--use_cpu", "--gather_across_devices", "--mini_batch_size", 4, "--num_train_epochs", 1, "--merge"]

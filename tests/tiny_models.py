@@ -5,6 +5,8 @@ from functools import cache
 from pathlib import Path
 
 import torch
+import transformers
+from packaging.version import Version
 
 sys.path.append(str(Path(__file__).parent.parent / "examples"))
 
@@ -49,7 +51,11 @@ def gradients(model):
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def assert_same_gradients(actual, expected, atol=1e-12):
+# With the lowest supported versions, float64 gradients of the vision tower carry a rounding of float32 (8e-7 here).
+EXACT = 1e-12 if Version(transformers.__version__) >= Version("5.23") else 5e-6
+
+
+def assert_same_gradients(actual, expected):
     assert actual.keys() == expected.keys() and expected
     for name, value in expected.items():
-        torch.testing.assert_close(actual[name], value, atol=atol, rtol=1e-9, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(actual[name], value, atol=EXACT, rtol=1e-9, msg=lambda m, name=name: f"{name}: {m}")
