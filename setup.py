@@ -19,7 +19,7 @@ EVALUATE = [
 ]
 TEST = [
     "pytest>=8",
-    "pytest-timeout>=2.3",
+    "pytest-timeout>=2.3.1",
     "hypothesis>=6",
     "ruff>=0.8",
     "mypy>=1.13",
