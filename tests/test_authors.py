@@ -8,6 +8,7 @@ import torch
 from conformance import picture
 from safetensors.torch import save_file
 from tiny import build
+from tiny_models import EXACT
 from torch import nn
 from torch.nn.functional import normalize
 from transformers import Qwen2_5_VLForConditionalGeneration
@@ -68,8 +69,8 @@ def assert_equal(model, headed, processor, tokens, projection):
                 model(**features).embeddings[0]
                 for features in (model.processor.process_queries(item), model.processor.process_documents(item))
             ]
-            torch.testing.assert_close(ours[0], query, atol=1e-12, rtol=0)
-            torch.testing.assert_close(ours[1], document, atol=1e-12, rtol=0)
+            torch.testing.assert_close(ours[0], query, atol=EXACT, rtol=0)
+            torch.testing.assert_close(ours[1], document, atol=EXACT, rtol=0)
 
 
 def write(folder, state, config):
