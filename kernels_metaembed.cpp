@@ -1,8 +1,9 @@
 // Fused MaxSim for documents of equally many vectors, on one CPU of any kind.
 //
-// The products of a few document rows with 16 query vectors at a time stay in registers: a query vector is a lane, a
-// document row is read once, front to back, as it lies in memory. So plain tensors, any prefix of the vectors and rows
-// picked by an index all need no copy of the documents, and the maximum over a document's vectors is elementwise.
+// The products of a few document rows with some query vectors stay in registers, and a row is read once, front to back, as
+// it lies in memory: plain tensors and any prefix of the vectors need no copy of the documents. Of many query vectors each
+// is a lane, over which a row's numbers are spread one after the other, and the maximum over a document's vectors is
+// elementwise. With few, most lanes would stand idle: then lanes lie along the row, and are added up at its end.
 //
 // Compiled on the machine that runs it, for what its processor has (-march=native): the micro kernels below are chosen by
 // the compiler's feature macros, with portable vector code when there is none. Matrix tiles (AMX) are asked for at run
@@ -17,6 +18,7 @@
 #include <new>
 #include <thread>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #if defined(__AVX512F__) || defined(__AMX_TILE__)
@@ -32,8 +34,11 @@ namespace {
 
 constexpr int64_t LANES = 16;        // query vectors a tile
 constexpr int64_t GROUP = 512;       // query vectors scored in one pass over a block of documents
-constexpr int64_t DEPTH = 256;       // groups of 4 bytes of a row multiplied in one go: the queries' part stays in the cache
+constexpr int64_t FEW = 8;           // query vectors that are multiplied along the rows; twice as many,
+constexpr int64_t CROWD = 2048;      // if rows are a multiple of so many bytes: side by side they crowd few sets of the cache
+constexpr int64_t CACHED = 1 << 14;  // bytes of queries that rows are multiplied with in one go, so that they stay in the cache
 constexpr int64_t FAR = 4096;        // bytes: longer rows are fetched in time by the processor itself
+constexpr int64_t NEAR = 3072;       // bytes: rows are asked for at least so far ahead
 constexpr int64_t LINE = 16;         // groups of 4 bytes in a line of the cache
 constexpr int64_t STRIP = 96;        // document rows multiplied before their maxima are taken; all kernels' rows divide it
 
@@ -41,7 +46,7 @@ enum Kind { FLOAT32 = 0, BFLOAT16 = 1, INT8 = 2, INT4 = 3, BINARY = 4 };
 
 // ---------------------------------------------------------------------------------------------------- micro kernels
 // multiply(): c[row][lane] (+)= rows . q over `depth` groups of 4 bytes of every row, `first` when nothing is in c yet.
-// `q` holds TILES tiles, `tile` bytes apart, each [depth][LANES][4 bytes]; rows of `c` are `width` sums apart.
+// `q` holds tiles of LANES queries, each [depth][LANES][4 bytes], `pitch` bytes for a query; rows of `c` are `width` sums apart.
 
 // While rows are multiplied, as many bytes of the next ones are asked for, in the order in which they lie in memory.
 template <int LINES>
@@ -61,40 +66,31 @@ typedef float Vector __attribute__((vector_size(WIDTH * 4)));
 struct Float32 {
     typedef float Sum;
     typedef Vector Sums;
-    static Vector load(const uint8_t* q) { Vector v; std::memcpy(&v, q, sizeof v); return v; }
+    static Vector load(const uint8_t* at) { Vector v; std::memcpy(&v, at, sizeof v); return v; }
+    static Vector spread(const uint8_t* at) { float x; std::memcpy(&x, at, 4); return x - Vector{}; }
     static Vector zero() { return Vector{}; }
-    static void add(Vector& sum, Vector q, const uint8_t* row) {
-        float x;
-        std::memcpy(&x, row, 4);
-        sum += q * x;
-    }
+    static void dot(Vector& sum, Vector q, Vector row) { sum += q * row; }
 };
 
 #if defined(__AVX512BF16__)
 struct BFloat16 {
     typedef float Sum;
     typedef __m512 Sums;
-    static __m512i load(const uint8_t* q) { return _mm512_loadu_si512(q); }
+    static __m512i load(const uint8_t* at) { return _mm512_loadu_si512(at); }
+    static __m512i spread(const uint8_t* at) { int32_t x; std::memcpy(&x, at, 4); return _mm512_set1_epi32(x); }
     static __m512 zero() { return _mm512_setzero_ps(); }
-    static void add(__m512& sum, __m512i q, const uint8_t* row) {
-        int32_t pair;
-        std::memcpy(&pair, row, 4);
-        sum = _mm512_dpbf16_ps(sum, (__m512bh)q, (__m512bh)_mm512_set1_epi32(pair));
-    }
+    static void dot(__m512& sum, __m512i q, __m512i row) { sum = _mm512_dpbf16_ps(sum, (__m512bh)q, (__m512bh)row); }
 };
 #endif
 
 #if defined(__AVX512VNNI__)
 struct Int8 {  // rows are bytes offset by 128, queries are signed
     typedef int32_t Sum;
-    typedef __m512i Sums;
-    static __m512i load(const uint8_t* q) { return _mm512_loadu_si512(q); }
-    static __m512i zero() { return _mm512_setzero_si512(); }
-    static void add(__m512i& sum, __m512i q, const uint8_t* row) {
-        int32_t four;
-        std::memcpy(&four, row, 4);
-        sum = _mm512_dpbusd_epi32(sum, _mm512_set1_epi32(four), q);
-    }
+    typedef int32_t Sums __attribute__((vector_size(64)));  // not __m512i, for which compilers copy sums between registers
+    static __m512i load(const uint8_t* at) { return _mm512_loadu_si512(at); }
+    static __m512i spread(const uint8_t* at) { int32_t x; std::memcpy(&x, at, 4); return _mm512_set1_epi32(x); }
+    static Sums zero() { return Sums{}; }
+    static void dot(Sums& sum, __m512i q, __m512i row) { sum = (Sums)_mm512_dpbusd_epi32((__m512i)sum, row, q); }
 };
 #endif
 
@@ -102,17 +98,49 @@ struct Int8 {  // rows are bytes offset by 128, queries are signed
 // compiler would otherwise reckon every row from the first, and reload two dozen offsets at every step.
 inline void hide(const uint8_t*& pointer) { asm("" : "+r"(pointer)); }
 
+// What stands in even and in odd places of two vectors, added: half as many lanes of both, one after the other.
+template <class V, int... I>
+inline V add_pairs(V a, V b, std::integer_sequence<int, I...>) {
+    constexpr int N = sizeof...(I);
+#if defined(__clang__)
+    return __builtin_shufflevector(a, b, (2 * I)...) + __builtin_shufflevector(a, b, (2 * I + 1)...);
+#else
+    typedef int32_t Places __attribute__((vector_size(N * 4)));
+    return __builtin_shuffle(a, b, Places{(2 * I)...}) + __builtin_shuffle(a, b, Places{(2 * I + 1)...});
+#endif
+}
+
+// The sums of the lanes of COUNT vectors, in order, into `to`, which has room for LANES of them.
+template <int COUNT, class Sum, int WIDE, class Sums>
+inline void add_lanes(const Sums* sums, Sum* to) {
+    typedef Sum Plain __attribute__((vector_size(WIDE * 4)));
+    Plain x[COUNT];
+    std::memcpy(x, sums, sizeof x);
+#pragma GCC unroll 8
+    for (int count = COUNT, lanes = WIDE; lanes > 1; lanes /= 2) {
+        const int half = count > 1 ? count / 2 : 1;
+#pragma GCC unroll 8
+        for (int i = 0; i < half; ++i)
+            x[i] = add_pairs(x[count > 1 ? 2 * i : 0], x[count > 1 ? 2 * i + 1 : 0], std::make_integer_sequence<int, WIDE>());
+        count = half;
+    }
+    std::memcpy(to, x, sizeof x[0]);
+}
+
 template <class K, int ROWS, int TILES>
 struct Simd {
     static constexpr int HOLD = ROWS % 4 == 0 ? 4 : 3;
     typedef typename K::Sum Sum;
-    static constexpr int64_t rows = ROWS, tiles = TILES;
-    static constexpr bool matrix = false;
+    static constexpr int64_t rows = ROWS, lanes = TILES * LANES, group = LANES * 4, most_depth = CACHED / group;
+    static constexpr bool matrix = false, along = false;
     static constexpr int PARTS = TILES * LANES * 4 / int(sizeof(typename K::Sums));  // vectors a row of sums
     static constexpr int PER_TILE = PARTS / TILES;
 
-    static void multiply(const uint8_t* row, int64_t stride, const uint8_t* q, int64_t tile, Sum* c, int64_t width,
-                         bool first, const uint8_t* ahead, int64_t depth) {
+    // Always inline: a call costs a tenth of what the bytes of a few rows take.
+    __attribute__((always_inline)) static void multiply(const uint8_t* row, int64_t stride, const uint8_t* q, int64_t pitch,
+                                                        Sum* c, int64_t width, bool first, const uint8_t* ahead,
+                                                        int64_t depth) {
+        const int64_t tile = pitch * LANES;
         typename K::Sums sum[ROWS][PARTS];
         for (int r = 0; r < ROWS; ++r)
             for (int p = 0; p < PARTS; ++p)
@@ -133,15 +161,59 @@ struct Simd {
             for (int p = 0; p < PARTS; ++p)
                 part[p] = K::load(q + (p / PER_TILE) * tile + (p % PER_TILE) * sizeof(sum[0][0]));
 #pragma GCC unroll 32
-            for (int r = 0; r < ROWS; ++r)
+            for (int r = 0; r < ROWS; ++r) {
 #pragma GCC unroll 8
-                for (int p = 0; p < PARTS; ++p) K::add(sum[r][p], part[p], base[r / HOLD] + r % HOLD * stride);
+                for (int p = 0; p < PARTS; ++p) K::dot(sum[r][p], part[p], K::spread(base[r / HOLD] + r % HOLD * stride));
+            }
 #pragma GCC unroll 16
             for (int b = 0; b < ROWS / HOLD; ++b) base[b] += 4;
         }
         for (int r = 0; r < ROWS; ++r)
             for (int p = 0; p < PARTS; ++p)
                 std::memcpy(c + r * width + p * (LANES / PER_TILE), &sum[r][p], sizeof sum[r][p]);
+    }
+};
+
+// For few queries: products along the rows, each of which is read once, and lanes added up at the end. The next rows are
+// asked for meanwhile. `q` holds V queries, `pitch` bytes apart, each [depth][4 bytes].
+template <class K, int V>
+struct Dots {
+    typedef typename K::Sum Sum;
+    typedef typename K::Sums Sums;
+    static constexpr int WIDE = int(sizeof(Sums)) / 4, REGISTERS = WIDE == 16 ? 24 : 8;
+    static constexpr int ROWS = REGISTERS / V < 8 ? REGISTERS / V : 8, ADDED = WIDE < 8 ? WIDE : 8;
+    static constexpr int64_t rows = ROWS, lanes = V, group = 4, most_depth = CACHED / (V * 4);
+    static constexpr bool matrix = false, along = true;
+
+    static void multiply(const uint8_t* row, int64_t stride, const uint8_t* q, int64_t pitch, Sum* c, int64_t width,
+                         bool first, const uint8_t*, int64_t depth) {
+        Sums sum[ROWS * V];
+#pragma GCC unroll 24
+        for (int i = 0; i < ROWS * V; ++i) sum[i] = K::zero();
+        // In the order in which they lie in memory, unless only a part of every row is needed now.
+        const uint8_t* next = row + ROWS * stride * (1 + NEAR / (ROWS * stride));
+        const int64_t pace = stride < FAR ? ROWS : 1, apart = stride < FAR ? WIDE * 4 : stride;
+        for (int64_t k = 0; k < depth * 4; k += WIDE * 4) {
+            decltype(K::load(q)) x[ROWS];
+#pragma GCC unroll 8
+            for (int r = 0; r < ROWS; ++r) {
+                __builtin_prefetch(next + k * pace + r * apart);
+                x[r] = K::load(row + r * stride + k);
+            }
+#pragma GCC unroll 8
+            for (int v = 0; v < V; ++v) {
+                const auto part = K::load(q + v * pitch + k);
+#pragma GCC unroll 8
+                for (int r = 0; r < ROWS; ++r) K::dot(sum[r * V + v], part, x[r]);
+            }
+        }
+        alignas(64) Sum added[ROWS * V + WIDE];
+#pragma GCC unroll 8
+        for (int i = 0; i < ROWS * V; i += ADDED) add_lanes<ADDED, Sum, WIDE>(sum + i, added + i);
+        if (!first)
+            for (int r = 0; r < ROWS; ++r)
+                for (int v = 0; v < V; ++v) added[r * V + v] += c[r * width + v];
+        for (int r = 0; r < ROWS; ++r) std::memcpy(c + r * width, added + r * V, V * sizeof(Sum));
     }
 };
 
@@ -171,11 +243,12 @@ template <> struct Tiles<true> {
 template <class S, int TILES>
 struct Amx {
     typedef S Sum;
-    static constexpr int64_t rows = 32, tiles = TILES;
-    static constexpr bool matrix = true;
+    static constexpr int64_t rows = 32, lanes = TILES * LANES, group = LANES * 4, most_depth = CACHED / group;
+    static constexpr bool matrix = true, along = false;
 
-    static void multiply(const uint8_t* row, int64_t stride, const uint8_t* q, int64_t tile, Sum* c, int64_t width,
+    static void multiply(const uint8_t* row, int64_t stride, const uint8_t* q, int64_t pitch, Sum* c, int64_t width,
                          bool first, const uint8_t* ahead, int64_t depth) {
+        const int64_t tile = pitch * LANES;
         Sum* c2 = c + 16 * width;
         if (first) {
             _tile_zero(0); _tile_zero(1);
@@ -229,8 +302,10 @@ struct Job {
     int64_t stored_bytes;  // of a row
     Kind computed;         // what the micro kernel multiplies: FLOAT32, BFLOAT16 or INT8
     int64_t depth;         // groups of 4 bytes of a multiplied row
-    const uint8_t* queries;  // packed: [groups][tiles][depth][LANES][4 bytes]
-    const int32_t* corrections;  // [groups][tiles][LANES], to be taken off integer sums
+    int64_t whole;         // query vectors are multiplied so many at a time
+    int64_t pitch;         // bytes that a packed query vector takes
+    const uint8_t* queries;  // packed as the micro kernel reads them: [groups][lanes], `pitch` bytes each
+    const int32_t* corrections;  // [groups][lanes], to be taken off integer sums
     const float* query_scales;   // [count, r_q], or null
     int64_t count, r_q;    // queries, and vectors of each
     float* out;            // [count, out_stride]
@@ -240,8 +315,9 @@ struct Job {
     std::atomic<int64_t> next{0};
     std::atomic<bool> bad{false};
 
+    int64_t which(int64_t d) const { return index ? index[d] : d; }
     int64_t group() const { return std::min(count, GROUP / r_q); }                  // queries scored in one pass
-    int64_t tiles() const { return (group() * r_q + LANES - 1) / LANES; }           // tiles of a group
+    int64_t lanes() const { return (group() * r_q + whole - 1) / whole * whole; }     // of a group
 };
 
 float from_bfloat16(uint16_t x) {
@@ -296,16 +372,14 @@ struct Walk {  // over the vectors of a slab, one document after another
     void next() {
         if (++vector == slab.used) vector = 0, ++document;
     }
-    int64_t which(int64_t d) const { return job.index ? job.index[d] : d; }
     const uint8_t* row() const {
         const int64_t ahead = document + 1 + 8 / slab.used;  // documents, so that their rows are on the way when needed
         if (ahead < job.n) {
-            const uint8_t* later = slab.data + which(ahead) * slab.document + vector * slab.vector;
+            const uint8_t* later = slab.data + job.which(ahead) * slab.document + vector * slab.vector;
             for (int64_t line = 0; line < job.stored_bytes; line += LINE * 4) __builtin_prefetch(later + line);
         }
-        return slab.data + which(document) * slab.document + vector * slab.vector;
+        return slab.data + job.which(document) * slab.document + vector * slab.vector;
     }
-    float scale() const { return slab.scales[which(document) * slab.scale_document + vector]; }
     const Job& job;
     const Slab& slab;
     int64_t document, vector;
@@ -326,30 +400,53 @@ struct Buffer {  // aligned, zeroed
 template <class One, class Two>
 void multiply_strip(const Job& job, const uint8_t* queries, const uint8_t* rows, int64_t stride, bool ahead, int64_t count,
                     typename One::Sum* sums, int64_t width) {
-    const int64_t tiles = job.tiles(), tile = job.depth * LANES * 4;
-    const int64_t step = tiles <= Two::tiles ? job.depth : DEPTH;  // few queries stay in the cache whole
+    const int64_t lanes = job.lanes();
+    const int64_t step = One::along || lanes > Two::lanes ? Two::most_depth : job.depth;  // few queries stay in the cache whole
     for (int64_t k = 0; k < job.depth; k += step) {
         const int64_t depth = std::min(step, job.depth - k);
-        const uint8_t* q = queries + k * LANES * 4;
-        int64_t t = 0;
+        int64_t lane = 0;
         auto multiply = [&](auto kernel) {
             typedef decltype(kernel) K;
+            const uint8_t* q = queries + lane * job.pitch + k * K::group;
             for (int64_t r = 0; r < count; r += K::rows)
-                K::multiply(rows + r * stride + k * 4, stride, q + t * tile, tile, sums + r * width + t * LANES, width, k == 0,
-                            t == 0 && ahead ? rows + (r + K::rows) * stride + k * K::rows * 4 : nullptr, depth);
-            t += K::tiles;
+                K::multiply(rows + r * stride + k * 4, stride, q, job.pitch, sums + r * width + lane, width, k == 0,
+                            lane == 0 && ahead ? rows + (r + K::rows) * stride + k * K::rows * 4 : nullptr, depth);
+            lane += K::lanes;
         };
-        while (t + Two::tiles <= tiles) multiply(Two());
-        while (t < tiles) multiply(One());
+        while (lane + Two::lanes <= lanes) multiply(Two());
+        while (lane < lanes) multiply(One());
     }
 }
 
-inline float value(float sum, int32_t) { return sum; }
-inline float value(int32_t sum, int32_t correction) { return float(sum - correction); }
+typedef float Floats __attribute__((vector_size(LANES * 4)));
+typedef int32_t Ints __attribute__((vector_size(LANES * 4)));
 
+inline Floats values(Floats sums, Ints) { return sums; }
+inline Floats values(Ints sums, Ints corrections) { return __builtin_convertvector(sums - corrections, Floats); }
+
+// Of `rows` vectors of one document, with their scales if they have some: the largest values so far, into `best`. A few rows
+// at a time, so that `best` is not read and written for each, and sums are read in about the order in which they lie.
 template <class Sum>
-void take_maxima(const Sum* sums, const int32_t* corrections, float scale, int64_t lanes, float* best) {
-    for (int64_t l = 0; l < lanes; ++l) best[l] = std::max(best[l], value(sums[l], corrections[l]) * scale);
+void take_maxima(const Sum* sums, int64_t width, int64_t rows, const int32_t* corrections, const float* scales,
+                 int64_t lanes, float* best) {
+    constexpr int64_t AT_ONCE = 8;
+    for (int64_t r0 = 0; r0 < rows; r0 += AT_ONCE) {
+        const int64_t end = std::min(rows, r0 + AT_ONCE);
+        for (int64_t l = 0; l < lanes; l += LANES) {
+            Floats most;
+            Ints correction;
+            std::memcpy(&most, best + l, sizeof most);
+            std::memcpy(&correction, corrections + l, sizeof correction);
+            for (int64_t r = r0; r < end; ++r) {
+                typename std::conditional<std::is_same<Sum, float>::value, Floats, Ints>::type sum;
+                std::memcpy(&sum, sums + r * width + l, sizeof sum);
+                Floats value = values(sum, correction);
+                if (scales) value *= scales[r];
+                most = most < value ? value : most;
+            }
+            std::memcpy(best + l, &most, sizeof most);
+        }
+    }
 }
 
 float add_up(const float* best, const float* scales, int64_t r_q) {
@@ -365,8 +462,9 @@ template <class One, class Two>
 void work(Job& job) {
     typedef typename One::Sum Sum;
     static_assert(STRIP % One::rows == 0 && STRIP % Two::rows == 0, "strips are whole tiles");
-    const int64_t row_bytes = job.depth * 4, lanes = job.tiles() * LANES;
-    const int64_t width = lanes + (lanes >= 128 ? LANES : 0);  // powers of two would crowd a few sets of the cache
+    const int64_t row_bytes = job.depth * 4, lanes = job.lanes();
+    // Whole tiles, and not too many a power of two: that would crowd a few sets of the cache.
+    const int64_t width = (lanes + LANES - 1) / LANES * LANES + (lanes >= 128 ? LANES : 0);
     const bool as_is = !job.index && job.stored == job.computed && job.stored_bytes == row_bytes;
     Buffer rows(STRIP * row_bytes), sums_buffer(STRIP * width * 4), best_buffer(job.block * width * 4);
     Sum* sums = reinterpret_cast<Sum*>(sums_buffer.data);
@@ -377,7 +475,7 @@ void work(Job& job) {
         const int64_t documents = std::min(job.block, job.n - start);
         for (int64_t q0 = 0; q0 < job.count; q0 += job.group()) {
             const int64_t group = q0 / job.group(), queries = std::min(job.group(), job.count - q0);
-            const uint8_t* packed = job.queries + group * job.tiles() * row_bytes * LANES;
+            const uint8_t* packed = job.queries + group * lanes * job.pitch;
             std::fill(best, best + documents * width, -std::numeric_limits<float>::infinity());
             for (int64_t s = 0; s < job.slab_count; ++s) {
                 const Slab& slab = job.slabs[s];
@@ -397,10 +495,14 @@ void work(Job& job) {
                     if (job.check && q0 == 0)  // a value that is not finite shows in the product with any query vector
                         for (int64_t r = 0; r < count; ++r)
                             if (!std::isfinite(float(sums[r * width]))) job.bad = true;
-                    Walk at_row{job, slab, start, at};
-                    for (int64_t r = 0; r < count; ++r, at_row.next())
-                        take_maxima(sums + r * width, job.corrections + group * lanes, slab.scales ? at_row.scale() : 1.0f,
-                                    lanes, best + (at_row.document - start) * width);
+                    int64_t document = at / slab.used, vector = at % slab.used;
+                    for (int64_t r = 0, together; r < count; r += together, ++document, vector = 0) {
+                        together = std::min(slab.used - vector, count - r);
+                        const float* scales = slab.scales;
+                        if (scales) scales += job.which(start + document) * slab.scale_document + vector;
+                        take_maxima(sums + r * width, width, together, job.corrections + group * lanes, scales, lanes,
+                                    best + document * width);
+                    }
                 }
             }
             for (int64_t q = 0; q < queries; ++q) {
@@ -415,47 +517,73 @@ void work(Job& job) {
 struct Choice {
     void (*worker)(Job&);
     Kind computed;
-    int64_t multiple;  // a row is padded to this many groups of 4 bytes
     const char* name;
+    int64_t whole;     // see Job
+    int64_t multiple;  // a row is padded to this many groups of 4 bytes
+    bool along;        // whether queries are packed for `Dots`
 };
 
-Choice choose(Kind stored) {
+template <class One, class Two>
+Choice choice(Kind computed, const char* name) {
+    return {work<One, Two>, computed, name, One::lanes, One::matrix || One::along ? LINE : 1, One::along};
+}
+
+template <class K>
+Choice choose_dots(int64_t vectors, Kind computed, const char* name) {
+    if (vectors == 1) return choice<Dots<K, 1>, Dots<K, 1>>(computed, name);
+    if (vectors == 2) return choice<Dots<K, 2>, Dots<K, 2>>(computed, name);
+    if (vectors <= 4) return choice<Dots<K, 4>, Dots<K, 4>>(computed, name);
+    return choice<Dots<K, 8>, Dots<K, 8>>(computed, name);
+}
+
+// For documents of a kind, whose stored vectors take so many bytes, and so many query vectors.
+Choice choose(Kind stored, int64_t bytes, int64_t vectors) {
+    const bool few = vectors <= FEW || (vectors <= 2 * FEW && bytes % CROWD == 0);
     if (stored == BFLOAT16) {
 #if HAS_AMX && defined(__AMX_BF16__)
-        if (amx_granted()) return {work<Amx<float, 1>, Amx<float, 2>>, BFLOAT16, 16, "AMX"};
+        if (amx_granted()) return choice<Amx<float, 1>, Amx<float, 2>>(BFLOAT16, "AMX");
 #endif
 #if defined(__AVX512BF16__)
-        return {work<Simd<BFloat16, 24, 1>, Simd<BFloat16, 12, 2>>, BFLOAT16, 1, "AVX-512 BF16"};
+        if (few) return choose_dots<BFloat16>(vectors, BFLOAT16, "AVX-512 BF16");
+        return choice<Simd<BFloat16, 24, 1>, Simd<BFloat16, 12, 2>>(BFLOAT16, "AVX-512 BF16");
 #endif
     } else if (stored != FLOAT32) {
 #if HAS_AMX && defined(__AMX_INT8__)
-        if (amx_granted()) return {work<Amx<int32_t, 1>, Amx<int32_t, 2>>, INT8, 16, "AMX"};
+        if (amx_granted()) return choice<Amx<int32_t, 1>, Amx<int32_t, 2>>(INT8, "AMX");
 #endif
 #if defined(__AVX512VNNI__)
-        return {work<Simd<Int8, 24, 1>, Simd<Int8, 12, 2>>, INT8, 1, "AVX-512 VNNI"};
+        if (few) return choose_dots<Int8>(vectors, INT8, "AVX-512 VNNI");
+        return choice<Simd<Int8, 24, 1>, Simd<Int8, 12, 2>>(INT8, "AVX-512 VNNI");
 #endif
     }
 #if defined(__AVX512F__)
-    return {work<Simd<Float32, 24, 1>, Simd<Float32, 12, 2>>, FLOAT32, 1, "AVX-512"};
+    typedef Simd<Float32, 24, 1> One;
+    typedef Simd<Float32, 12, 2> Two;
+    const char* const name = "AVX-512";
 #elif defined(__AVX2__)
-    return {work<Simd<Float32, 6, 1>, Simd<Float32, 6, 1>>, FLOAT32, 1, "AVX2"};
+    typedef Simd<Float32, 6, 1> One, Two;
+    const char* const name = "AVX2";
 #elif defined(__aarch64__)
-    return {work<Simd<Float32, 6, 1>, Simd<Float32, 6, 1>>, FLOAT32, 1, "NEON"};
+    typedef Simd<Float32, 6, 1> One, Two;
+    const char* const name = "NEON";
 #else
-    return {work<Simd<Float32, 3, 1>, Simd<Float32, 3, 1>>, FLOAT32, 1, "portable vectors"};
+    typedef Simd<Float32, 3, 1> One, Two;
+    const char* const name = "portable vectors";
 #endif
+    return few ? choose_dots<Float32>(vectors, FLOAT32, name) : choice<One, Two>(FLOAT32, name);
 }
 
 // Queries [count, r_q, dim], whose values the computed kind represents exactly, as the micro kernels read them.
-void pack(const Job& job, const float* queries, uint8_t* packed, int32_t* corrections) {
-    const int64_t per = job.computed == FLOAT32 ? 1 : job.computed == BFLOAT16 ? 2 : 4, lanes = job.tiles() * LANES;
+void pack(const Job& job, bool along, const float* queries, uint8_t* packed, int32_t* corrections) {
+    const int64_t per = job.computed == FLOAT32 ? 1 : job.computed == BFLOAT16 ? 2 : 4, lanes = job.lanes();
+    const int64_t next = along ? 4 : LANES * 4;  // bytes from one group of 4 to the next
     for (int64_t v = 0; v < job.count * job.r_q; ++v) {
         const int64_t in_group = job.group() * job.r_q, lane = v / in_group * lanes + v % in_group;
-        uint8_t* tile = packed + lane / LANES * job.depth * LANES * 4 + lane % LANES * 4;
+        uint8_t* first = packed + (along ? lane * job.pitch : lane / LANES * LANES * job.pitch + lane % LANES * 4);
         int32_t total = 0;
         for (int64_t k = 0; k < job.dim; ++k) {
             const float x = queries[v * job.dim + k];
-            uint8_t* to = tile + k / per * LANES * 4 + k % per * (4 / per);
+            uint8_t* to = first + k / per * next + k % per * (4 / per);
             if (per == 1) std::memcpy(to, &x, 4);
             if (per == 2) {
                 uint32_t bits;
@@ -477,28 +605,29 @@ void pack(const Job& job, const float* queries, uint8_t* packed, int32_t* correc
 extern "C" {
 
 // The instructions that documents of a kind are multiplied with.
-const char* metaembed_instructions(int32_t kind) { return choose(Kind(kind)).name; }
+const char* metaembed_instructions(int32_t kind) { return choose(Kind(kind), 1, 1).name; }
 
 // Scores of `count` queries against `n` documents into out [count, out_stride]. Returns 0, or 1 when `check` found a value
 // that is not finite, or 2 when memory ran out.
 int32_t metaembed_scores(const Slab* slabs, int64_t slab_count, const int64_t* index, int64_t n, int64_t dim, int32_t kind,
                          const float* queries, const float* query_scales, int64_t count, int64_t r_q, float* out,
                          int64_t out_stride, int32_t check, int32_t threads) try {
-    const Choice choice = choose(Kind(kind));
+    const int64_t bits[] = {32, 16, 8, 4, 1}, stored_bytes = (dim * bits[kind] + 7) / 8;
+    const Choice choice = choose(Kind(kind), stored_bytes, count * r_q);
     Job job;
     job.slabs = slabs, job.slab_count = slab_count, job.index = index, job.n = n, job.dim = dim;
     job.stored = Kind(kind), job.computed = choice.computed;
-    const int64_t bits[] = {32, 16, 8, 4, 1};
-    job.stored_bytes = (dim * bits[kind] + 7) / 8;
+    job.stored_bytes = stored_bytes;
     const int64_t per = job.computed == FLOAT32 ? 1 : job.computed == BFLOAT16 ? 2 : 4;
     job.depth = ((dim + per - 1) / per + choice.multiple - 1) / choice.multiple * choice.multiple;
-    job.query_scales = query_scales, job.count = count, job.r_q = r_q;
+    job.query_scales = query_scales, job.count = count, job.r_q = r_q, job.whole = choice.whole;
+    job.pitch = (job.depth + (choice.along ? LINE : 0)) * 4;  // not a power of two, which would crowd a few sets of the cache
     job.out = out, job.out_stride = out_stride, job.check = check;
     job.block = n >= 8 * STRIP * threads ? STRIP : std::max<int64_t>(8, STRIP / 4);
-    const int64_t groups = (count + job.group() - 1) / job.group(), lanes = groups * job.tiles() * LANES;
-    Buffer packed(lanes * job.depth * 4);
-    std::vector<int32_t> corrections(lanes);
-    pack(job, queries, packed.data, corrections.data());
+    const int64_t groups = (count + job.group() - 1) / job.group(), lanes = groups * job.lanes();
+    Buffer packed(lanes * job.pitch);
+    std::vector<int32_t> corrections(lanes + LANES);  // read in whole tiles
+    pack(job, choice.along, queries, packed.data, corrections.data());
     job.queries = packed.data, job.corrections = corrections.data();
 
     std::atomic<bool> failed{false};

@@ -155,7 +155,8 @@ def _disagreement(kernel: Kernel, precision: str) -> float:
     """The largest difference to the formula in float64, on a little of everything the kernel does."""
     generator = torch.Generator().manual_seed(0)
     worst = 0.0
-    for count, r_q, n, r_c, dim in ((1, 16, 100, 5, 128), (3, 5, 61, 3, 70), (40, 16, 7, 20, 64)):
+    shapes = ((1, 1, 61, 3, 70), (2, 4, 30, 3, 600), (1, 16, 100, 5, 128), (1, 9, 20, 3, 2048), (40, 16, 7, 20, 64))
+    for count, r_q, n, r_c, dim in shapes:
         queries, documents = (torch.randn(*s, generator=generator) for s in ((count, r_q, dim), (n, r_c, dim)))
         queries, documents = (
             queries / queries.norm(dim=-1, keepdim=True),

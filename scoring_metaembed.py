@@ -315,8 +315,6 @@ def _blocks(queries: Tensor, store: Store, kernel: Any, index: Tensor | None = N
         at = None if index is None else index[part]
         if kernel is None:
             yield part, _torch_scores(queries, some, at)
-        elif store.precision == "float32" and queries.shape[1] == store.vectors == 1 and at is None:
-            yield part, _torch_scores(queries, some, None)  # no maxima and no sums: a product of two matrices
         else:
             slabs = [(slab.stored, slab.scales) for slab in some.slabs]
             yield part, kernel.scores(slabs, queries, store.precision, at, check=not store.checked)

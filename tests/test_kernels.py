@@ -32,7 +32,7 @@ if platform.machine() != "x86_64":
 def test_the_kernel_equals_a_float64_reference(architecture, precision, data):
     kernel = load_kernel(architecture)
     count, n = data.draw(st.integers(1, 40)), data.draw(st.integers(1, 130))
-    r_q, dim = data.draw(st.integers(1, 20)), data.draw(st.integers(1, 150) | st.sampled_from([256, 1100]))
+    r_q, dim = data.draw(st.integers(1, 20)), data.draw(st.integers(1, 150) | st.sampled_from([256, 512, 1100, 2048]))
     counts = data.draw(st.lists(st.integers(1, 9), min_size=1, max_size=3))
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
     queries = normalize(torch.randn(count, r_q, dim, generator=generator), dim=-1)
