@@ -298,7 +298,9 @@ def read_image(source: Any) -> Image.Image:
         return _to_rgb(ImageOps.exif_transpose(image), image.format)
     except Exception as error:  # PIL's decoders raise almost anything
         name = repr(source) if isinstance(source, (str, Path)) else f"of type {type(source).__name__}"
-        raise ValueError(f"the image {shorten(name)} cannot be read: {shorten(str(error), 300)}") from error
+        raise ValueError(
+            f"the image {shorten(name)} cannot be read: {shorten(str(error) or repr(error), 300)}"
+        ) from error
 
 
 def _open(source: Any) -> Image.Image:

@@ -476,7 +476,9 @@ def test_an_instruction_of_the_configuration_must_be_text(side):
 
 
 def test_configuration_survives_saving(tmp_path):
-    config = MetaEmbedConfig(num_query_tokens=4, num_document_tokens=8, query_num_meta=2, document_instruction="x")
+    config = MetaEmbedConfig(
+        num_query_tokens=4, num_document_tokens=np.int64(8), query_num_meta=2, document_instruction="x"
+    )
     config.save_pretrained(tmp_path)
     assert MetaEmbedConfig.from_pretrained(tmp_path).to_dict() == config.to_dict()
 
