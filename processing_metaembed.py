@@ -220,7 +220,8 @@ class MetaEmbedProcessor(ProcessorMixin):
         suffix = "".join(self._appended_tokens(side, num_meta))
         texts: list[str] = []
         media: dict[str, list[list]] = {"image": [], "video": []}  # a list for each input
-        for index, item in zip(indices or range(len(items)), items, strict=True):
+        indices = indices or list(range(len(items)))
+        for index, item in zip(indices, items, strict=True):
             try:
                 messages = to_messages(item)
                 self._check_media(messages)
@@ -233,7 +234,7 @@ class MetaEmbedProcessor(ProcessorMixin):
             parts = [part for message in messages for part in message["content"]]
             for kind, lists in media.items():
                 lists.append([part[kind] for part in parts if part["type"] == kind])
-        features = self._call_backbone(texts, media["image"], media["video"], kwargs)
+        features = self._call_backbone(texts, media["image"], media["video"], indices, kwargs)
         self._check_meta_tokens(features["input_ids"], side, num_meta)
         if not self.config.causal:
             features["num_meta"] = num_meta
@@ -340,7 +341,9 @@ class MetaEmbedProcessor(ProcessorMixin):
                 "Convert what is returned: encode_queries and encode_documents take `convert_to_numpy`."
             )
 
-    def _call_backbone(self, texts: list[str], images: list, videos: list, kwargs: dict) -> BatchFeature:
+    def _call_backbone(
+        self, texts: list[str], images: list, videos: list, indices: list[int], kwargs: dict
+    ) -> BatchFeature:
         inner = self.backbone_processor
         # Right padding gives equal rows whatever the position embedding is; left padding moves absolute positions.
         kwargs = {"padding": True, "padding_side": "right", "return_tensors": "pt", **kwargs}
@@ -367,7 +370,8 @@ class MetaEmbedProcessor(ProcessorMixin):
             except Exception as error:
                 sizes = [image.size for image in flat]
                 raise ValueError(
-                    f"{type(inner).__name__} refused inputs with images of (width, height) {sizes}: {error!r}"
+                    f"{type(inner).__name__} refused inputs {indices} with images of (width, height) {sizes}: "
+                    f"{error!r}"
                 ) from error
         features.pop("labels", None)
         return BatchFeature(dict(features))

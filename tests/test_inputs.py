@@ -270,8 +270,8 @@ def test_a_picture_of_one_pixel_is_encoded(qwen):
 
 
 def test_a_picture_too_wide_for_the_backbone_is_an_error_with_its_size(qwen):
-    with pytest.raises(ValueError, match=r"\(4000, 4\).*aspect ratio"):
-        qwen.encode_documents(Image.new("RGB", (4000, 4)))
+    with pytest.raises(ValueError, match=r"refused inputs \[1\] .*\(4000, 4\).*aspect ratio"):
+        qwen.encode_documents(["a text", Image.new("RGB", (4000, 4))], batch_size=1)
 
 
 def test_what_is_one_input_and_what_is_a_batch(grey):
