@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
@@ -19,17 +20,21 @@ def check_count(name: str, value: Any, maximum: int) -> int:
         maximum: The largest number allowed.
 
     Returns:
-        The number itself.
+        The number itself, as an `int`.
 
     Raises:
-        TypeError: If `value` is not an `int`.
+        TypeError: If `value` is not a whole number: an `int`, or one of numpy's.
         ValueError: If it is outside 1..`maximum`.
     """
-    if isinstance(value, bool) or not isinstance(value, int):
+    try:
+        count = operator.index(value)
+    except TypeError:
+        count = None
+    if count is None or isinstance(value, bool):
         raise TypeError(f"{name} must be a whole number (int), got {value!r} of type {type(value).__name__}.")
-    if not 1 <= value <= maximum:
-        raise ValueError(f"{name} must be between 1 and {maximum}, got {value}.")
-    return value
+    if not 1 <= count <= maximum:
+        raise ValueError(f"{name} must be between 1 and {maximum}, got {count}.")
+    return count
 
 
 def check_budgets(
@@ -159,24 +164,30 @@ class MetaEmbedConfig(PreTrainedConfig):
             self.backbone_config = AutoConfig.for_model(**self.backbone_config)
         super().__post_init__(**kwargs)
         large = 1_000_000  # far above any use, so that a mistaken value is named here and not as a failed allocation
-        check_count("num_query_tokens", self.num_query_tokens, large)
-        check_count("num_document_tokens", self.num_document_tokens, large)
+        self.num_query_tokens = check_count("num_query_tokens", self.num_query_tokens, large)
+        self.num_document_tokens = check_count("num_document_tokens", self.num_document_tokens, large)
         if self.embedding_dim is not None:
-            check_count("embedding_dim", self.embedding_dim, large)
+            self.embedding_dim = check_count("embedding_dim", self.embedding_dim, large)
         if self.budgets is None:
             self.budgets = default_budgets(self.num_query_tokens, self.num_document_tokens)
         self.budgets = check_budgets(self.budgets, self.num_query_tokens, self.num_document_tokens)
         for side in SIDES:
-            if self.num_meta(side) is not None:
-                check_count(f"{side}_num_meta", self.num_meta(side), self.num_tokens(side))
-            self._check_token_ids(side)
+            if (num_meta := self.num_meta(side)) is not None:
+                setattr(self, f"{side}_num_meta", check_count(f"{side}_num_meta", num_meta, self.num_tokens(side)))
+            instruction = getattr(self, f"{side}_instruction")
+            if not isinstance(instruction, (str, type(None))):
+                raise TypeError(f"{side}_instruction must be a string or None, got {instruction!r}.")
+        self._check_token_ids()
 
-    def _check_token_ids(self, side: str) -> None:
-        ids, size = self.token_ids(side), self.num_tokens(side)
-        if ids is not None and list(ids) != list(range(ids[0], ids[0] + size)):
-            raise ValueError(
-                f"{side}_token_ids must be {size} contiguous ids in order (num_{side}_tokens={size}), got {ids}."
-            )
+    def _check_token_ids(self) -> None:
+        for side in SIDES:
+            ids, size = self.token_ids(side), self.num_tokens(side)
+            if ids is not None and (not len(ids) or list(ids) != list(range(ids[0], ids[0] + size))):
+                raise ValueError(
+                    f"{side}_token_ids must be {size} contiguous ids in order (num_{side}_tokens={size}), got {ids}."
+                )
+        if shared := set(self.query_token_ids or ()) & set(self.document_token_ids or ()):
+            raise ValueError(f"query_token_ids and document_token_ids must not overlap, both hold {sorted(shared)}.")
 
     def num_tokens(self, side: str) -> int:
         """Return R, the number of Meta Tokens of `side` ("query" or "document")."""

@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import base64
 import io
-from collections.abc import Iterable
+import os
+import re
+from collections.abc import Iterable, Mapping, Set
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from transformers.image_utils import load_image
+
+try:
+    import httpx
+except ImportError:  # later versions of huggingface_hub bring its successor instead
+    from huggingface_hub.utils import httpx
+
+TIMEOUT = 60  # seconds that a server of images may stay silent
 
 ACCEPTED = (
-    "a string (text), a PIL image, a pathlib.Path or bytes of an image, a numpy array [height, width(, channels)], "
+    "a string (text), a PIL image, a pathlib.Path, bytes or an open file of an image, an array [height, width(, "
+    "channels)], "
     'a dict with "text", "image" (one or a list; a path, URL, PIL image, bytes or array each) and/or "video" (a path '
     "or URL, a list of images or an array [frames, height, width, 3]; or a list of these), "
     'or chat messages [{"role": ..., "content": ...}]'
@@ -31,9 +42,14 @@ def is_single(inputs: Any) -> bool:
     """
     if is_conversation(inputs):
         return True
-    if isinstance(inputs, np.ndarray):  # [N] of strings or objects and [N, height, width, channels] are batches
-        return inputs.dtype.kind not in "UO" and inputs.ndim < 4
-    return inputs is None or isinstance(inputs, (str, bytes, dict, Path, Image.Image, torch.Tensor))
+    if isinstance(inputs, (np.ndarray, torch.Tensor)):  # [N, height, width, channels] and [N] of strings are batches
+        return inputs.ndim < 4 and getattr(inputs.dtype, "kind", None) not in ("U", "O")
+    single = (str, bytes, bytearray, dict, Path, Image.Image)
+    return inputs is None or isinstance(inputs, single) or _is_file(inputs)
+
+
+def _is_file(value: Any) -> bool:
+    return hasattr(value, "read")
 
 
 def is_conversation(item: Any) -> bool:
@@ -42,24 +58,25 @@ def is_conversation(item: Any) -> bool:
 
 
 def count_images(item: Any) -> int:
-    """Return how many images `item` holds, without loading any."""
-    if is_conversation(item):
-        return sum(count_images(message["content"]) for message in item)
+    """Return how many images `item` holds, without loading any or checking that it is well formed."""
     if isinstance(item, (list, tuple)):
         return sum(count_images(part) for part in item)
     if isinstance(item, dict):
-        elsewhere = None if item.get("type") == "video" else item.get("url") or item.get("path")
-        return len(_as_list(item.get("image", elsewhere)))
+        if "content" in item:
+            return count_images(item["content"])
+        return int(item["type"] == "image") if "type" in item else len(_as_list(item.get("image")))
     return int(item is not None and not isinstance(item, str))
 
 
 def has_video(item: Any) -> bool:
-    """Whether `item` holds a video, found without loading any."""
-    if is_conversation(item):
-        return any(has_video(message["content"]) for message in item)
+    """Whether `item` holds a video, found without loading any or checking that it is well formed."""
     if isinstance(item, (list, tuple)):
         return any(has_video(part) for part in item)
-    return isinstance(item, dict) and (item.get("video") is not None or item.get("type") == "video")
+    if isinstance(item, dict):
+        if "content" in item:
+            return has_video(item["content"])
+        return item["type"] == "video" if "type" in item else item.get("video") is not None
+    return False
 
 
 def text_length(item: Any) -> int:
@@ -77,9 +94,11 @@ def to_messages(item: Any) -> list[Message]:
     """Turn one query or document into chat messages whose content is a list of parts.
 
     Args:
-        item: A string (text), a PIL image, a `pathlib.Path` or `bytes` of an image, an array, a dict with `text`,
-            `image` and/or `video` (one or a list of each), or chat messages, whose content may interleave them. Inside
-            a dict, an image may also be a path or a URL as a string. In a dict, images come first and the text last.
+        item: A string (text), a PIL image, a `pathlib.Path`, `bytes` or an open file of an image, an array, a dict
+            with `text`, `image` and/or `video` (one or a list of each), or chat messages, whose content may interleave
+            them: strings, images, such dicts, or parts with a "type" that hold one text, image or video each (also as
+            "url" or "path"). Inside a dict, an image may also be a path, URL or base64 as a string. In a dict, images
+            come first and the text last.
 
     Returns:
         Messages with a "role" and a "content": a list of `{"type": "text", "text": str}`,
@@ -88,7 +107,8 @@ def to_messages(item: Any) -> list[Message]:
 
     Raises:
         TypeError: If `item` is none of these.
-        ValueError: If it holds neither text nor picture, or an image cannot be read.
+        ValueError: If it holds neither text nor picture, a part does not hold what its type says, a role is no plain
+            word, a text is no valid Unicode, or an image cannot be read.
 
     Example:
         >>> to_messages({"text": "a red apple"})
@@ -103,34 +123,58 @@ def to_messages(item: Any) -> list[Message]:
     else:
         messages = [{"role": "user", "content": [_image(item)]}]
     if not any(message["content"] for message in messages):
-        raise ValueError(f"the input {item!r} holds neither text nor picture. Expected {ACCEPTED}.")
+        raise ValueError(f"the input {shorten(repr(item))} holds neither text nor picture. Expected {ACCEPTED}.")
     return messages
 
 
 def _message(message: Message) -> Message:
     if not isinstance(message, dict) or not isinstance(message.get("role"), str) or "content" not in message:
-        raise TypeError(f'each chat message must be a dict with a "role" and a "content", got {message!r}.')
+        raise TypeError(
+            f'each chat message must be a dict with a "role" and a "content", got {shorten(repr(message))}.'
+        )
+    if not re.fullmatch(r"[A-Za-z]\w*", message["role"]):  # the chat template would let it become structure
+        raise ValueError(f'the role of a chat message must be a word as "user", got {shorten(repr(message["role"]))}.')
+    if unknown := {key for key, value in message.items() if value is not None} - {"role", "content"}:
+        raise ValueError(
+            f'a chat message takes a "role" and a "content", and nothing else: got {_names(unknown)} too.'
+        )
     content = message["content"]
     parts = []
     for part in content if isinstance(content, (list, tuple)) else [content]:
         if isinstance(part, str):
             parts.append(_text(part))
-        elif isinstance(part, dict):
-            kind = part.get("type")
-            part = {key: value for key, value in part.items() if key != "type"}
-            if "url" in part or "path" in part:  # transformers' other names for where an image or a video is
-                part["video" if kind == "video" else "image"] = part.pop("url", None) or part.pop("path", None)
+        elif not isinstance(part, dict):
+            parts.append(_image(part))
+        elif "type" in part:
+            parts.append(_typed_part(part))
+        elif any(value is not None for value in part.values()):
             parts += _dict_parts(part)
         else:
-            parts.append(_image(part))
+            raise ValueError(f'a part of a chat message is empty: {shorten(repr(part))}. Expected "text" or "image".')
     return {"role": message["role"], "content": parts}
+
+
+def _typed_part(part: dict[str, Any]) -> dict[str, Any]:
+    kind = part["type"]
+    if kind not in ("text", "image", "video"):
+        raise ValueError(f'the "type" of a part must be "text", "image" or "video", got {shorten(repr(kind))}.')
+    keys = {"text"} if kind == "text" else {kind, "url", "path"}  # transformers' names for where an image or video is
+    held = {key: value for key, value in part.items() if key != "type" and value is not None}  # tables fill with None
+    if len(held) != 1 or not held.keys() <= keys:
+        raise ValueError(f'a part of type "{kind}" must hold one of {_names(keys)}, got {_names(held)}.')
+    (value,) = held.values()
+    if kind == "video":
+        return {"type": "video", "video": read_video(value)}
+    return _text(value) if kind == "text" else _image(value)
+
+
+def _names(keys: Iterable[Any]) -> str:
+    return shorten(repr(sorted(map(str, keys))))
 
 
 def _dict_parts(item: dict[str, Any]) -> list[dict[str, Any]]:
     if unknown := set(item) - {"text", "image", "video"}:
-        raise ValueError(
-            f'unknown keys {sorted(map(str, unknown))} in {sorted(map(str, item))}. Use "text", "image", "video".'
-        )
+        raise ValueError(f'unknown keys {_names(unknown)} in {_names(item)}. Use "text", "image", "video".')
     parts = [_image(image) for image in _as_list(item.get("image"))]
     videos: Any = item.get("video")
     if not _is_list_of_videos(videos):
@@ -142,9 +186,36 @@ def _dict_parts(item: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _text(text: Any) -> dict[str, Any]:
+    return {"type": "text", "text": check_text("text", text)}
+
+
+def check_text(name: str, text: Any) -> str:
+    """Return `text` if it is a string of valid Unicode, what a tokenizer can take.
+
+    Args:
+        name: What the text is called in the error.
+        text: The text to check.
+
+    Raises:
+        TypeError: If `text` is no string.
+        ValueError: If it holds a lone surrogate, half a character.
+    """
     if not isinstance(text, str):
-        raise TypeError(f"text must be a string, got {text!r} of type {type(text).__name__}.")
-    return {"type": "text", "text": text}
+        raise TypeError(f"{name} must be a string, got {shorten(repr(text))} of type {type(text).__name__}.")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{name} must be valid Unicode, got {shorten(repr(text))}, whose character {error.start} is half of one "
+            f"({text[error.start]!r}). Decode its bytes anew, with errors='replace' if need be."
+        ) from error
+    return text
+
+
+def shorten(text: str, length: int = 100) -> str:
+    """Return `text` without its middle where it is long, for errors: an image as base64 has a million characters."""
+    half = length // 2
+    return text if len(text) <= length else f"{text[:half]}...{text[-half:]}"
 
 
 def _image(image: Any) -> dict[str, Any]:
@@ -193,10 +264,13 @@ def read_image(source: Any) -> Image.Image:
     """Read an image from wherever it is, as an upright RGB picture.
 
     The EXIF orientation is applied, transparency is composed on white, 16-bit and float pictures are scaled to 8 bits,
-    so that the same picture gives the same pixels in every mode that can hold it.
+    so that the same picture gives the same pixels in every mode that can hold it. A PIL image of mode "I" or "I;16"
+    has 16 bits, and one of mode "F" lies in 0..1 or 0..255. One whose values may as well mean the other is refused:
+    "I" up to 255, which `convert("I")` makes of 8 bits, where it does not come from a file of 16 bits; and "F" of
+    zeros and ones alone.
 
     Args:
-        source: A PIL image, a path, a URL or base64 string, bytes, or an array or tensor
+        source: A PIL image, a path, a URL, data URL or base64 string, bytes, an open file, or an array or tensor
             [height, width(, channels)] of `uint8`, `uint16`, bool, or float in 0..1.
 
     Returns:
@@ -204,29 +278,66 @@ def read_image(source: Any) -> Image.Image:
 
     Raises:
         TypeError: If `source` is of another type.
-        ValueError: If it cannot be read as an image.
+        ValueError: If it cannot be read as an image, has several pages or frames, or the scale of its pixels is
+            unclear.
     """
-    name = repr(source) if isinstance(source, (str, Path)) else f"of type {type(source).__name__}"
+    kinds = (Image.Image, str, Path, bytes, bytearray, np.ndarray, torch.Tensor)
+    if not isinstance(source, kinds) and not _is_file(source):
+        raise TypeError(f"{_unusable(source)}. Expected {ACCEPTED}.")
     try:
-        if isinstance(source, Image.Image):
-            image = source
-        elif isinstance(source, (str, Path)):
-            image = Image.open(source) if Path(source).is_file() else load_image(str(source))
-        elif isinstance(source, (bytes, bytearray)):
-            image = Image.open(io.BytesIO(source))
-        elif isinstance(source, (np.ndarray, torch.Tensor)):
-            image = _from_array(np.asarray(source))
-        else:
-            raise TypeError(f"cannot encode {source!r} of type {type(source).__name__}. Expected {ACCEPTED}.")
+        image = _open(source)
+        if 0 in image.size:
+            raise ValueError(f"it has no pixels: its (width, height) is {image.size}")
+        frames = getattr(image, "n_frames", 1)
+        if frames > 1 and image.format not in ("MPO", "PSD"):  # one picture, and what it was made with
+            raise ValueError(
+                f"it has {frames} pages or frames. Pass the one that is meant, as PIL's image.seek(i) and then "
+                "image.copy() give it, or all of them, as a list of images or the frames of a video"
+            )
         image.load()  # a truncated file fails here, and not as a half-grey picture later
-        return _to_rgb(ImageOps.exif_transpose(image))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"the image {name} cannot be read: {error}") from error
+        return _to_rgb(ImageOps.exif_transpose(image), image.format)
+    except Exception as error:  # PIL's decoders raise almost anything
+        name = repr(source) if isinstance(source, (str, Path)) else f"of type {type(source).__name__}"
+        raise ValueError(
+            f"the image {shorten(name)} cannot be read: {shorten(str(error) or repr(error), 300)}"
+        ) from error
+
+
+def _open(source: Any) -> Image.Image:
+    if isinstance(source, Image.Image):
+        return source
+    if isinstance(source, torch.Tensor):
+        source = source.detach().cpu()
+        source = (source.double() if source.is_floating_point() else source).numpy()  # numpy has no bfloat16
+    if isinstance(source, np.ndarray):
+        return _from_array(source)
+    if isinstance(source, str) and not os.path.isfile(source):
+        source = _download(source)
+    return Image.open(io.BytesIO(source) if isinstance(source, (bytes, bytearray)) else source)
+
+
+def _download(source: str) -> bytes:
+    """Return the bytes that a URL or a base64 string stands for."""
+    scheme = source.partition(":")[0].lower()
+    if scheme in ("http", "https"):
+        response = httpx.get(source, timeout=TIMEOUT, follow_redirects=True)
+        if not response.is_success:
+            raise ValueError(f"the server answered {response.status_code} {response.reason_phrase}")
+        return response.content
+    if scheme == "data":
+        with urlopen(source) as data:
+            return data.read()
+    try:
+        return base64.b64decode("".join(source.split()), validate=True)
+    except ValueError as error:
+        raise ValueError("there is no such file, and it is neither a URL nor base64") from error
 
 
 def _from_array(array: np.ndarray) -> Image.Image:
     if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 3, 4)):
         raise ValueError(f"an array must be [height, width] or [height, width, 1, 3 or 4], got shape {array.shape}")
+    if not array.size:
+        raise ValueError(f"an array must hold pixels, got shape {array.shape}")
     if array.ndim == 3 and array.shape[2] == 1:
         array = array[..., 0]
     if array.dtype == np.bool_:
@@ -246,26 +357,52 @@ def _to_8_bits(array: np.ndarray, white: float) -> np.ndarray:
     return np.rint(array.astype(np.float64) * (255 / white)).astype(np.uint8)
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def _to_rgb(image: Image.Image, file_format: str | None) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":  # PIL would clip these to 255 instead of scaling them
-        array = np.asarray(image)
-        low, high = array.min(), array.max()
-        white = 65535 if image.mode.startswith("I") else (1 if high <= 1 else 255)
-        if low < 0 or high > white:
-            raise ValueError(f"pixels of a mode {image.mode} image must lie in 0..{white}, got {low}..{high}")
-        image = Image.fromarray(_to_8_bits(array, white))
+        return _grey_to_rgb(np.asarray(image), image.mode, file_format, image.info.get("transparency"))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
 
 
+def _grey_to_rgb(array: np.ndarray, mode: str, file_format: str | None, transparent: int | None) -> Image.Image:
+    low, high = array.min(), array.max()
+    if mode == "F":
+        white = 1 if high <= 1 else 255
+        known = high > 1 or (array % 1).any()  # zeros and ones may be a mask, or a dark picture of 0..255
+    else:
+        white = 65535
+        # Files of mode "I;16" are of 16 bits, and so are these of mode "I"; what convert("I") made of 8 bits is not.
+        known = high > 255 or file_format in ("PNG", "PPM") or (mode != "I" and file_format is not None)
+    if not 0 <= low <= high <= white:  # so is none with a NaN
+        raise ValueError(f"pixels of a mode {mode} image must lie in 0..{white}, got {low}..{high}")
+    if high > 0 and not known:
+        raise ValueError(
+            f"its mode {mode} and pixels of {low}..{high} leave open what is white. Where 255 is, pass "
+            "image.convert('L'); else pass an array of uint16, or of floats in 0..1"
+        )
+    grey = _to_8_bits(array, white)
+    if transparent is not None:
+        grey[array == transparent] = 255
+    return Image.fromarray(grey).convert("RGB")
+
+
 def as_batch(inputs: Any) -> list[Any]:
     """Return a batch of inputs as a list.
 
     Raises:
-        TypeError: If `inputs` is not a sequence of inputs.
+        TypeError: If `inputs` is not a sequence of inputs: no iterable, or one without rows in order.
     """
     if not isinstance(inputs, Iterable):
-        raise TypeError(f"cannot encode {inputs!r} of type {type(inputs).__name__}. Expected {ACCEPTED}, or a list.")
+        raise TypeError(f"{_unusable(inputs)}. Expected {ACCEPTED}, or a list.")
+    if isinstance(inputs, (Set, Mapping)) or hasattr(inputs, "columns"):  # a table gives the names of its columns
+        raise TypeError(
+            f"{_unusable(inputs)} as a batch: it is no sequence of inputs in order. Pass a list, such as one column "
+            "of a table, or a dict for each of its rows."
+        )
     return list(inputs)
+
+
+def _unusable(value: Any) -> str:
+    return f"cannot encode {shorten(repr(value))} of type {type(value).__name__}"

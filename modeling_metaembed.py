@@ -23,7 +23,7 @@ from transformers.utils import ModelOutput, logging
 
 from .adapter_metaembed import commit_of
 from .backbone_metaembed import check_rebuilds, check_supported, grow_embedding, last_hidden_state, measure
-from .configuration_metaembed import MetaEmbedConfig
+from .configuration_metaembed import MetaEmbedConfig, check_count
 from .hub_metaembed import HubModel
 from .inputs_metaembed import as_batch, count_images, is_single, text_length
 from .loading_metaembed import (
@@ -230,11 +230,14 @@ class MetaEmbedModel(HubModel):
             The embeddings [N, r, D].
 
         Raises:
-            ValueError: If the rows hold no Meta Tokens, or different numbers of them.
+            TypeError: If `num_meta` is not a whole number.
+            ValueError: If the rows hold no Meta Tokens, or different numbers of them, or fewer than `num_meta`.
         """
         kwargs.pop("return_dict", None)
         embeddings = self.embed(input_ids=input_ids, **kwargs)  # [N, R, D]
-        return MetaEmbedOutput(embeddings=embeddings if num_meta is None else embeddings[:, :num_meta])
+        if num_meta is not None:
+            embeddings = embeddings[:, : check_count("num_meta", num_meta, embeddings.shape[1])]  # [N, r, D]
+        return MetaEmbedOutput(embeddings=embeddings)
 
     def embed(self, input_ids: Tensor, **kwargs: Any) -> Tensor:
         """Return the unit vectors [N, R, D] of all Meta Tokens of the side that the ids show."""
@@ -280,14 +283,20 @@ class MetaEmbedModel(HubModel):
         """Encode queries as `num_meta` vectors each.
 
         Args:
-            inputs: One query or a list of them: text, images (a PIL image, a `pathlib.Path`), a dict with `text`
-                and/or `image`, or chat messages. An empty string is encoded as an empty text.
+            inputs: One query or a list (any sequence, column or generator) of them. A query is
+                - a string, which is always text, be it empty or the name of a file;
+                - an image: a PIL image, a `pathlib.Path`, `bytes`, an open file, or an array or tensor [height,
+                  width(, channels)];
+                - a dict with "text", "image" and/or "video", one or a list of each, where images and videos may also
+                  be paths and URLs as strings: `{"image": "https://...", "text": "..."}`;
+                - chat messages, `[{"role": "user", "content": [...]}]`, which may interleave all of these.
             num_meta: r, the number of vectors of each, 1..R_q. None: the configuration's default, else all.
-            instruction: Text put before each input. None: the configuration's default; "": none.
+            instruction: Text put before each input, on a line of its own. None: the configuration's default; "": none.
             batch_size: Number of inputs in a forward pass.
             show_progress_bar: Whether to show one. None: if transformers' log level is INFO or lower.
             convert_to_numpy: Return a numpy array instead of a tensor.
-            **kwargs: For the backbone's processor, for this call only (`max_pixels`, ...).
+            **kwargs: `max_length`, to keep only so many tokens of each input's own text, from its start (None: nothing
+                is cut); and options of the backbone's processor, for this call only (`max_pixels`, ...).
 
         Returns:
             Unit vectors [N, r, D], float32, on the CPU, in the order of the inputs; [r, D] for one input; [0, r, D]
@@ -295,7 +304,7 @@ class MetaEmbedModel(HubModel):
 
         Raises:
             TypeError: If an input or `num_meta` is of the wrong type.
-            ValueError: If an input cannot be read or a number is out of range.
+            ValueError: If an input cannot be read (the error names it by its place) or a number is out of range.
 
         Example:
             >>> model.encode_queries("a red apple", num_meta=4).shape
@@ -316,7 +325,7 @@ class MetaEmbedModel(HubModel):
         convert_to_numpy: bool = False,
         **kwargs: Any,
     ) -> Tensor | np.ndarray:
-        """Encode documents as `num_meta` vectors each, 1..R_c: see [`encode_queries`]."""
+        """Encode documents as `num_meta` vectors each, 1..R_c: see [`encode_queries`], which takes the same inputs."""
         return self._encode(
             inputs, "document", num_meta, instruction, batch_size, show_progress_bar, convert_to_numpy, **kwargs
         )
@@ -341,17 +350,21 @@ class MetaEmbedModel(HubModel):
         single = is_single(inputs)
         items = [inputs] if single else as_batch(inputs)
         embeddings = torch.empty(len(items), num_meta, self.config.embedding_dim or self.config.hidden_size)
-        was_training = self.training
+        modes = {module: module.training for module in self.modules()}
         self.eval()
         try:
             batches = list(self._batches(items, batch_size))
             for indices in tqdm(batches, desc=f"Encoding ({side})", disable=not show_progress_bar):
                 batch = [items[i] for i in indices]
-                features = self.processor.process(batch, side, num_meta, instruction=instruction, **kwargs)
+                features = self.processor.process(
+                    batch, side, num_meta, instruction=instruction, indices=indices, **kwargs
+                )
                 output = self(**features.to(self.device)).embeddings  # [batch, r, D]
                 embeddings[indices] = output.to("cpu", torch.float32)
         finally:
-            self.train(was_training)
+            for module, mode in modes.items():  # parents first: a frozen tower in evaluation mode stays so
+                if module.training != mode:
+                    module.train(mode)
         embeddings = embeddings[0] if single else embeddings
         return embeddings.numpy() if convert_to_numpy else embeddings
 

@@ -19,8 +19,8 @@ from transformers.dynamic_module_utils import (
 from transformers.processing_utils import ProcessingKwargs, TextKwargs
 
 from .configuration_metaembed import SIDES, MetaEmbedConfig, check_count
-from .inputs_metaembed import Message, as_batch, count_images, has_video, is_single, to_messages
-from .prompts_metaembed import cut_text, escape, render, special_token_pattern, tokenizer_of
+from .inputs_metaembed import Message, as_batch, check_text, count_images, has_video, is_single, to_messages
+from .prompts_metaembed import cut_text, escape, join_texts, render, special_token_pattern, tokenizer_of
 
 PROCESSOR_FILE = "processor_config.json"
 
@@ -176,6 +176,7 @@ class MetaEmbedProcessor(ProcessorMixin):
         *,
         instruction: str | None = None,
         max_length: int | None = None,
+        indices: list[int] | None = None,
         **kwargs: Any,
     ) -> BatchFeature:
         """Turn queries or documents into model inputs that end in Meta Tokens.
@@ -187,6 +188,7 @@ class MetaEmbedProcessor(ProcessorMixin):
             instruction: Text put before the input, on a line of its own. None: the configuration's default; "": none.
             max_length: Keep only so many tokens of each input's own text, from its start. Neither the instruction, nor
                 images, nor the Meta Tokens count, and none of them is ever cut. None: nothing is cut.
+            indices: Number of each input in an error about it. None: 0, 1, ...
             **kwargs: Passed on to the backbone's processor, for this call only (`max_pixels`, `padding_side`, ...).
 
         Returns:
@@ -204,7 +206,7 @@ class MetaEmbedProcessor(ProcessorMixin):
             raise ValueError("there is nothing to process: the list of inputs is empty.")
         num_meta = self.resolve_num_meta(side, num_meta)
         if max_length is not None:
-            check_count("max_length", max_length, 2**31)
+            max_length = check_count("max_length", max_length, 2**31)
         self._check_keywords(kwargs)
         if len(groups := self.group(items)) > 1:
             raise ValueError(
@@ -213,22 +215,26 @@ class MetaEmbedProcessor(ProcessorMixin):
             )
         if instruction is None:
             instruction = getattr(self.config, f"{side}_instruction")
+        if instruction is not None:
+            check_text("instruction", instruction)
         suffix = "".join(self._appended_tokens(side, num_meta))
         texts: list[str] = []
         media: dict[str, list[list]] = {"image": [], "video": []}  # a list for each input
-        for index, item in enumerate(items):
+        indices = indices or list(range(len(items)))
+        for index, item in zip(indices, items, strict=True):
             try:
                 messages = to_messages(item)
                 self._check_media(messages)
             except (TypeError, ValueError) as error:
-                raise type(error)(f"input {index}: {error}") from error
+                error_type = TypeError if isinstance(error, TypeError) else ValueError
+                raise error_type(f"input {index}: {error}") from error
             if max_length is not None:
                 messages = cut_text(messages, self.tokenizer, max_length)
             texts.append(render(self.backbone_processor, self._escaped(messages, instruction)) + suffix)
             parts = [part for message in messages for part in message["content"]]
             for kind, lists in media.items():
                 lists.append([part[kind] for part in parts if part["type"] == kind])
-        features = self._call_backbone(texts, media["image"], media["video"], kwargs)
+        features = self._call_backbone(texts, media["image"], media["video"], indices, kwargs)
         self._check_meta_tokens(features["input_ids"], side, num_meta)
         if not self.config.causal:
             features["num_meta"] = num_meta
@@ -281,18 +287,18 @@ class MetaEmbedProcessor(ProcessorMixin):
         skeleton = [
             {
                 "role": message["role"],
-                "content": [
-                    {"type": "text", "text": self.escape(part["text"])}
-                    if part["type"] == "text"
-                    else {"type": part["type"]}
-                    for part in message["content"]
-                ],
+                "content": [part if part["type"] == "text" else {"type": part["type"]} for part in message["content"]],
             }
             for message in messages
         ]
         if instruction:
             first = next((message for message in skeleton if message["role"] == "user"), skeleton[0])
-            first["content"].insert(0, {"type": "text", "text": self.escape(instruction) + "\n"})
+            first["content"].insert(0, {"type": "text", "text": instruction + "\n"})
+        for message in skeleton:
+            message["content"] = [
+                {"type": "text", "text": self.escape(part["text"])} if part["type"] == "text" else part
+                for part in join_texts(message["content"])
+            ]
         return skeleton
 
     def _check_media(self, messages: list[Message]) -> None:
@@ -317,18 +323,27 @@ class MetaEmbedProcessor(ProcessorMixin):
 
     def _check_keywords(self, kwargs: dict[str, Any]) -> None:
         """A keyword that nobody heeds must not pass in silence: transformers only warns, and once."""
-        nested = [name for kind in ("text", "images", "videos") for name in kwargs.get(f"{kind}_kwargs", ())]
-        if unknown := sorted({*kwargs, *nested} - self._keywords):
+        options = dict(kwargs)
+        for kind in ("text", "images", "videos"):
+            options.update(kwargs.get(f"{kind}_kwargs") or {})
+        if unknown := sorted(set(options) - self._keywords):
             raise TypeError(
                 f"{type(self.backbone_processor).__name__} knows no keyword {', '.join(unknown)}. "
                 f"It knows {', '.join(sorted(self._keywords))}."
             )
-        if "truncation" in kwargs:
+        if "truncation" in options:
             raise ValueError(
                 "`truncation` would cut the Meta Tokens off. To cut the text before them, use `max_length`."
             )
+        if options.get("return_tensors", "pt") != "pt":
+            raise ValueError(
+                f"`return_tensors` must be 'pt', what the model takes, got {options['return_tensors']!r}. "
+                "Convert what is returned: encode_queries and encode_documents take `convert_to_numpy`."
+            )
 
-    def _call_backbone(self, texts: list[str], images: list, videos: list, kwargs: dict) -> BatchFeature:
+    def _call_backbone(
+        self, texts: list[str], images: list, videos: list, indices: list[int], kwargs: dict
+    ) -> BatchFeature:
         inner = self.backbone_processor
         # Right padding gives equal rows whatever the position embedding is; left padding moves absolute positions.
         kwargs = {"padding": True, "padding_side": "right", "return_tensors": "pt", **kwargs}
@@ -355,7 +370,8 @@ class MetaEmbedProcessor(ProcessorMixin):
             except Exception as error:
                 sizes = [image.size for image in flat]
                 raise ValueError(
-                    f"{type(inner).__name__} refused inputs with images of (width, height) {sizes}: {error!r}"
+                    f"{type(inner).__name__} refused inputs {indices} with images of (width, height) {sizes}: "
+                    f"{error!r}"
                 ) from error
         features.pop("labels", None)
         return BatchFeature(dict(features))

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import AddedToken, PreTrainedTokenizerBase
 
-from .inputs_metaembed import Message
+from .inputs_metaembed import Message, shorten
 
 
 def tokenizer_of(processor: Any) -> PreTrainedTokenizerBase:
@@ -31,12 +31,26 @@ def special_token_pattern(processor: Any) -> re.Pattern | None:
 def escape(text: str, special_token: re.Pattern | None) -> str:
     """Break every special token that stands literally in a user's text, so that it stays text.
 
-    A space goes after the token's first character: `<|image_pad|>` becomes `< |image_pad|>`. Otherwise a text that
+    A space goes after the token's first letter: `<|image_pad|>` becomes `< |image_pad|>`. Otherwise a text that
     quotes a Meta Token or an image placeholder would change the structure of the sequence.
     """
     while special_token and special_token.search(text):
-        text = special_token.sub(lambda match: f"{match[0][0]} {match[0][1:]}", text)
+        text = special_token.sub(_broken, text)
     return text
+
+
+def _broken(match: re.Match) -> str:
+    return re.sub(r"^(\s*\S)", r"\1 ", match[0])
+
+
+def join_texts(parts: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the parts of a message with neighbouring texts as one, in which no token can hide by being split."""
+    joined: list[dict[str, Any]] = []
+    for part in parts:
+        if joined and part["type"] == joined[-1]["type"] == "text":
+            part = {"type": "text", "text": joined.pop()["text"] + part["text"]}
+        joined.append(part)
+    return joined
 
 
 def cut_text(messages: list[Message], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Message]:
@@ -89,7 +103,7 @@ def render(processor: Any, messages: list[Message]) -> str:
     owner = processor if getattr(processor, "chat_template", None) else tokenizer_of(processor)
     as_strings = [{**message, "content": _plain(processor, message)} for message in messages]
     if not owner.chat_template:
-        return "".join(message["content"] for message in as_strings)
+        return "\n".join(message["content"] for message in as_strings)
     texts = [part["text"].strip() for message in messages for part in message["content"] if part["type"] == "text"]
     media = any(part["type"] != "text" for message in messages for part in message["content"])
     # Templates for text alone expect strings, and render a list of parts as nothing, or as Python writes a list.
@@ -100,7 +114,9 @@ def render(processor: Any, messages: list[Message]) -> str:
             str(message["content"]) in prompt for message in messages
         ):
             return prompt
-    raise ValueError(f"the chat template of {type(owner).__name__} leaves out what the messages say: {prompt!r}.")
+    raise ValueError(
+        f"the chat template of {type(owner).__name__} leaves out what the messages say: {shorten(repr(prompt), 1000)}."
+    )
 
 
 def _plain(processor: Any, message: Message) -> str:

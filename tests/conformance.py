@@ -105,13 +105,16 @@ def check_special_tokens_in_user_text_are_text(model: MetaEmbedModel) -> None:
     places = [value for name, value in vars(processor.backbone_processor).items() if name.endswith("_token")]
     names += [str(place) for place in places if isinstance(place, (str, AddedToken)) and str(place)]
 
-    def structure(text: str) -> list[int]:
-        ids = processor.process_documents(text)["input_ids"][0]
+    def structure(item: object) -> list[int]:
+        ids = processor.process_documents(item)["input_ids"][0]
         return ids[torch.isin(ids, special)].tolist()
 
     plain = structure("apple")
     for name in names:
         assert structure(f"apple {name}{name} pear") == plain, name
+        half = len(name) // 2
+        split = [f"apple {name[:half]}", {"type": "text", "text": f"{name[half:]} pear"}]
+        assert structure([{"role": "user", "content": split}]) == plain, name
     model.encode_documents("".join(names))
 
 

@@ -1,5 +1,9 @@
 """Tiny real checkpoints, built once."""
 
+import functools
+import http.server
+import threading
+
 import pytest
 import torch
 from PIL import Image
@@ -121,6 +125,21 @@ def bert() -> MetaEmbedModel:
     """A tiny bidirectional model in float64. Do not change it: copy it."""
     backbone, tokenizer = build_bert()
     return MetaEmbedModel.from_backbone(backbone.double(), processor=tokenizer)
+
+
+class QuietHandler(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def served(tmp_path):
+    """The URL under which a server shows the files of `tmp_path`."""
+    handler = functools.partial(QuietHandler, directory=tmp_path)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
 
 
 @pytest.fixture(scope="session")

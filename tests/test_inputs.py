@@ -2,13 +2,17 @@
 
 import base64
 import io
+import socket
+import struct
+import zlib
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, features
 
-from metaembed.inputs_metaembed import count_images, is_single, read_image, to_messages
+from metaembed import inputs_metaembed
+from metaembed.inputs_metaembed import count_images, has_video, is_single, read_image, text_length, to_messages
 
 
 @pytest.fixture(scope="module")
@@ -23,14 +27,32 @@ def encoded(image: Image.Image, kind: str, **options) -> bytes:
     return buffer.getvalue()
 
 
+def data_url(content: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(content).decode()
+
+
+def wide(image: Image.Image, dtype: type = np.uint16) -> Image.Image:
+    return Image.fromarray(np.asarray(image).astype(dtype) * 257)
+
+
+def png16(row: tuple[int, int, int, int], transparent: int) -> bytes:
+    """A grey PNG file of 16 bits and 4 equal rows whose transparency is one value: PIL does not write it."""
+    header, rows = struct.pack(">IIBBBBB", 4, 4, 16, 0, 0, 0, 0), zlib.compress(struct.pack(">x4H", *row) * 4)
+    chunks = ((b"IHDR", header), (b"tRNS", struct.pack(">H", transparent)), (b"IDAT", rows), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        for kind, body in chunks
+    )
+
+
 MODES = {
     "L": lambda image: image,
     "RGB": lambda image: image.convert("RGB"),
     "RGBA": lambda image: image.convert("RGBA"),
     "LA": lambda image: image.convert("LA"),
     "P": lambda image: image.convert("P"),
-    "16 bits": lambda image: Image.fromarray(np.asarray(image).astype(np.uint16) * 257),
-    "32 bits": lambda image: Image.fromarray(np.asarray(image).astype(np.int32) * 257),
+    "16 bits": wide,
+    "32 bits": lambda image: wide(image, np.int32),
     "float": lambda image: Image.fromarray(np.asarray(image).astype(np.float32) / 255),
     "uint8 array": np.asarray,
     "uint16 array": lambda image: np.asarray(image).astype(np.uint16) * 257,
@@ -38,8 +60,15 @@ MODES = {
     "channel array": lambda image: np.asarray(image)[..., None],
     "tensor": lambda image: torch.from_numpy(np.asarray(image.convert("RGB")).copy()),
     "PNG bytes": lambda image: encoded(image, "PNG"),
-    "16-bit PNG bytes": lambda image: encoded(Image.fromarray(np.asarray(image).astype(np.uint16) * 257), "PNG"),
+    "16-bit PNG bytes": lambda image: encoded(wide(image), "PNG"),
+    "16-bit PGM bytes": lambda image: encoded(wide(image, np.int32), "PPM"),
+    "PNG bytearray": lambda image: bytearray(encoded(image, "PNG")),
+    "PNG file": lambda image: io.BytesIO(encoded(image, "PNG")),
     "base64": lambda image: base64.b64encode(encoded(image, "PNG")).decode(),
+    "base64 in lines": lambda image: base64.encodebytes(encoded(image, "PNG")).decode(),
+    "data URL": lambda image: data_url(encoded(image, "PNG")),
+    "float in 0..255": lambda image: image.convert("F"),
+    "float tensor": lambda image: torch.from_numpy(np.asarray(image) / 255).requires_grad_(),
 }
 
 
@@ -80,6 +109,102 @@ def test_transparency_is_composed_on_white():
     assert np.asarray(read_image(palette)).min() == 255
 
 
+def test_the_transparent_value_of_a_16_bit_png_is_composed_on_white():
+    image = read_image(png16((0x80FF, 0x80FF, 0x1010, 0x80FE), transparent=0x80FF))
+    assert np.asarray(image)[0, :, 0].tolist() == [255, 255, 16, 128]
+
+
+def test_a_url_and_base64_keep_transparency_and_16_bits(grey, tmp_path, served):
+    half_clear = grey.convert("RGBA")
+    half_clear.putalpha(128)
+    for image in (half_clear, wide(grey)):
+        content = encoded(image, "PNG")
+        (tmp_path / "picture.png").write_bytes(content)
+        expected = np.asarray(read_image(tmp_path / "picture.png"))
+        for source in (f"{served}/picture.png", data_url(content), base64.b64encode(content).decode()):
+            np.testing.assert_array_equal(np.asarray(read_image(source)), expected)
+
+
+def test_a_server_that_fails_or_stays_silent_is_an_error_that_names_the_url(tmp_path, served, monkeypatch):
+    with pytest.raises(ValueError, match=f"{served}/missing.png' cannot be read: the server answered 404"):
+        read_image(f"{served}/missing.png")
+    (tmp_path / "page.html").write_text("no picture")
+    with pytest.raises(ValueError, match=f"{served}/page.html' cannot be read"):
+        read_image(f"{served}/page.html")
+    monkeypatch.setattr(inputs_metaembed, "TIMEOUT", 0.1)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}/picture.png"
+        with pytest.raises(ValueError, match=f"{url}' cannot be read.*timed out"):
+            read_image(url)
+
+
+def test_base64_of_a_photograph_is_read():
+    photograph = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    content = encoded(photograph, "PNG")
+    for source in (base64.b64encode(content).decode(), data_url(content)):
+        np.testing.assert_array_equal(np.asarray(read_image(source)), np.asarray(photograph))
+
+
+def test_an_error_does_not_repeat_a_long_source():
+    long = "A" * 30_000
+    bad = [
+        *({"image": source} for source in (long, "data:image/png;base64," + long, "http://localhost:1/" + long)),
+        *(
+            {"image": inputs_metaembed.Path(long)},
+            {long: "a"},
+            {"text": [long]},
+            [{"role": long + "|", "content": "a"}],
+        ),
+        *(
+            [{"role": "user", "content": [{"type": long}]}],
+            [{"role": "user", long: "a"}],
+            [{"role": "user"}, long],
+            {long},
+        ),
+    ]
+    for item in bad:
+        with pytest.raises((TypeError, ValueError)) as error:
+            to_messages(item)
+        assert len(str(error.value)) < 1200
+    with pytest.raises(TypeError) as error:
+        inputs_metaembed.as_batch({long})
+    assert len(str(error.value)) < 1200
+
+
+@pytest.mark.parametrize("mode", ["I", "I;16"])
+def test_integers_that_may_be_of_8_or_16_bits_are_an_error_that_says_what_to_pass(grey, mode):
+    with pytest.raises(ValueError, match=r"leave open what is white.*convert\('L'\).*uint16"):
+        read_image(grey.convert("I") if mode == "I" else Image.fromarray(np.asarray(grey).astype(np.uint16)))
+    dark = Image.fromarray(np.full((4, 4), 200, np.uint16))
+    assert np.asarray(read_image(encoded(dark, "PNG"))).max() == 1  # a file says that it has 16 bits
+    assert np.asarray(read_image(Image.new(mode, (2, 2)))).max() == 0  # black is black
+
+
+def test_floats_of_unclear_meaning_are_errors():
+    for pixels, message in (([0.0, 1.0], "leave open"), ([0.0, 256.0], "must lie"), ([0.0, np.nan], "must lie")):
+        with pytest.raises(ValueError, match=message):
+            read_image(Image.fromarray(np.array([pixels], np.float32)))
+
+
+@pytest.mark.parametrize("kind", ["GIF", "TIFF", "WEBP", "PNG"])
+def test_a_file_of_many_pages_is_an_error_and_one_page_of_it_is_a_picture(grey, kind):
+    pages = [grey.convert("RGB"), grey.convert("RGB").transpose(Image.Transpose.ROTATE_180)]
+    lossless = {"lossless": True} if kind == "WEBP" else {}
+    content = encoded(pages[0], kind, save_all=True, append_images=pages[1:], **lossless)
+    with pytest.raises(ValueError, match=r"2 pages or frames.*image\.copy\(\)"):
+        read_image(content)
+    file = Image.open(io.BytesIO(content))
+    file.seek(1)
+    np.testing.assert_allclose(np.asarray(read_image(file.copy())), np.asarray(pages[1]))
+
+
+def test_a_photograph_that_carries_another_is_read_as_the_one_it_shows(grey):
+    shown = grey.convert("RGB")
+    content = encoded(shown, "MPO", save_all=True, append_images=[shown.resize((8, 8))], quality=100)
+    assert Image.open(io.BytesIO(content)).n_frames == 2
+    assert read_image(content).size == shown.size
+
+
 def test_exif_orientation_is_respected(grey):
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was turned: show it rotated by 270 degrees
@@ -96,7 +221,13 @@ def test_a_truncated_file_is_an_error(qwen, grey, tmp_path):
             qwen.encode_documents([source])
 
 
-@pytest.mark.parametrize("source", ["no/such/file.png", b"no picture", np.zeros((2, 2, 7), np.uint8), np.zeros(3)])
+@pytest.mark.parametrize(
+    "source",
+    [
+        *("no/such/file.png", "nosuchfile", "data:,", b"no picture", io.BytesIO(b""), io.StringIO("text")),
+        *(np.zeros((2, 2, 7), np.uint8), np.zeros(3), np.zeros((0, 5, 3), np.uint8), Image.new("RGB", (0, 0))),
+    ],
+)
 def test_what_is_no_picture_is_an_error(source):
     with pytest.raises(ValueError, match="cannot be read"):
         read_image(source)
@@ -106,6 +237,27 @@ def test_what_is_no_picture_is_an_error(source):
 def test_arrays_of_unclear_meaning_are_errors(array):
     with pytest.raises(ValueError, match="array must"):
         read_image(array)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "TIFF", "GIF", "JPEG2000", "AVIF"])
+def test_a_corrupt_file_is_a_value_error(grey, kind):
+    if kind == "AVIF" and not features.check("avif"):
+        pytest.skip("this Pillow knows no AVIF")
+    content = encoded(grey.convert("RGB"), kind)
+    rng = np.random.default_rng(0)
+    for _ in range(40):
+        corrupt = bytearray(content)
+        for place in rng.integers(0, min(len(content), 200), 3):
+            corrupt[place] = rng.integers(0, 256)
+        try:
+            read_image(corrupt)
+        except ValueError as error:
+            assert "cannot be read" in str(error)
+
+
+def test_a_bfloat16_tensor_is_a_picture():
+    assert np.asarray(read_image(torch.ones(2, 2, 3, dtype=torch.bfloat16))).min() == 255
 
 
 def test_a_missing_file_names_the_input(qwen, tmp_path):
@@ -118,15 +270,17 @@ def test_a_picture_of_one_pixel_is_encoded(qwen):
 
 
 def test_a_picture_too_wide_for_the_backbone_is_an_error_with_its_size(qwen):
-    with pytest.raises(ValueError, match=r"\(4000, 4\).*aspect ratio"):
-        qwen.encode_documents(Image.new("RGB", (4000, 4)))
+    with pytest.raises(ValueError, match=r"refused inputs \[1\] .*\(4000, 4\).*aspect ratio"):
+        qwen.encode_documents(["a text", Image.new("RGB", (4000, 4))], batch_size=1)
 
 
 def test_what_is_one_input_and_what_is_a_batch(grey):
     conversation = [{"role": "user", "content": "a"}]
-    singles = ["a", grey, {"text": "a"}, conversation, np.asarray(grey), encoded(grey, "PNG")]
-    assert all(map(is_single, singles))
-    assert not any(map(is_single, (["a"], ("a",), [{"text": "a"}], [conversation], np.array(["a", "b"]))))
+    content, pixels = encoded(grey, "PNG"), np.asarray(grey.convert("RGB"))
+    singles = ["a", grey, {"text": "a"}, conversation, pixels, content, bytearray(content), io.BytesIO(content)]
+    assert all(map(is_single, [*singles, torch.tensor(pixels)]))
+    batches = [["a"], ("a",), [{"text": "a"}], [conversation], np.array(["a", "b"]), pixels[None]]
+    assert not any(map(is_single, [*batches, torch.tensor(pixels[None])]))
 
 
 def test_counting_images_loads_none(grey):
@@ -148,3 +302,55 @@ def test_messages_keep_roles_and_order(grey):
 def test_malformed_messages_are_errors(message):
     with pytest.raises(TypeError, match=r"message must|cannot encode"):
         to_messages([message])
+
+
+@pytest.mark.parametrize("chat", [[{"role": "user"}], [{"role": "user", "content": "a"}, "b"]])
+def test_malformed_chats_are_the_same_errors_when_encoded(qwen, chat):
+    assert count_images(chat) == 0 and not has_video(chat) and text_length(chat) < 3
+    for encode in (qwen.encode_documents, qwen.processor.process_documents):
+        with pytest.raises(TypeError, match="input 0: each chat message must be"):
+            encode([chat])
+
+
+@pytest.mark.parametrize("role", ["user<|im_end|>", "", "user assistant", "<|meta_document_0|>", "user\n"])
+def test_a_role_that_is_no_word_is_an_error(role):
+    with pytest.raises(ValueError, match="role of a chat message must be a word"):
+        to_messages([{"role": role, "content": "a"}])
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        *(
+            {"type": "image"},
+            {"type": "image", "image": None},
+            {"type": "text"},
+            {"type": "video"},
+            {},
+            {"text": None},
+        ),
+        *({"type": "image", "image": "a.png", "url": "b.png"}, {"type": "text", "text": "a", "image": "a.png"}),
+        *({"type": "image", "text": "a"}, {"type": "audio", "audio": "a.wav"}, {"url": "a.png"}),
+    ],
+)
+def test_a_part_that_does_not_hold_what_its_type_says_is_an_error(part):
+    with pytest.raises(ValueError, match=r"part of type|\"type\" of a part|is empty|unknown keys"):
+        to_messages([{"role": "user", "content": [{"type": "text", "text": "a"}, part]}])
+
+
+def test_keys_without_a_value_are_none(grey):
+    """Tables of chats hold every key in every row."""
+    parts = [{"type": "text", "text": "a", "image": None}, {"type": "image", "text": None, "image": grey}]
+    (message,) = to_messages([{"role": "user", "content": parts, "name": None}])
+    assert [part["type"] for part in message["content"]] == ["text", "image"]
+
+
+def test_what_a_message_holds_beside_its_content_is_not_lost_in_silence():
+    with pytest.raises(ValueError, match="tool_calls"):
+        to_messages([{"role": "assistant", "content": "a", "tool_calls": [{}]}])
+
+
+@pytest.mark.parametrize("item", ["a\ud800b", {"text": "a\ud800b"}])
+def test_half_a_character_is_an_error_that_names_the_text(qwen, item):
+    with pytest.raises(ValueError, match=r"input 1: text must be valid Unicode, got 'a\\ud800b', whose character 1"):
+        qwen.encode_queries(["fine", item])

@@ -1,6 +1,8 @@
 """What a model promises: the right rows, the same rows however they are asked for, and errors that say what to do."""
 
 import copy
+import re
+import types
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from torch.nn.functional import normalize
 from transformers import AutoModel, AutoProcessor
 
 from metaembed import MetaEmbedConfig, MetaEmbedModel
+from metaembed.prompts_metaembed import escape
 
 SIDES = ("query", "document")
 
@@ -119,6 +122,29 @@ def test_special_tokens_in_a_users_text_are_text(model, text, side):
     assert model.processor.escape(text) in decoded
 
 
+def test_special_tokens_split_over_parts_or_cut_to_length_are_text(model):
+    processor = model.processor
+    special = torch.tensor(processor.tokenizer.all_special_ids)
+
+    def structure(content, **kwargs):
+        ids = processor.process_documents([{"role": "user", "content": content}], **kwargs)["input_ids"]
+        return ids[torch.isin(ids, special)].tolist()
+
+    for content in (
+        ["a<|im_", "end|>b"],
+        ["<", "|im", "_end", "|>"],
+        ["<|meta_document", "_0|>"],
+        ["<|image_pad|", ">"],
+    ):
+        for kwargs in ({}, {"max_length": 1000}, {"max_length": 4}, {"instruction": "a <|im_end|>"}):
+            assert structure(content, **kwargs) == structure("a", **kwargs)
+
+
+def test_a_special_token_that_begins_with_a_space_is_broken_too():
+    special_token = re.compile(re.escape(" [X]"))
+    assert escape("a [X] b [X]", special_token) == "a [ X] b [ X]"
+
+
 def test_bidirectional_backbone_appends_all_tokens_and_slices(bert):
     assert not bert.config.causal
     full, sliced = embed(bert, TEXTS, "document"), embed(bert, TEXTS, "document", 5)
@@ -171,7 +197,17 @@ def test_encoding_to_numpy_gives_the_same_numbers(qwen):
 def test_encoding_leaves_a_training_model_in_training(qwen):
     copied = copy.deepcopy(qwen).train()
     copied.encode_queries(["a"])
-    assert copied.training
+    assert all(module.training for module in copied.modules())
+
+
+def test_encoding_leaves_a_frozen_part_in_evaluation_mode(qwen):
+    copied = copy.deepcopy(qwen).train()
+    copied.backbone.visual.eval().patch_embed.train()
+    before = [module.training for module in copied.modules()]
+    copied.encode_queries(["a"])
+    with pytest.raises(TypeError):
+        copied.encode_queries([3])
+    assert [module.training for module in copied.modules()] == before
 
 
 def test_an_instruction_changes_the_embedding_and_its_default_holds_until_overridden(qwen):
@@ -204,10 +240,65 @@ def test_impossible_num_meta_is_an_error(qwen, num_meta, error):
         qwen.encode_queries(["a"], num_meta=num_meta)
 
 
+@pytest.mark.parametrize("number", [np.int64(3), np.uint8(3), torch.tensor(3)])
+def test_a_whole_number_of_numpy_or_torch_is_one(qwen, number):
+    assert torch.equal(qwen.encode_queries("a", number), qwen.encode_queries("a", 3))
+    assert qwen.encode_queries("a red apple", max_length=number).shape == (16, 64)
+
+
+@pytest.mark.parametrize(
+    ("num_meta", "error"), [(0, ValueError), (-1, ValueError), (100, ValueError), ("4", TypeError), (True, TypeError)]
+)
+def test_impossible_num_meta_of_a_forward_pass_is_an_error(qwen, bert, num_meta, error):
+    for model in (qwen, bert):
+        features = {**model.processor.process_documents(["a"]), "num_meta": num_meta}
+        with pytest.raises(error, match="num_meta must be"):
+            model(**features)
+
+
+@pytest.mark.parametrize(("instruction", "error"), [(3, TypeError), (["a"], TypeError), ("\ud800", ValueError)])
+def test_an_instruction_that_is_no_text_is_an_error(qwen, instruction, error):
+    with pytest.raises(error, match="instruction must be"):
+        qwen.encode_queries("a", instruction=instruction)
+
+
+@pytest.mark.parametrize("options", [{"return_tensors": "np"}, {"text_kwargs": {"return_tensors": None}}])
+def test_tensors_of_another_kind_are_an_error(qwen, options):
+    with pytest.raises(ValueError, match="`return_tensors` must be 'pt'"):
+        qwen.processor.process_queries("a", **options)
+
+
 @pytest.mark.parametrize("bad", [None, 3, object(), [None], [["a"]], {"txt": "a"}, {"text": 3}, {}, {"text": None}])
 def test_what_is_no_input_is_an_error_that_says_so(qwen, bad):
     with pytest.raises((TypeError, ValueError), match=r"cannot encode|unknown keys|must be|holds neither"):
         qwen.encode_queries(bad)
+
+
+def test_an_error_names_the_place_of_the_input_in_the_users_list(qwen, tmp_path):
+    items = ["a", "a much longer text", tmp_path / "missing.png", "b", None]
+    with pytest.raises(ValueError, match=r"^input 2: .*missing\.png"):
+        qwen.encode_documents(items, batch_size=1)
+    with pytest.raises(TypeError, match=r"^input 4: cannot encode None"):
+        qwen.encode_documents(["a", "a much longer text", "b", "c", None], batch_size=2)
+
+
+def test_batches_may_be_sequences_of_any_kind_in_order(qwen):
+    expected = qwen.encode_queries(TEXTS)
+    for batch in (tuple(TEXTS), iter(TEXTS), np.array(TEXTS), np.array(TEXTS, object)):
+        assert torch.equal(qwen.encode_queries(batch), expected)
+
+
+def test_what_has_no_rows_in_order_is_no_batch(qwen):
+    import pandas
+    from datasets import Dataset
+
+    table = pandas.DataFrame({"text": TEXTS})
+    for batch in (set(TEXTS), frozenset(TEXTS), table, types.MappingProxyType({"text": "a"})):
+        with pytest.raises(TypeError, match="no sequence of inputs in order"):
+            qwen.encode_queries(batch)
+    dataset, expected = Dataset.from_pandas(table), qwen.encode_queries(TEXTS)
+    for batch in (table["text"], dataset["text"], dataset):
+        assert torch.equal(qwen.encode_queries(batch), expected)
 
 
 def test_processing_nothing_is_an_error(qwen):
@@ -369,6 +460,8 @@ def test_what_are_no_budgets_is_an_error(budgets):
         {"document_num_meta": 0},
         {"query_token_ids": [5, 6]},
         {"num_query_tokens": 2, "query_token_ids": [6, 5]},
+        {"query_token_ids": []},
+        {"num_document_tokens": 2, "query_token_ids": list(range(16)), "document_token_ids": [15, 16]},
     ],
 )
 def test_impossible_settings_are_errors(settings):
@@ -376,8 +469,16 @@ def test_impossible_settings_are_errors(settings):
         MetaEmbedConfig(**settings)
 
 
+@pytest.mark.parametrize("side", SIDES)
+def test_an_instruction_of_the_configuration_must_be_text(side):
+    with pytest.raises(TypeError, match=f"{side}_instruction"):
+        MetaEmbedConfig(**{f"{side}_instruction": 5})
+
+
 def test_configuration_survives_saving(tmp_path):
-    config = MetaEmbedConfig(num_query_tokens=4, num_document_tokens=8, query_num_meta=2, document_instruction="x")
+    config = MetaEmbedConfig(
+        num_query_tokens=4, num_document_tokens=np.int64(8), query_num_meta=2, document_instruction="x"
+    )
     config.save_pretrained(tmp_path)
     assert MetaEmbedConfig.from_pretrained(tmp_path).to_dict() == config.to_dict()
 

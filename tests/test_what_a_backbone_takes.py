@@ -1,8 +1,5 @@
 """Facts that are measured and not assumed: what a backbone takes, what may share a batch, and what is refused."""
 
-import http.server
-import threading
-
 import numpy as np
 import pytest
 import torch
@@ -103,21 +100,22 @@ def test_videos_and_images_are_refused_where_the_backbone_takes_none():
         load("qwen3").encode_documents(picture(0))
 
 
-def test_an_image_may_be_a_url(tmp_path):
+def test_an_image_may_be_a_url(tmp_path, served):
     picture(0).save(tmp_path / "picture.png")
+    model, url = load("qwen2_5_vl"), f"{served}/picture.png"
+    assert distance(model.encode_documents({"image": url}), model.encode_documents(picture(0))) == 0
+    with pytest.raises(ValueError, match=r"input 0: .*missing\.png' cannot be read: the server answered 404"):
+        model.encode_documents({"image": f"{served}/missing.png"})
 
-    class Handler(http.server.SimpleHTTPRequestHandler):
-        def __init__(self, *args):
-            super().__init__(*args, directory=tmp_path)
 
-        def log_message(self, *args):
-            pass
+@pytest.mark.parametrize("name", ["bert", "paligemma"])
+def test_messages_stay_apart_where_a_backbone_has_no_chat_template(name):
+    processor = load(name).processor
+    assert not processor.chat_template
 
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        url = f"http://127.0.0.1:{server.server_port}/picture.png"
-        model = load("qwen2_5_vl")
-        assert distance(model.encode_documents({"image": url}), model.encode_documents(picture(0))) == 0
-        with pytest.raises(ValueError, match="cannot be read"):
-            model.encode_documents({"image": url.replace("picture", "missing")})
-        server.shutdown()
+    def ids(*texts):
+        messages = [{"role": "user", "content": text} for text in texts]
+        return processor.process_documents([messages])["input_ids"].tolist()
+
+    assert ids("red", "apple") == ids("red\napple") != ids("redapple")
+    assert ids("red") == processor.process_documents(["red"])["input_ids"].tolist()
