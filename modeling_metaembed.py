@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModel, PreTrainedModel
 from transformers.utils import ModelOutput, logging
 
-from .adapter_metaembed import commit_of
+from .adapter_metaembed import commit_of, lasting_name
 from .backbone_metaembed import check_rebuilds, check_supported, grow_embedding, last_hidden_state, measure
 from .configuration_metaembed import MetaEmbedConfig
 from .hub_metaembed import HubModel
@@ -141,7 +141,7 @@ class MetaEmbedModel(HubModel):
             embedding_dim=embedding_dim,
             budgets=budgets,
         )
-        base_model = str(backbone) if isinstance(backbone, (str, Path)) else None
+        base_model = lasting_name(backbone) if isinstance(backbone, (str, Path)) else None
         missing: set[str] = set()
         if base_model is not None:
             backbone, loaded_processor, missing = load_backbone(backbone, **kwargs)
@@ -170,6 +170,7 @@ class MetaEmbedModel(HubModel):
             base_model=base_model or backbone.config._name_or_path or None,
             **ids,
         )
+        config.name_or_path = config.base_model or ""  # what peft writes into an adapter
         config.backbone_config = backbone.config  # set late: the constructor would reset its attention implementation
         with torch.random.fork_rng():
             torch.manual_seed(seed)
