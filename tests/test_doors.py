@@ -197,7 +197,7 @@ def test_prompts_saved_by_sentence_transformers_hold_at_every_door(qwen, tmp_pat
 
 def test_a_prompt_that_other_doors_would_not_apply_is_not_saved(defaulted, tmp_path):
     encoder = to_multi_vector_encoder(defaulted, prompts={"query": "find a page"})
-    with pytest.raises(ValueError, match="query_instruction .* is 'find a picture'"):
+    with pytest.raises(ValueError, match=r"query_instruction .* is 'find a picture'"):
         encoder.save_pretrained(str(tmp_path))
 
 
