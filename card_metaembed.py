@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -40,6 +42,7 @@ CARD = """\
 ---
 
 {{ mark }}
+{% if weights %}<!-- Of the weights {{ weights }} -->{% endif %}
 
 # {{ title }}
 
@@ -88,11 +91,15 @@ An input is text, an image, a path (`pathlib.Path`), or a dict with `text` and `
 {% endif -%}
 ## Budgets
 
+{% if quality or not earlier.Budgets -%}
 {{ budget_table }}
 {% if quality %}
 Measured on {{ quality_of }}.
 {% else %}
 The quality of this model was not measured when it was saved.
+{% endif %}
+{%- else -%}
+{{ earlier.Budgets }}
 {% endif %}
 {%- if all_hyperparameters %}
 ## Training
@@ -118,6 +125,10 @@ Arguments that differ from sentence-transformers' defaults:
 {% endif %}
 Versions: Python {{ version.python }}, sentence-transformers {{ version.sentence_transformers }}, transformers
 {{ version.transformers }}, torch {{ version.torch }}.
+{% elif earlier.Training %}
+## Training
+
+{{ earlier.Training }}
 {% endif %}
 ## Licence
 
@@ -151,7 +162,8 @@ def write_repository_files(folder: Path, model: Any, repository: str | None) -> 
     """Add to a saved model what else a Hub repository holds.
 
     The settings of sentence-transformers that are already there are kept, but for prompts that are not what the
-    configuration says. A model card is kept if a person wrote it.
+    configuration says. A model card is kept if a person wrote it; what one of ours says of quality, training and
+    licence is kept if it was written of the same weights.
 
     Args:
         folder: The saved model.
@@ -171,19 +183,50 @@ def write_repository_files(folder: Path, model: Any, repository: str | None) -> 
     (folder / "modules.json").write_text(json.dumps(MODULES, indent=2) + "\n", encoding="utf-8")
     card = folder / "README.md"
     if repository is not None and (not card.is_file() or is_ours(card.read_text(encoding="utf-8"))):
-        model_card(model, repository).save(card)
+        model_card(model, repository, folder).save(card)
 
 
-def model_card(model: Any, repository: str) -> ModelCard:
-    """Return the card of a model of whose training and quality nothing is known.
+def model_card(model: Any, repository: str, folder: Path) -> ModelCard:
+    """Return the card of a model of whose training and quality nothing is known, but from an earlier card.
 
     Args:
         model: The `MetaEmbedModel`.
         repository: What the model is called, in the title and in the examples.
+        folder: Where it was saved.
     """
-    data = ModelCardData(library_name=LIBRARY, pipeline_tag=PIPELINE_TAG, tags=list(TAGS), **base_fields(model))
-    fields = card_fields(model)
+    fields, said = card_fields(model, folder)
+    known = dict(library_name=LIBRARY, pipeline_tag=PIPELINE_TAG, tags=list(TAGS), **base_fields(model))
+    data = ModelCardData(**{**said, **known, "tags": list(dict.fromkeys([*TAGS, *said.get("tags", [])]))})
     return ModelCard.from_template(data, template_str=CARD, title=repository, repository=repository, **fields)
+
+
+def weights_digest(folder: Path, config: MetaEmbedConfig) -> str:
+    """Return a digest of saved weights, and of what else the quality that was measured of them depends on."""
+    digest = hashlib.sha256(repr((config.query_instruction, config.document_instruction)).encode())
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
+
+
+def still_true(model: Any, folder: Path, weights: str) -> tuple[dict[str, str], dict[str, Any]]:
+    """Return what a card of ours says that was written of the same weights, in the folder or where they came from.
+
+    Args:
+        model: The `MetaEmbedModel`.
+        folder: Where it was saved.
+        weights: The digest of its weights.
+
+    Returns:
+        Its sections, and from its metadata what the weights do not tell. Both empty where there is no such card.
+    """
+    present = folder / "README.md"
+    for text in (present.read_text(encoding="utf-8") if present.is_file() else None, model.earlier_card):
+        if text is not None and is_ours(text) and weights in text:
+            sections = dict(re.findall(r"^## (\w+)\n\n(.*?)\n*(?=^## |\Z)", text, re.MULTILINE | re.DOTALL))
+            data = ModelCard(text).data.to_dict()
+            return sections, {name: data[name] for name in ("language", "license", "datasets", "tags") if name in data}
+    return {}, {}
 
 
 def hub_id(name: str | None) -> str | None:
@@ -208,19 +251,30 @@ def base_fields(model: Any) -> dict[str, Any]:
     return {"base_model": base, "base_model_relation": relation} if base else {}
 
 
-def card_fields(model: Any, quality: Quality | None = None, quality_of: str = "") -> dict[str, Any]:
-    """Return what the card says of a model.
+def card_fields(
+    model: Any, folder: Path | None, quality: Quality | None = None, quality_of: str = ""
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return what the card says of a model, for the template, and the metadata that still hold of an earlier card.
 
     Args:
         model: The `MetaEmbedModel`.
+        folder: Where it was saved. None: nowhere yet.
         quality: Metrics by budget, where they were measured.
         quality_of: On what.
     """
+    weights: str | None = None
+    earlier: dict[str, str] = {}
+    said: dict[str, Any] = {}
+    if folder is not None:
+        weights = weights_digest(folder, model.config)
+        earlier, said = still_true(model, folder, weights)
     config = model.config
     dim = config.embedding_dim or config.hidden_size
     small_query, small_document = config.budgets[len(config.budgets) // 2]
-    return dict(
+    fields = dict(
         mark=MARK,
+        weights=weights,
+        earlier=earlier,
         base=base_model(model),
         dim=dim,
         num_query_tokens=config.num_query_tokens,
@@ -233,6 +287,7 @@ def card_fields(model: Any, quality: Quality | None = None, quality_of: str = ""
         quality_of=quality_of,
         budget_table=budget_table(config, dim, quality or {}),
     )
+    return fields, said
 
 
 def budget_table(config: MetaEmbedConfig, dim: int, quality: Quality) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from huggingface_hub import CommitInfo, HfApi
 from transformers import PreTrainedModel
+from transformers.utils import cached_file
 
 from .adapter_metaembed import (
     check_adapter_whole,
@@ -87,6 +88,20 @@ class HubModel(PreTrainedModel):
     def commit(self) -> str | None:
         """The commit of the Hub repository that the model was loaded from, or None where it was not."""
         return (self._hub_arguments or {}).get("revision")
+
+    @property
+    def earlier_card(self) -> str | None:
+        """The model card of where the model was loaded from, or None where there is none, or not any more."""
+        if self._hub_arguments is None:
+            return None
+        hub = {name: value for name, value in self._hub_arguments.items() if name in HUB_ARGUMENTS}
+        try:
+            path = cached_file(
+                self.config._name_or_path, "README.md", _raise_exceptions_for_missing_entries=False, **hub
+            )
+        except OSError:
+            return None
+        return None if path is None else Path(path).read_text(encoding="utf-8")
 
     @property
     def processor(self) -> MetaEmbedProcessor:

@@ -46,6 +46,7 @@ class MetaEmbedCardData(MultiVectorEncoderModelCardData):
     tags: list[str] = field(default_factory=lambda: list(TAGS))
     pipeline_tag: str = field(default=PIPELINE_TAG, init=False)
     template_path: Path = field(default_factory=template_file, init=False, repr=False)
+    said: dict[str, Any] = field(default_factory=dict, init=False, repr=False)  # by an earlier card, and still true
 
     def get_model_specific_metadata(self) -> dict[str, Any]:
         """Return what the template asks for."""
@@ -56,9 +57,11 @@ class MetaEmbedCardData(MultiVectorEncoderModelCardData):
                 quality = evaluator.budget_metrics(metrics)
                 sizes = f"{len(evaluator.queries):,} queries and {len(evaluator.corpus):,} documents"
                 names = [f"{evaluator.name or 'held-out data'}: {sizes}"]
-        ours = card_fields(model, quality, quality_of=", ".join(names))
-        repository = self.model_id or Path(self.save_dir or "model").name
-        return {**super().get_model_specific_metadata(), **ours, "repository": repository, "title": repository}
+        folder = Path(self.save_dir) if self.save_dir else None
+        ours, self.said = card_fields(model, folder, quality, quality_of=", ".join(names))
+        name = self.model_id or Path(self.save_dir or "model").name
+        ours.update(repository=name, title=name, license=self.license or self.said.get("license"))
+        return {**super().get_model_specific_metadata(), **ours}
 
     def set_widget_examples(self, dataset: Any) -> None:
         """Do nothing: the examples are the template's own."""
@@ -78,12 +81,12 @@ class MetaEmbedCardData(MultiVectorEncoderModelCardData):
         """Return the metadata of the card."""
         self._cached_dict = None
         values = dict(
-            language=self.language,
-            license=self.license,
+            language=self.language or self.said.get("language"),
+            license=self.license or self.said.get("license"),
             library_name=LIBRARY,
             pipeline_tag=PIPELINE_TAG,
-            tags=self.tags,
-            datasets=self.datasets,
+            tags=list(dict.fromkeys([*self.tags, *self.said.get("tags", [])])),
+            datasets=self.datasets or self.said.get("datasets"),
             **base_fields(self.model[0].model),
         )
         return yaml_dump({name: value for name, value in values.items() if value}, line_break=line_break).strip()
@@ -92,7 +95,7 @@ class MetaEmbedCardData(MultiVectorEncoderModelCardData):
 def adopt_card(encoder: MultiVectorEncoder) -> None:
     """Let `encoder` write our card when it is saved, also where sentence-transformers itself loaded it.
 
-    A card of ours that it was loaded with is written anew: it is of the model as it was then. A person's is kept, as
+    A card of ours that it was loaded with is written anew, from what still holds of it. A person's is kept, as
     sentence-transformers does.
     """
     if is_ours(encoder._model_card_text):

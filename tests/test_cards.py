@@ -138,6 +138,37 @@ def test_the_card_names_the_repository_that_it_is_in(tmp_path):
     assert text.count('("you/second"') == 2 and "first" not in text
 
 
+@pytest.mark.parametrize("door", ["AutoModel", "MultiVectorEncoder"])
+def test_what_was_measured_is_kept_as_long_as_the_weights_are_the_same(tmp_path, door):
+    encoder = tiny_encoder()
+    encoder.model_card_data.license = "mit"
+    first = train(encoder, tmp_path / "run")
+
+    def save(name, change=lambda model: None):
+        if door == "AutoModel":
+            model = MetaEmbedModel.from_pretrained(first)
+            change(model)
+            model.save_pretrained(tmp_path / name)
+        else:
+            again = MultiVectorEncoder(str(first), trust_remote_code=True, device="cpu")
+            change(again[0].model)
+            again.save_pretrained(str(tmp_path / name))
+        return check(tmp_path / name)
+
+    def sections(card):
+        return re.findall(r"## (?:Budgets|Training).*?(?=\n## )", card.content, re.DOTALL)
+
+    same, other = save("same"), save("other", lambda model: torch.nn.init.normal_(model.get_input_embeddings().weight))
+    instructed = save("instructed", lambda model: setattr(model.config, "query_instruction", "Find it."))
+    measured = sections(ModelCard.load(first / "README.md"))
+    assert len(measured) == 2 and "pets: 1 queries" in measured[0] and "learning_rate" in measured[1]
+    assert sections(same) == measured and same.data.license == "mit" and "(mit)" in same.text
+    assert set(same.data.tags) == set(ModelCard.load(first / "README.md").data.tags)
+    assert '("same"' in same.text and "checkpoint-2" not in same.text
+    for card in (other, instructed):
+        assert "not measured" in card.text and card.data.license is None and "learning_rate" not in card.text
+
+
 def test_the_card_of_an_adapter_says_so(tmp_path):
     model = tiny_model()
     model.config.base_model = "lab/backbone"
