@@ -170,7 +170,6 @@ class MetaEmbedModel(HubModel):
             base_model=base_model or backbone.config._name_or_path or None,
             **ids,
         )
-        config.name_or_path = config.base_model or ""  # what peft writes into an adapter
         config.backbone_config = backbone.config  # set late: the constructor would reset its attention implementation
         with torch.random.fork_rng():
             torch.manual_seed(seed)
@@ -180,6 +179,7 @@ class MetaEmbedModel(HubModel):
                 set_linear(model.projection, trained.weight, trained.bias)
             model.projection.to(backbone.device, backbone.dtype)
         model.config.dtype = backbone.dtype
+        model.name_or_path = config.base_model or ""  # what peft writes into an adapter of its own
         hub = {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None}
         model.adapter_base = (config.base_model, commit_of(base_model, **hub))
         model.processor = MetaEmbedProcessor(processor, config)
