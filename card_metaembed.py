@@ -200,9 +200,11 @@ def model_card(model: Any, repository: str, folder: Path) -> ModelCard:
     return ModelCard.from_template(data, template_str=CARD, title=repository, repository=repository, **fields)
 
 
-def weights_digest(folder: Path, config: MetaEmbedConfig) -> str:
-    """Return a digest of saved weights, and of what else the quality that was measured of them depends on."""
-    digest = hashlib.sha256(repr((config.query_instruction, config.document_instruction)).encode())
+def weights_digest(folder: Path) -> str:
+    """Return a digest of saved weights, and of the instructions, on which the quality of the same weights depends."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    instructions = [config.get("query_instruction"), config.get("document_instruction")]
+    digest = hashlib.sha256(json.dumps(instructions).encode())
     for path in sorted(folder.glob("*.safetensors")):
         with path.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
@@ -266,7 +268,7 @@ def card_fields(
     earlier: dict[str, str] = {}
     said: dict[str, Any] = {}
     if folder is not None:
-        weights = weights_digest(folder, model.config)
+        weights = weights_digest(folder)
         earlier, said = still_true(model, folder, weights)
     config = model.config
     dim = config.embedding_dim or config.hidden_size

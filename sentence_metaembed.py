@@ -173,25 +173,30 @@ class MetaEmbedTransformer(InputModule):
     def save(self, output_path: str, *args: Any, **kwargs: Any) -> None:
         """Save the model, whole, as [`MetaEmbedModel.save_pretrained`] does; but the card is the encoder's to write.
 
-        The prompts of the encoder, which has saved them by now, become the configuration's instructions, so that the
-        other doors apply them too.
+        The prompts of the encoder, which has saved them by now, are saved as the configuration's instructions, so
+        that the other doors apply them too.
 
         Raises:
             ValueError: If a prompt and the configuration's instruction disagree.
         """
         settings = Path(output_path) / "config_sentence_transformers.json"
         prompts = json.loads(settings.read_text(encoding="utf-8"))["prompts"] if settings.is_file() else {}
-        for side in SIDES:
-            prompt, field = prompts.get(side), f"{side}_instruction"
-            instruction = getattr(self.model.config, field)
+        config = self.model.config
+        own = {f"{side}_instruction": getattr(config, f"{side}_instruction") for side in SIDES}
+        for side, (field, instruction) in zip(SIDES, own.items(), strict=True):
+            prompt = prompts.get(side)
             if prompt and instruction and prompt != instruction:
                 raise ValueError(
                     f"encoder.prompts[{side!r}] is {prompt!r}, but the {field} of the model's configuration, which "
                     f"other doors apply, is {instruction!r}. Set encoder[0].model.config.{field} or the prompt."
                 )
-            if prompt:
-                setattr(self.model.config, field, prompt)
-        self.model.save_pretrained(output_path, model_card=False)
+        try:
+            for side, (field, instruction) in zip(SIDES, own.items(), strict=True):
+                setattr(config, field, prompts.get(side) or instruction)
+            self.model.save_pretrained(output_path, model_card=False)
+        finally:  # a checkpoint that is saved on the way must not change what training does
+            for field, instruction in own.items():
+                setattr(config, field, instruction)
 
     @classmethod
     def load(

@@ -183,6 +183,7 @@ def test_prompts_of_sentence_transformers_are_instructions(qwen):
 def test_prompts_saved_by_sentence_transformers_hold_at_every_door(qwen, tmp_path):
     encoder = to_multi_vector_encoder(copy.deepcopy(qwen), prompts={"query": "find a picture", "sts": "compare"})
     encoder.save_pretrained(str(tmp_path))
+    assert encoder[0].model.config.query_instruction is None, "saving changed what training goes on with"
     expected = qwen.encode_queries("a cat", instruction="find a picture")
     model = MetaEmbedModel.from_pretrained(tmp_path)
     again = MultiVectorEncoder(str(tmp_path), trust_remote_code=True, device="cpu")
