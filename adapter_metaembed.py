@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ from transformers.utils.hub import extract_commit_hash
 
 from .backbone_metaembed import grow_embedding
 from .loading_metaembed import HUB_ARGUMENTS, check_unused, headless, load_backbone
-from .processing_metaembed import MetaEmbedProcessor
+from .processing_metaembed import PROCESSOR_FILE, MetaEmbedProcessor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -123,6 +124,11 @@ def find_adapter(source: str | Path, **hub: Any) -> dict[str, Any] | None:
     return None if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
 
 
+def lasting_name(source: str | Path) -> str:
+    """Return a Hub id as it is, and a folder by its full path: a relative one may be taken for an id elsewhere."""
+    return str(Path(source).absolute()) if Path(source).is_dir() else str(source)
+
+
 def commit_of(source: str | Path | None, **hub: Any) -> str | None:
     """Return the commit of a Hub repository that loading from it now reads, or None for a folder."""
     if source is None:
@@ -152,8 +158,9 @@ def load_with_adapter(
         The model with its adapter, in evaluation mode.
 
     Raises:
-        ValueError: If a weight of the base or of the adapter is missing.
+        ValueError: If a weight of the base or of the adapter is missing, or what tells how to rebuild the model.
     """
+    check_stands_alone(source, adapter, hub)
     for name in (*HUB_ARGUMENTS, "adapter_kwargs"):
         kwargs.pop(name, None)
     trusted = kwargs.get("trust_remote_code", __name__.startswith("transformers_modules."))
@@ -182,20 +189,66 @@ def load_with_adapter(
     return model
 
 
+def check_stands_alone(source: str | Path, adapter: dict[str, Any], hub: dict[str, Any]) -> None:
+    """Raise if an adapter repository does not hold, or name, what the model is rebuilt from.
+
+    Raises:
+        ValueError: If it names no base, or holds no configuration or no processor.
+    """
+    lacks = [
+        f"no {name}"
+        for name in ("config.json", PROCESSOR_FILE)
+        if cached_file(source, name, _raise_exceptions_for_missing_entries=False, **hub) is None
+    ]
+    if not adapter.get("base_model_name_or_path"):
+        lacks.insert(0, f"no base_model_name_or_path in its {ADAPTER_CONFIG}")
+    if lacks:
+        raise ValueError(
+            f"the adapter {source} does not stand on its own: it holds {', '.join(lacks)}. It was saved by peft "
+            "(get_peft_model), which knows only weights. Make the model as it was before training, "
+            f"MetaEmbedModel.from_backbone(...), then model.load_adapter({str(source)!r}), and save that: "
+            "model.save_pretrained(folder). Adapters made with model.add_adapter(lora_config(model)) are saved whole."
+        )
+
+
+def adapter_parameters(model: PreTrainedModel) -> Iterator[tuple[str, str, nn.Parameter]]:
+    """Yield the name of each parameter of adapters in `model`, the adapter that it belongs to, and the parameter."""
+    for prefix, module in model.named_modules():
+        for layer in (*getattr(module, "adapter_layer_names", ()), *getattr(module, "other_param_names", ())):
+            own = getattr(module, layer, None)
+            for name, value in own.named_parameters() if isinstance(own, nn.Module) else ():
+                yield f"{prefix}.{layer}.{name}", name.partition(".")[0], value
+
+
+def check_adapter_whole(model: PreTrainedModel, given: set[str]) -> None:
+    """Raise if a state dict has some weights of an adapter and lacks others.
+
+    Args:
+        model: The model that the state dict is loaded into.
+        given: Names in the state dict.
+
+    Raises:
+        ValueError: If weights of an adapter are lacking.
+    """
+    expected: dict[str, set[str]] = {}
+    for name, adapter, _ in adapter_parameters(model):
+        expected.setdefault(adapter, set()).add(name)
+    for adapter, names in expected.items():
+        if names & given and (missing := names - given):
+            raise ValueError(
+                f'{len(missing)} weights of the adapter "{adapter}" are missing from what is loaded, so would be '
+                f"random: {min(missing)}, ... It was not saved whole, or is of another model."
+            )
+
+
 def upcast_adapter(model: PreTrainedModel) -> None:
     """Hold the weights of adapters in float32 where the backbone's are shorter: steps of training are lost in those.
 
     What follows peft's habit in `get_peft_model`, which transformers' `add_adapter` does not.
     """
-    peft = import_peft()
-    parts = (peft.tuners.tuners_utils.BaseTunerLayer, peft.utils.other.AuxiliaryTrainingWrapper)
-    for module in model.modules():
-        if isinstance(module, parts):
-            for name in (*module.adapter_layer_names, *module.other_param_names):
-                own = getattr(module, name, None)
-                for value in own.parameters() if isinstance(own, nn.Module) else ():
-                    if value.dtype in (torch.float16, torch.bfloat16):
-                        value.data = value.data.float()
+    for _, _, value in adapter_parameters(model):
+        if value.dtype in (torch.float16, torch.bfloat16):
+            value.data = value.data.float()
 
 
 @torch.no_grad()
@@ -264,8 +317,9 @@ def check_saves_whole(model: PreTrainedModel, folder: Path) -> None:
     adapter = model._hf_peft_config_loaded
     if not adapter and any("lora_A" in name for name, _ in model.named_parameters()):
         raise ValueError(
-            "this model was wrapped with get_peft_model, so it can no longer save itself: call save_pretrained of the "
-            "PeftModel, or merge_and_unload() first. model.add_adapter(lora_config(model)) saves a whole repository."
+            "this model was wrapped with get_peft_model, so it can no longer save itself. Save what "
+            "peft_model.merge_and_unload() returns; or use model.add_adapter(lora_config(model)) instead of "
+            "get_peft_model: its model.save_pretrained saves an adapter that every loader takes."
         )
     other = "model.safetensors" if adapter else ADAPTER_CONFIG
     if (folder / other).is_file():

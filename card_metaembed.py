@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
-from huggingface_hub.utils import yaml_dump
+from huggingface_hub.utils import HFValidationError, validate_repo_id, yaml_dump
 
 from .configuration_metaembed import MetaEmbedConfig
 
@@ -30,20 +32,26 @@ LIBRARY = "sentence-transformers"
 PIPELINE_TAG = "visual-document-retrieval"
 TAGS = ["metaembed", "multi-vector", "late-interaction", "matryoshka", "sentence-transformers"]
 
+# Tells our cards, which would be wrong of the next model that is saved there, from those that people write.
+MARK = "<!-- Written by metaembed, anew at every save. Delete this line to keep what you change. -->"
+
 # Of our own saving, and of sentence-transformers': that adds what it knows of training and evaluation.
 CARD = """\
 ---
 {{ card_data }}
 ---
 
+{{ mark }}
+{% if weights %}<!-- Of the weights {{ weights }} -->{% endif %}
+
 # {{ title }}
 
 A multi-vector retriever whose cost is chosen at search time. A query is encoded as 1 to {{ num_query_tokens }} vectors
 and a document as 1 to {{ num_document_tokens }}, of {{ dim }} dimensions each; any prefix of them can be scored with
 MaxSim. It is a [MetaEmbed](https://arxiv.org/abs/2509.18095) model
-{%- if backbone %} based on [{{ backbone }}](https://huggingface.co/{{ backbone }}){% endif %}, for
+{%- if base %} based on [{{ base }}](https://huggingface.co/{{ base }}){% endif %}, for
 {{ "text and images" if takes_images else "text" }}.
-{%- if is_adapter %} This repository is an adapter: its loaders fetch the backbone too.{% endif %}
+{%- if is_adapter %} This repository is an adapter: its loaders fetch what it is based on too.{% endif %}
 
 ## Use
 
@@ -83,11 +91,15 @@ An input is text, an image, a path (`pathlib.Path`), or a dict with `text` and `
 {% endif -%}
 ## Budgets
 
+{% if quality or not earlier.Budgets -%}
 {{ budget_table }}
 {% if quality %}
 Measured on {{ quality_of }}.
 {% else %}
 The quality of this model was not measured when it was saved.
+{% endif %}
+{%- else -%}
+{{ earlier.Budgets }}
 {% endif %}
 {%- if all_hyperparameters %}
 ## Training
@@ -113,12 +125,16 @@ Arguments that differ from sentence-transformers' defaults:
 {% endif %}
 Versions: Python {{ version.python }}, sentence-transformers {{ version.sentence_transformers }}, transformers
 {{ version.transformers }}, torch {{ version.torch }}.
+{% elif earlier.Training %}
+## Training
+
+{{ earlier.Training }}
 {% endif %}
 ## Licence
 
 The code is under Apache-2.0. The weights are under {% if license -%}
 the licence named above ({{ license }}){% else -%}
-the licence of the {{ "backbone" if backbone else "model that they come from" }}, unless their publisher says otherwise
+the licence of {{ base if base else "the model that they come from" }}, unless their publisher says otherwise
 {%- endif %}.
 
 ## Citation
@@ -137,81 +153,143 @@ the licence of the {{ "backbone" if backbone else "model that they come from" }}
 Quality = Mapping[tuple[int, int], Mapping[str, float]]
 
 
-def write_repository_files(folder: Path, config: MetaEmbedConfig, **card: Any) -> None:
+def is_ours(card: str | None) -> bool:
+    """Return whether a model card was written by this package, and not by a person."""
+    return card is not None and MARK in card
+
+
+def write_repository_files(folder: Path, model: Any, repository: str | None) -> None:
     """Add to a saved model what else a Hub repository holds.
 
-    The settings of sentence-transformers and a model card that are already there are kept.
+    The settings of sentence-transformers that are already there are kept, but for prompts that are not what the
+    configuration says. A model card is kept if a person wrote it; what one of ours says of quality, training and
+    licence is kept if it was written of the same weights.
 
     Args:
         folder: The saved model.
-        config: Its configuration.
-        **card: For [`model_card`].
+        model: The `MetaEmbedModel`.
+        repository: What the card calls it. None: no card is written.
     """
     for name in (SENTENCE_MODULE, SENTENCE_CARD):
         source = Path(__file__).with_name(f"{name}.py")
         shutil.copyfile(source, folder / source.name)
     path = folder / "config_sentence_transformers.json"
-    present = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    path.write_text(json.dumps({**SENTENCE_CONFIG, **present}, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    settings = {**SENTENCE_CONFIG, **(json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {})}
+    instructions = {"query": model.config.query_instruction, "document": model.config.document_instruction}
+    settings["prompts"] = {
+        name: instructions.get(name, text) if text else text for name, text in settings["prompts"].items()
+    }
+    path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     (folder / "modules.json").write_text(json.dumps(MODULES, indent=2) + "\n", encoding="utf-8")
-    if not (folder / "README.md").is_file():
-        model_card(config, **{"repository": folder.name, **card}).save(folder / "README.md")
+    card = folder / "README.md"
+    if repository is not None and (not card.is_file() or is_ours(card.read_text(encoding="utf-8"))):
+        model_card(model, repository, folder).save(card)
 
 
-def model_card(
-    config: MetaEmbedConfig, repository: str, is_adapter: bool = False, takes_images: bool = True
-) -> ModelCard:
-    """Return the card of a model of which nothing but its configuration is known.
+def model_card(model: Any, repository: str, folder: Path) -> ModelCard:
+    """Return the card of a model of whose training and quality nothing is known, but from an earlier card.
 
     Args:
-        config: The configuration of the model.
+        model: The `MetaEmbedModel`.
         repository: What the model is called, in the title and in the examples.
-        is_adapter: Whether the folder holds an adapter, and not the whole model.
-        takes_images: Whether the backbone takes images.
+        folder: Where it was saved.
     """
-    fields = card_fields(config, is_adapter, takes_images)
-    data = ModelCardData(library_name=LIBRARY, pipeline_tag=PIPELINE_TAG, tags=list(TAGS), **base_fields(fields))
+    fields, said = card_fields(model, folder)
+    known = dict(library_name=LIBRARY, pipeline_tag=PIPELINE_TAG, tags=list(TAGS), **base_fields(model))
+    data = ModelCardData(**{**said, **known, "tags": list(dict.fromkeys([*TAGS, *said.get("tags", [])]))})
     return ModelCard.from_template(data, template_str=CARD, title=repository, repository=repository, **fields)
 
 
-def base_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
+def weights_digest(folder: Path) -> str:
+    """Return a digest of saved weights, and of the instructions, on which the quality of the same weights depends."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    instructions = [config.get("query_instruction"), config.get("document_instruction")]
+    digest = hashlib.sha256(json.dumps(instructions).encode())
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
+
+
+def still_true(model: Any, folder: Path, weights: str) -> tuple[dict[str, str], dict[str, Any]]:
+    """Return what a card of ours says that was written of the same weights, in the folder or where they came from.
+
+    Args:
+        model: The `MetaEmbedModel`.
+        folder: Where it was saved.
+        weights: The digest of its weights.
+
+    Returns:
+        Its sections, and from its metadata what the weights do not tell. Both empty where there is no such card.
+    """
+    present = folder / "README.md"
+    for text in (present.read_text(encoding="utf-8") if present.is_file() else None, model.earlier_card):
+        if text is not None and is_ours(text) and weights in text:
+            sections = dict(re.findall(r"^## (\w+)\n\n(.*?)\n*(?=^## |\Z)", text, re.MULTILINE | re.DOTALL))
+            data = ModelCard(text).data.to_dict()
+            return sections, {name: data[name] for name in ("language", "license", "datasets", "tags") if name in data}
+    return {}, {}
+
+
+def hub_id(name: str | None) -> str | None:
+    """Return `name` if it is one that others can find on the Hub, and None if it is a folder of this machine."""
+    if not name or name.count("/") != 1 or Path(name).exists():
+        return None
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return None
+    return name
+
+
+def base_model(model: Any) -> str | None:
+    """Return the Hub id of what a model was made of: the model an adapter belongs to, else the backbone."""
+    return hub_id(model.adapter_base[0] if model._hf_peft_config_loaded else model.config.base_model)
+
+
+def base_fields(model: Any) -> dict[str, Any]:
     """Return what the metadata of a card says of the base model."""
-    relation = "adapter" if fields["is_adapter"] else "finetune"
-    return {"base_model": fields["backbone"], "base_model_relation": relation} if fields["backbone"] else {}
+    base, relation = base_model(model), "adapter" if model._hf_peft_config_loaded else "finetune"
+    return {"base_model": base, "base_model_relation": relation} if base else {}
 
 
 def card_fields(
-    config: MetaEmbedConfig,
-    is_adapter: bool,
-    takes_images: bool,
-    quality: Quality | None = None,
-    quality_of: str = "",
-) -> dict[str, Any]:
-    """Return what the card says of a model.
+    model: Any, folder: Path | None, quality: Quality | None = None, quality_of: str = ""
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return what the card says of a model, for the template, and the metadata that still hold of an earlier card.
 
     Args:
-        config: The configuration of the model.
-        is_adapter: Whether the folder holds an adapter, and not the whole model.
-        takes_images: Whether the backbone takes images.
+        model: The `MetaEmbedModel`.
+        folder: Where it was saved. None: nowhere yet.
         quality: Metrics by budget, where they were measured.
         quality_of: On what.
     """
-    base = config.base_model if config.base_model and not Path(config.base_model).exists() else None
+    weights: str | None = None
+    earlier: dict[str, str] = {}
+    said: dict[str, Any] = {}
+    if folder is not None:
+        weights = weights_digest(folder)
+        earlier, said = still_true(model, folder, weights)
+    config = model.config
     dim = config.embedding_dim or config.hidden_size
     small_query, small_document = config.budgets[len(config.budgets) // 2]
-    return dict(
-        backbone=base,
+    fields = dict(
+        mark=MARK,
+        weights=weights,
+        earlier=earlier,
+        base=base_model(model),
         dim=dim,
         num_query_tokens=config.num_query_tokens,
         num_document_tokens=config.num_document_tokens,
         small_query=small_query,
         small_document=small_document,
-        is_adapter=is_adapter,
-        takes_images=takes_images,
+        is_adapter=model._hf_peft_config_loaded,
+        takes_images=model.processor.image_processor is not None,
         quality=bool(quality),
         quality_of=quality_of,
         budget_table=budget_table(config, dim, quality or {}),
     )
+    return fields, said
 
 
 def budget_table(config: MetaEmbedConfig, dim: int, quality: Quality) -> str:

@@ -9,17 +9,20 @@ from typing import Any
 import torch
 from huggingface_hub import CommitInfo, HfApi
 from transformers import PreTrainedModel
+from transformers.utils import cached_file
 
 from .adapter_metaembed import (
+    check_adapter_whole,
     check_saves_whole,
     commit_of,
     fill_adapter,
     find_adapter,
+    lasting_name,
     load_with_adapter,
     name_base,
     upcast_adapter,
 )
-from .card_metaembed import write_repository_files
+from .card_metaembed import is_ours, write_repository_files
 from .loading_metaembed import HUB_ARGUMENTS, check_loading
 from .processing_metaembed import MetaEmbedProcessor
 
@@ -49,7 +52,7 @@ class HubModel(PreTrainedModel):
         else:
             model, info = super().from_pretrained(source, *model_args, output_loading_info=True, **kwargs)
             check_loading(source, info)
-            model.adapter_base = (str(source), commit_of(source, **hub))
+            model.adapter_base = (lasting_name(source), commit_of(source, **hub))
         trusted = kwargs.get("trust_remote_code")
         if trusted is None:  # AutoModel keeps the answer to itself; but where a repository's code runs, it was yes
             trusted = __name__.startswith("transformers_modules.")
@@ -76,10 +79,29 @@ class HubModel(PreTrainedModel):
             fill_adapter(self, peft_model_id, adapter_name or "default", **hub)
         return info
 
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
+        """Refuse a part of an adapter: peft's own `PeftModel.from_pretrained` would leave the rest at random."""
+        check_adapter_whole(self, {name.removeprefix(prefix) for name in state_dict if name.startswith(prefix)})
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
     @property
     def commit(self) -> str | None:
         """The commit of the Hub repository that the model was loaded from, or None where it was not."""
         return (self._hub_arguments or {}).get("revision")
+
+    @property
+    def earlier_card(self) -> str | None:
+        """The model card of where the model was loaded from, or None where there is none, or not any more."""
+        if self._hub_arguments is None:
+            return None
+        hub = {name: value for name, value in self._hub_arguments.items() if name in HUB_ARGUMENTS}
+        try:
+            path = cached_file(
+                self.config._name_or_path, "README.md", _raise_exceptions_for_missing_entries=False, **hub
+            )
+        except OSError:
+            return None
+        return None if path is None else Path(path).read_text(encoding="utf-8")
 
     @property
     def processor(self) -> MetaEmbedProcessor:
@@ -98,14 +120,15 @@ class HubModel(PreTrainedModel):
         processor.config = self.config  # one truth: a default set on the model's configuration holds for both
         self._processor = processor
 
-    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: str | Path, *, model_card: bool = True, **kwargs: Any) -> None:
         """Save a folder that is a complete Hub repository, loadable without this package.
 
         Writes the weights (safetensors), the configuration, the processor, the Python files, the files of
-        sentence-transformers, and a model card where there is none.
+        sentence-transformers, and a model card where there is none that a person wrote.
 
         Args:
             save_directory: Folder to write to.
+            model_card: Whether to write the card.
             **kwargs: For transformers' `save_pretrained`. With `push_to_hub=True`, also for [`push_to_hub`].
         """
         folder = Path(save_directory)
@@ -122,9 +145,7 @@ class HubModel(PreTrainedModel):
                 self.config.save_pretrained(folder)
                 name_base(folder, self.adapter_base)
             self.processor.save_pretrained(folder)
-            takes_images = self.processor.image_processor is not None
-            card = dict(repository=name, is_adapter=self._hf_peft_config_loaded, takes_images=takes_images)
-            write_repository_files(folder, self.config, **card)
+            write_repository_files(folder, self, repository=name if model_card else None)
         if push and first:
             self.push_to_hub(name, token=kwargs.get("token"), **hub)
 
@@ -140,13 +161,13 @@ class HubModel(PreTrainedModel):
         commit_description: str | None = None,
         **kwargs: Any,
     ) -> CommitInfo:
-        """Save the model, whole, to a repository of the Hub. A model card that is there is kept.
+        """Save the model, whole, to a repository of the Hub. A model card that a person wrote is kept.
 
         Args:
             repo_id: Where to; made if it does not exist.
             token: Of the Hub.
             private: Whether a new repository is private.
-            revision: Branch.
+            revision: Branch; made if it does not exist, but for a pull request to it.
             create_pr: Whether to open a pull request instead.
             commit_message: Title of the commit.
             commit_description: Its text.
@@ -157,7 +178,12 @@ class HubModel(PreTrainedModel):
         """
         api = HfApi(token=token)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        keep = ["README.md"] if api.file_exists(repo_id, "README.md", revision=revision) else None
+        if revision is not None and not create_pr and not revision.startswith("refs/"):
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        keep = None
+        if api.file_exists(repo_id, "README.md", revision=revision):
+            card = Path(api.hf_hub_download(repo_id, "README.md", revision=revision))
+            keep = None if is_ours(card.read_text(encoding="utf-8")) else ["README.md"]
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, repo_id=repo_id, **kwargs)
             return api.upload_folder(

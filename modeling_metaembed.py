@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModel, PreTrainedModel
 from transformers.utils import ModelOutput, logging
 
-from .adapter_metaembed import commit_of
+from .adapter_metaembed import commit_of, lasting_name
 from .backbone_metaembed import check_rebuilds, check_supported, grow_embedding, last_hidden_state, measure
 from .configuration_metaembed import MetaEmbedConfig, check_count
 from .hub_metaembed import HubModel
@@ -141,7 +141,7 @@ class MetaEmbedModel(HubModel):
             embedding_dim=embedding_dim,
             budgets=budgets,
         )
-        base_model = str(backbone) if isinstance(backbone, (str, Path)) else None
+        base_model = lasting_name(backbone) if isinstance(backbone, (str, Path)) else None
         missing: set[str] = set()
         if base_model is not None:
             backbone, loaded_processor, missing = load_backbone(backbone, **kwargs)
@@ -179,6 +179,7 @@ class MetaEmbedModel(HubModel):
                 set_linear(model.projection, trained.weight, trained.bias)
             model.projection.to(backbone.device, backbone.dtype)
         model.config.dtype = backbone.dtype
+        model.name_or_path = config.base_model or ""  # what peft writes into an adapter of its own
         hub = {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None}
         model.adapter_base = (config.base_model, commit_of(base_model, **hub))
         model.processor = MetaEmbedProcessor(processor, config)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub.utils import yaml_dump
 from transformers.utils import HF_MODULES_CACHE
 
-from .card_metaembed import CARD, LIBRARY, PIPELINE_TAG, TAGS, base_fields, card_fields
+from .card_metaembed import CARD, LIBRARY, PIPELINE_TAG, TAGS, base_fields, card_fields, is_ours
 
 try:  # in a `try`, so that transformers does not ask users of AutoModel alone to install it
     from sentence_transformers.multi_vector_encoder.model_card import MultiVectorEncoderModelCardData
@@ -35,7 +35,7 @@ def template_file() -> Path:
 class MetaEmbedCardData(MultiVectorEncoderModelCardData):
     """What sentence-transformers records for the card, with what a MetaEmbed model adds.
 
-    Pictures of the training data are not put into the repository, as it does by default.
+    Nothing of the training data is put into the repository, as it does by default: it may be private.
 
     Example:
         >>> encoder = to_multi_vector_encoder(model)
@@ -46,6 +46,7 @@ class MetaEmbedCardData(MultiVectorEncoderModelCardData):
     tags: list[str] = field(default_factory=lambda: list(TAGS))
     pipeline_tag: str = field(default=PIPELINE_TAG, init=False)
     template_path: Path = field(default_factory=template_file, init=False, repr=False)
+    said: dict[str, Any] = field(default_factory=dict, init=False, repr=False)  # by an earlier card, and still true
 
     def get_model_specific_metadata(self) -> dict[str, Any]:
         """Return what the template asks for."""
@@ -56,15 +57,18 @@ class MetaEmbedCardData(MultiVectorEncoderModelCardData):
                 quality = evaluator.budget_metrics(metrics)
                 sizes = f"{len(evaluator.queries):,} queries and {len(evaluator.corpus):,} documents"
                 names = [f"{evaluator.name or 'held-out data'}: {sizes}"]
-        fields = card_fields(
-            model.config,
-            is_adapter=model._hf_peft_config_loaded,
-            takes_images=self.model[0].processor.image_processor is not None,
-            quality=quality,
-            quality_of=", ".join(names),
-        )
-        repository = self.model_id or Path(self.save_dir or "model").name
-        return {**super().get_model_specific_metadata(), **fields, "repository": repository, "title": repository}
+        folder = Path(self.save_dir) if self.save_dir else None
+        ours, self.said = card_fields(model, folder, quality, quality_of=", ".join(names))
+        name = self.model_id or Path(self.save_dir or "model").name
+        ours.update(repository=name, title=name, license=self.license or self.said.get("license"))
+        return {**super().get_model_specific_metadata(), **ours}
+
+    def set_widget_examples(self, dataset: Any) -> None:
+        """Do nothing: the examples are the template's own."""
+
+    def _save_asset(self, value: Any, assets_dir: str, idx: int, prefix: str = "") -> str | None:
+        """Save no picture, and say so."""
+        return None
 
     def format_eval_metrics(self) -> dict[str, Any]:
         """Return nothing for the metadata: figures stand in the table, and in `.eval_results`."""
@@ -76,25 +80,32 @@ class MetaEmbedCardData(MultiVectorEncoderModelCardData):
     def to_yaml(self, line_break: Any = None) -> str:
         """Return the metadata of the card."""
         self._cached_dict = None
-        model = self.model[0].model
-        base = base_fields(card_fields(model.config, model._hf_peft_config_loaded, takes_images=True))
         values = dict(
-            language=self.language,
-            license=self.license,
+            language=self.language or self.said.get("language"),
+            license=self.license or self.said.get("license"),
             library_name=LIBRARY,
             pipeline_tag=PIPELINE_TAG,
-            tags=self.tags,
-            datasets=self.datasets,
-            **base,
+            tags=list(dict.fromkeys([*self.tags, *self.said.get("tags", [])])),
+            datasets=self.datasets or self.said.get("datasets"),
+            **base_fields(self.model[0].model),
         )
         return yaml_dump({name: value for name, value in values.items() if value}, line_break=line_break).strip()
 
 
 def adopt_card(encoder: MultiVectorEncoder) -> None:
-    """Let `encoder` write our card when it is saved, also where sentence-transformers itself loaded it."""
+    """Let `encoder` write our card when it is saved, also where sentence-transformers itself loaded it.
+
+    A card of ours that it was loaded with is written anew, from what still holds of it. A person's is kept, as
+    sentence-transformers does.
+    """
+    if is_ours(encoder._model_card_text):
+        encoder._model_card_text = None
     old = encoder.model_card_data
     if type(old).__name__ == MetaEmbedCardData.__name__:
         return
-    kept = ("language", "license", "model_name", "model_id", "train_datasets", "eval_datasets")
-    encoder.model_card_data = MetaEmbedCardData(**{name: getattr(old, name) for name in kept})
+    given = {known.name: getattr(old, known.name) for known in fields(old) if known.init}
+    defaults = MultiVectorEncoderModelCardData().tags
+    given["tags"] = [*TAGS, *(tag for tag in old.tags if tag not in (*defaults, *TAGS))]
+    given["generate_widget_examples"] = False
+    encoder.model_card_data = MetaEmbedCardData(**given)
     encoder.model_card_data.register_model(encoder)

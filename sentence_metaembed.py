@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
+from .configuration_metaembed import SIDES
 from .inputs_metaembed import as_batch, count_images
 from .modeling_metaembed import MetaEmbedModel
 from .sentence_card_metaembed import adopt_card
@@ -164,9 +166,37 @@ class MetaEmbedTransformer(InputModule):
             inputs = {name: inputs[name] for name in inputs if name not in ("image_grid_thw", "pixel_values")}
         return self.model(**inputs).embeddings
 
+    def on_model_ready(self, model: MultiVectorEncoder) -> None:
+        """Let the encoder that this is a module of write our card."""
+        adopt_card(model)
+
     def save(self, output_path: str, *args: Any, **kwargs: Any) -> None:
-        """Save the model, whole, as [`MetaEmbedModel.save_pretrained`] does."""
-        self.model.save_pretrained(output_path)
+        """Save the model, whole, as [`MetaEmbedModel.save_pretrained`] does; but the card is the encoder's to write.
+
+        The prompts of the encoder, which has saved them by now, are saved as the configuration's instructions, so
+        that the other doors apply them too.
+
+        Raises:
+            ValueError: If a prompt and the configuration's instruction disagree.
+        """
+        settings = Path(output_path) / "config_sentence_transformers.json"
+        prompts = json.loads(settings.read_text(encoding="utf-8"))["prompts"] if settings.is_file() else {}
+        config = self.model.config
+        own = {f"{side}_instruction": getattr(config, f"{side}_instruction") for side in SIDES}
+        for side, (field, instruction) in zip(SIDES, own.items(), strict=True):
+            prompt = prompts.get(side)
+            if prompt and instruction and prompt != instruction:
+                raise ValueError(
+                    f"encoder.prompts[{side!r}] is {prompt!r}, but the {field} of the model's configuration, which "
+                    f"other doors apply, is {instruction!r}. Set encoder[0].model.config.{field} or the prompt."
+                )
+        try:
+            for side, (field, instruction) in zip(SIDES, own.items(), strict=True):
+                setattr(config, field, prompts.get(side) or instruction)
+            self.model.save_pretrained(output_path, model_card=False)
+        finally:  # a checkpoint that is saved on the way must not change what training does
+            for field, instruction in own.items():
+                setattr(config, field, instruction)
 
     @classmethod
     def load(
@@ -175,6 +205,9 @@ class MetaEmbedTransformer(InputModule):
         subfolder: str = "",
         trust_remote_code: bool = False,
         model_kwargs: dict[str, Any] | None = None,
+        processor_kwargs: dict[str, Any] | None = None,
+        config_kwargs: dict[str, Any] | None = None,
+        backend: str = "torch",
         **kwargs: Any,
     ) -> MetaEmbedTransformer:
         """Load the module of a saved model.
@@ -184,11 +217,30 @@ class MetaEmbedTransformer(InputModule):
             subfolder: Unused: the module stands in the root.
             trust_remote_code: Unused: this code runs already.
             model_kwargs: For [`MetaEmbedModel.from_pretrained`] (`dtype`, `attn_implementation`, ...).
+            processor_kwargs: Not taken: `processing_kwargs` of a call is checked to have an effect.
+            config_kwargs: Not taken: what may be changed is changed after loading.
+            backend: "torch".
             **kwargs: Where to load from.
 
         Returns:
             The module.
+
+        Raises:
+            ValueError: If an option is given that is not taken.
         """
+        if processor_kwargs:
+            raise ValueError(
+                f"a MetaEmbed model takes no processor_kwargs, got {processor_kwargs}. Give the options of the "
+                'processor with a call: encoder.encode_document(..., processing_kwargs={"max_pixels": 500_000}).'
+            )
+        if config_kwargs:
+            raise ValueError(
+                f"a MetaEmbed model takes no config_kwargs, got {config_kwargs}. Set encoder[0].query_num_meta and "
+                "document_num_meta, or the fields of encoder[0].model.config, after loading; dtype and "
+                "attn_implementation are model_kwargs."
+            )
+        if backend != "torch":
+            raise ValueError(f'a MetaEmbed model has the backend "torch" only, got {backend!r}.')
         where = {HUB_NAMES[name]: value for name, value in kwargs.items() if name in HUB_NAMES and value is not None}
         return cls(MetaEmbedModel.from_pretrained(model_name_or_path, **where, **(model_kwargs or {})))
 
@@ -214,6 +266,4 @@ def to_multi_vector_encoder(model: MetaEmbedModel, **kwargs: Any) -> MultiVector
     module_class = get_class_from_dynamic_module(reference, str(Path(__file__).parent))
     # Its trainer reads checkpoints back, to resume or to keep the best: their code is what runs here already.
     options = {"similarity_fn_name": "maxsim", "trust_remote_code": True, **kwargs}
-    encoder = MultiVectorEncoder(modules=[module_class(model)], **options)
-    adopt_card(encoder)
-    return encoder
+    return MultiVectorEncoder(modules=[module_class(model)], **options)

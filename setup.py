@@ -47,7 +47,7 @@ setup(
         "torchvision>=0.22.0",  # the Qwen processors need its video backend; the torchvision of torch 2.7
         "transformers>=5.10.1",  # 5.4: configurations are dataclasses; 5.10: copies all code files of a local folder
         "sentence-transformers>=6.0.0",  # the first with MultiVectorEncoder
-        "safetensors>=0.4.3",
+        "safetensors>=0.4.3",  # what transformers 5.10 asks for
         "huggingface_hub>=1.5.0",  # what transformers 5.10 asks for
         "pillow>=10.1.0",  # draws colour fonts of the kind the quickstart uses
     ],

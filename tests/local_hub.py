@@ -137,6 +137,8 @@ class Hub(BaseHTTPRequestHandler):
                 self.reply([entry(name, found[1][name]) for name in paths if name in found[1]])
         elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/(tag|branch)/(.+)", path):
             name = json.loads(body)["tag"] if match[2] == "tag" else match[3]
+            if name in REFS[match[1]]:
+                return self.reply({"error": "exists"}, 409)
             REFS[match[1]][name] = REFS[match[1]]["main"]
             self.reply()
         else:

@@ -170,6 +170,57 @@ def test_a_missing_part_raises(adapter, tmp_path, part):
         MetaEmbedModel.from_pretrained(broken(adapter, tmp_path, change))
 
 
+@pytest.mark.parametrize("part", ["lora_A", "lora_B"])
+def test_a_missing_part_raises_in_peft_too(adapter, backbone, tmp_path, part):
+    """Which itself only warns of these; where other parts are missing it raises a KeyError."""
+    from peft import PeftModel
+
+    def change(weights):
+        del weights[next(name for name in weights if part in name)]
+
+    folder = broken(adapter, tmp_path, change)
+    plain = MetaEmbedModel.from_backbone(backbone, num_query_tokens=4, num_document_tokens=8, embedding_dim=24)
+    with pytest.raises(ValueError, match=f"missing from what is loaded, so would be random: .*{part}"):
+        PeftModel.from_pretrained(plain, str(folder))
+
+
+def test_a_second_adapter_does_not_need_the_first(model, adapter, backbone):
+    from peft import PeftModel
+
+    plain = MetaEmbedModel.from_backbone(backbone, num_query_tokens=4, num_document_tokens=8, embedding_dim=24)
+    wrapped = PeftModel.from_pretrained(plain, str(adapter), adapter_name="first")
+    wrapped.load_adapter(str(adapter), adapter_name="second")
+    wrapped.set_adapter("second")
+    torch.testing.assert_close(embeddings(wrapped.eval()), embeddings(model))
+
+
+def test_an_adapter_that_peft_saved_says_how_it_loads(backbone, tmp_path):
+    """It knows the base, but not the Meta Tokens; what the error advises is done here."""
+    from peft import get_peft_model
+
+    sizes = dict(num_query_tokens=4, num_document_tokens=8, embedding_dim=24)
+    plain = MetaEmbedModel.from_backbone(backbone, **sizes)
+    wrapped = get_peft_model(plain, lora_config(plain, r=4, init_lora_weights=False))
+    expected = embeddings(wrapped.eval())
+    wrapped.save_pretrained(tmp_path / "peft")
+    saved = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    assert saved["base_model_name_or_path"] == backbone
+    with pytest.raises(ValueError, match=r"holds no config.json, no processor_config.json.* model.load_adapter"):
+        MetaEmbedModel.from_pretrained(tmp_path / "peft")
+    model = MetaEmbedModel.from_backbone(backbone, **sizes)
+    model.load_adapter(str(tmp_path / "peft"))
+    model.save_pretrained(tmp_path / "whole")
+    assert torch.equal(embeddings(MetaEmbedModel.from_pretrained(tmp_path / "whole")), expected)
+
+
+def test_an_adapter_that_names_no_base_raises(adapter, tmp_path):
+    shutil.copytree(adapter, tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": None}))
+    with pytest.raises(ValueError, match="no base_model_name_or_path"):
+        MetaEmbedModel.from_pretrained(tmp_path / "adapter")
+
+
 def test_an_unused_part_raises(adapter, tmp_path):
     def change(weights):
         name = next(name for name in weights if "lora_A" in name)

@@ -178,3 +178,35 @@ def test_prompts_of_sentence_transformers_are_instructions(qwen):
     queries, documents = encoder.encode_query(["a cat"]), encoder.encode_document(["a cat"])
     torch.testing.assert_close(queries[0], qwen.encode_queries("a cat", instruction="find a picture"))
     torch.testing.assert_close(documents[0], qwen.encode_documents("a cat", instruction=""))
+
+
+def test_prompts_saved_by_sentence_transformers_hold_at_every_door(qwen, tmp_path):
+    encoder = to_multi_vector_encoder(copy.deepcopy(qwen), prompts={"query": "find a picture", "sts": "compare"})
+    encoder.save_pretrained(str(tmp_path))
+    assert encoder[0].model.config.query_instruction is None, "saving changed what training goes on with"
+    expected = qwen.encode_queries("a cat", instruction="find a picture")
+    model = MetaEmbedModel.from_pretrained(tmp_path)
+    again = MultiVectorEncoder(str(tmp_path), trust_remote_code=True, device="cpu")
+    torch.testing.assert_close(model.encode_queries("a cat"), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(again.encode_query("a cat"), expected, atol=1e-5, rtol=0)
+    assert again.prompts["sts"] == "compare"
+    model.config.query_instruction = None  # and saved by the other door, over what is there
+    model.save_pretrained(tmp_path)
+    again = MultiVectorEncoder(str(tmp_path), trust_remote_code=True, device="cpu")
+    torch.testing.assert_close(again.encode_query("a cat"), model.encode_queries("a cat"), atol=1e-5, rtol=0)
+
+
+def test_a_prompt_that_other_doors_would_not_apply_is_not_saved(defaulted, tmp_path):
+    encoder = to_multi_vector_encoder(defaulted, prompts={"query": "find a page"})
+    with pytest.raises(ValueError, match=r"query_instruction .* is 'find a picture'"):
+        encoder.save_pretrained(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"config_kwargs": {"query_num_meta": 2}}, {"processor_kwargs": {"max_pixels": 256}}, {"backend": "onnx"}],
+    ids=lambda options: next(iter(options)),
+)
+def test_options_that_would_have_no_effect_are_errors(folder, options):
+    with pytest.raises(ValueError, match=f"MetaEmbed model .*got.*{next(iter(next(iter(options.values()))))}"):
+        MultiVectorEncoder(str(folder), trust_remote_code=True, **options)

@@ -11,8 +11,11 @@ from freeze import embeddings
 from safetensors.torch import load
 
 from metaembed import MetaEmbedModel
+from metaembed.adapter_metaembed import merge_adapter
 
-CHECKPOINTS = sorted((Path(__file__).parent / "data").glob("v*"))
+DATA = Path(__file__).parent / "data"
+CHECKPOINTS = sorted(DATA.glob("v*"))
+ADAPTERS = sorted(DATA.glob("adapter-v*"))
 
 
 def check(actual, folder):
@@ -24,12 +27,23 @@ def check(actual, folder):
 
 def test_there_is_a_frozen_checkpoint():
     assert [folder.name for folder in CHECKPOINTS][:1] == ["v0.1"]
+    assert [folder.name for folder in ADAPTERS][:1] == ["adapter-v0.1"]
 
 
 @pytest.mark.parametrize("folder", CHECKPOINTS, ids=lambda folder: folder.name)
 def test_a_frozen_checkpoint_loads_with_this_code(folder):
     model = MetaEmbedModel.from_pretrained(folder)
     assert model.config.document_num_meta == 6
+    check(embeddings(model), folder)
+
+
+@pytest.mark.parametrize("folder", ADAPTERS, ids=lambda folder: folder.name)
+def test_a_frozen_adapter_loads_with_this_code(folder, monkeypatch):
+    monkeypatch.chdir(DATA)  # where the base is that it names
+    model = MetaEmbedModel.from_pretrained(folder)
+    assert model.adapter_base == ("v0.1", None) and model.config.document_num_meta == 6
+    check(embeddings(model), folder)
+    merge_adapter(model)
     check(embeddings(model), folder)
 
 

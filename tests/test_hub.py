@@ -142,6 +142,61 @@ print(json.dumps([
         close(actual, expected)
 
 
+def test_a_push_to_a_new_branch_makes_it(trainer, user):
+    """From every door, twice; what is on the main branch stays as it was."""
+    files = trainer.run(f"""{MAKE}
+from huggingface_hub import HfApi
+model = MetaEmbedModel.from_backbone("lab/backbone", num_query_tokens=4, num_document_tokens=8, embedding_dim=24)
+encoder = to_multi_vector_encoder(model)
+for _ in range(2):
+    model.push_to_hub("lab/branches", revision="model")
+    model.processor.push_to_hub("lab/branches", revision="processor")
+    encoder.push_to_hub("lab/branches", revision="encoder", exist_ok=True)
+print(json.dumps(HfApi().list_repo_files("lab/branches")))
+""")
+    assert files == []
+    sizes = user.run(f"""{LOAD}
+where = dict(pretrained_model_name_or_path="lab/branches", trust_remote_code=True)
+processor = AutoProcessor.from_pretrained(**where, revision="processor")
+print(json.dumps([
+    len(AutoModel.from_pretrained(**where, revision="model").encode_queries(QUERIES)[0]),
+    len(MultiVectorEncoder("lab/branches", revision="encoder", trust_remote_code=True).encode_query(QUERIES)[0]),
+    processor.process_queries(QUERIES)["input_ids"].shape[0],
+]))
+""")
+    assert sizes == [4, 4, 1]
+
+
+def test_a_pushed_card_is_of_what_was_pushed_and_a_persons_is_kept(trainer, user):
+    first, second, third, fourth = trainer.run(f"""{MAKE}
+from huggingface_hub import HfApi, ModelCard
+def model(dim):
+    return MetaEmbedModel.from_backbone("lab/backbone", num_query_tokens=4, num_document_tokens=8, embedding_dim=dim)
+def pushed():
+    card = ModelCard.load("lab/card", ignore_metadata_errors=True).content
+    return [part for part in ("16 dim", "24 dim", 'AutoModel.from_pretrained("lab/card"', "mine") if part in card]
+model(16).push_to_hub("lab/card")
+cards = [pushed()]
+model(24).push_to_hub("lab/card")
+cards.append(pushed())
+HfApi().upload_file(path_or_fileobj=b"# mine", path_in_repo="README.md", repo_id="lab/card")
+model(16).push_to_hub("lab/card")
+cards.append(pushed())
+to_multi_vector_encoder(model(16)).push_to_hub("lab/card", exist_ok=True)
+to_multi_vector_encoder(model(16)).push_to_hub("lab/original")
+print(json.dumps([*cards, pushed()]))
+""")
+    name = 'AutoModel.from_pretrained("lab/card"'
+    assert first == ["16 dim", name] and second == ["24 dim", name] and third == fourth == ["mine"]
+    text = user.run(f"""{LOAD}
+from huggingface_hub import ModelCard
+model = MultiVectorEncoder("lab/original", trust_remote_code=True)
+model.push_to_hub("you/copy")
+print(json.dumps(ModelCard.load("you/copy").text))
+""")
+    assert text.count('("you/copy"') == 2 and "lab/original" not in text and "lab/backbone" in text
+
+
 def test_a_pushed_processor_loads_by_id(trainer, user):
     expected = trainer.run(f"""{MAKE}
 model = MetaEmbedModel.from_backbone("lab/backbone", num_query_tokens=4, num_document_tokens=8)
