@@ -31,7 +31,7 @@ from huggingface_hub import HfApi
 from PIL import Image
 from sentence_transformers import MultiVectorEncoderTrainer, MultiVectorEncoderTrainingArguments
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-from transformers import AutoConfig, HfArgumentParser, set_seed
+from transformers import AutoConfig, HfArgumentParser, TrainerCallback, set_seed
 
 from metaembed import MetaEmbedModel
 from metaembed.adapter_metaembed import (
@@ -307,14 +307,34 @@ def sharded_layers(model: MetaEmbedModel) -> list[str]:
     return sorted(blocks & set(model._no_split_modules))
 
 
+class ReduceEveryGradient(TrainerCallback):
+    """Reduces the gradients of weights that a process did not use, such as a vision tower's in a batch without images.
+
+    FSDP leaves them out by default, and processes that reduce different weights wait for each other forever.
+    """
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Tell the sharded model."""
+        if hasattr(model, "set_reduce_scatter_unused_params"):
+            model.set_reduce_scatter_unused_params(True)
+        elif args.process_index == 0:
+            logger.warning(
+                f"torch {torch.__version__} cannot shard weights that only some batches use: with --no_lora, "
+                "use images in every mini-batch, or in none."
+            )
+
+
 class Trainer(MultiVectorEncoderTrainer):
     """sentence-transformers' trainer, for models that are sharded over several GPUs too."""
 
     def __init__(self, model: Any, **kwargs: Any):
         super().__init__(model=model, **kwargs)
-        if self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap is None:
-            # accelerate would ask the encoder, which does not know its model's layers.
-            self.accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = sharded_layers(model[0].model)
+        if self.is_fsdp_enabled:
+            self.add_callback(ReduceEveryGradient)
+            plugin = self.accelerator.state.fsdp_plugin
+            if plugin.transformer_cls_names_to_wrap is None:
+                # accelerate would ask the encoder, which does not know its model's layers.
+                plugin.transformer_cls_names_to_wrap = sharded_layers(model[0].model)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model. A sharded one gathers its own weights, in all processes."""
