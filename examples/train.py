@@ -37,7 +37,6 @@ from metaembed import MetaEmbedModel
 from metaembed.adapter_metaembed import (
     ADAPTER_CONFIG,
     find_adapter,
-    language_model_layers,
     lora_config,
     merge_adapter,
     module_name,
@@ -296,15 +295,26 @@ def check_output(folder: str, arguments: Arguments) -> None:
 
 
 def sharded_layers(model: MetaEmbedModel) -> list[str]:
-    """Return the classes of layers that FSDP shards one by one: the blocks of the language model.
+    """Return the classes of layers that FSDP shards one by one: the backbone's blocks that a text runs through.
 
-    Only these: a vision tower does not run in a batch without images, and all processes must gather the same layers.
+    All processes must gather the same layers, and others, such as a vision tower's, run only where there are images.
     """
-    linear = re.compile(language_model_layers(model))
-    modules = list(model.named_modules())
-    linears = [name for name, _ in modules if linear.fullmatch(name)]
-    blocks = {type(module).__name__ for name, module in modules if any(n.startswith(f"{name}.") for n in linears)}
-    return sorted(blocks & set(model._no_split_modules))
+    names = {name for module in model.modules() for name in getattr(module, "_no_split_modules", None) or ()}
+    blocks = [module for module in model.modules() if type(module).__name__ in names]
+    used = set()
+    hooks = [block.register_forward_pre_hook(lambda module, args: used.add(module)) for block in blocks]
+    model.encode_documents("a")
+    for hook in hooks:
+        hook.remove()
+    found = {type(block).__name__ for block in blocks} - {
+        type(block).__name__ for block in blocks if block not in used
+    }
+    if not found:
+        raise ValueError(
+            f"{type(model.backbone).__name__} does not say which of its layers FSDP can shard: name their classes as "
+            "fsdp_transformer_layer_cls_to_wrap in the configuration."
+        )
+    return sorted(found)
 
 
 class ReduceEveryGradient(TrainerCallback):
@@ -337,12 +347,18 @@ class Trainer(MultiVectorEncoderTrainer):
                 plugin.transformer_cls_names_to_wrap = sharded_layers(model[0].model)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the model. A sharded one gathers its own weights, in all processes."""
+        """Save the model: all processes gather a sharded one's weights, and one writes."""
         if self.is_fsdp_enabled:
-            self.model.save_pretrained(output_dir or self.args.output_dir)
+            (self.model if self.args.should_save else self.model[0].model).save_pretrained(
+                output_dir or self.args.output_dir
+            )
         else:
             super().save_model(output_dir, _internal_call)
         self.accelerator.wait_for_everyone()
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if self.args.should_save:  # sentence-transformers expects to be called in no other process
+            super()._save(output_dir, state_dict)
 
     def _load_from_checkpoint(self, checkpoint_path: str, model: Any = None) -> None:
         if not self.is_fsdp_enabled:
@@ -420,7 +436,7 @@ def main(arguments: Arguments, training: TrainingArguments) -> None:
         raise ValueError("--merge needs whole weights, and FSDP shards them: merge the result, with merge_adapter.")
     trainer.train(resume_from_checkpoint=last_checkpoint(training.output_dir) if arguments.resume else None)
 
-    # 6. Evaluate what will be saved: merged, and without the autocast of the training.
+    # 6. Evaluate what will be saved: merged, and without the autocast of the training (FSDP's cannot be switched off).
     trainer.accelerator.unwrap_model(encoder, keep_fp32_wrapper=False)
     if arguments.merge and arguments.lora:
         merge_adapter(model)

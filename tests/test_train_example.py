@@ -16,6 +16,7 @@ import yaml
 from accelerate import FullyShardedDataParallelPlugin
 from datasets import Dataset
 from huggingface_hub import parse_eval_result_entries
+from tiny import build
 from tiny_models import ROOT, WORDS, picture, save_tiny_backbone, tiny_encoder
 from torch.distributed.fsdp import FSDPModule
 from transformers import HfArgumentParser
@@ -367,6 +368,27 @@ def test_the_fsdp_config_shards_the_blocks_of_the_language_model(monkeypatch):
         policy = accelerate.utils.fsdp_utils.fsdp2_prepare_auto_wrap_policy(plugin, encoder)
         sharded = [name for name, module in encoder.named_modules() if policy(module)]
         assert sharded == [f"0.model.backbone.language_model.layers.{i}" for i in range(2)]
+
+
+def test_layers_that_only_images_run_through_are_not_sharded_apart():
+    """Processes whose batches have none would not take part in gathering them."""
+    from train import sharded_layers
+
+    backbone, processor = build("mllama")
+    model = MetaEmbedModel.from_backbone(backbone, processor=processor, num_query_tokens=4, num_document_tokens=8)
+    assert "MllamaCrossAttentionDecoderLayer" in {type(module).__name__ for module in model.modules()}
+    assert sharded_layers(model) == ["MllamaSelfAttentionDecoderLayer"]
+
+
+def test_a_backbone_whose_layers_cannot_be_sharded_is_named(monkeypatch):
+    from train import sharded_layers
+
+    model = tiny_encoder()[0].model
+    for module in model.modules():
+        if hasattr(module, "_no_split_modules"):
+            monkeypatch.setattr(module, "_no_split_modules", None)
+    with pytest.raises(ValueError, match="Qwen2_5_VLModel does not say which of its layers FSDP can shard"):
+        sharded_layers(model)
 
 
 # accelerate shards on GPUs only: this lets it do the same on the CPU.
