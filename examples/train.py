@@ -17,6 +17,7 @@ everything that sentence-transformers' training arguments know.
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import re
 import sys
@@ -277,8 +278,17 @@ def learning_rates(arguments: Arguments, model: MetaEmbedModel) -> dict[str, flo
 
 def last_checkpoint(folder: str) -> str | None:
     """Return the newest checkpoint in `folder` that was written whole: its state is what is written last."""
-    whole = [path.parent for path in Path(folder).glob("checkpoint-*/trainer_state.json")]
+    whole = [path.parent for path in Path(folder).glob("checkpoint-*/trainer_state.json") if is_json(path)]
     return str(max(whole, key=lambda path: int(path.name.rpartition("-")[2]))) if whole else None
+
+
+def is_json(path: Path) -> bool:
+    """Return whether a JSON file was written to its end."""
+    try:
+        json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return False
+    return True
 
 
 def check_output(folder: str, arguments: Arguments) -> None:

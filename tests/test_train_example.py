@@ -298,6 +298,17 @@ def table(output):
     return [line for line in output.splitlines() if line.startswith("| (")]
 
 
+def test_a_checkpoint_that_a_kill_cut_short_is_not_resumed(tmp_path):
+    from train import last_checkpoint
+
+    assert last_checkpoint(tmp_path) is None
+    for step, state in ((4, '{"log_history": []}'), (10, '{"log_hist'), (12, ""), (14, None)):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        if state is not None:
+            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
+
+
 @pytest.mark.slow
 def test_a_killed_run_ends_where_an_unbroken_one_does(data, tmp_path):
     options = ["--mini_batch_size", 4, "--embedding_dim", 24, "--lora_r", 4, "--num_train_epochs", 2]
