@@ -305,7 +305,9 @@ def budget_table(config: MetaEmbedConfig, dim: int, quality: Quality) -> str:
     return "\n".join(lines)
 
 
-def write_eval_results(folder: Path, dataset: str, task: str, quality: Quality, metric: str) -> list[Path]:
+def write_eval_results(
+    folder: Path, dataset: str, task: str, quality: Quality, metric: str, notes: str = ""
+) -> list[Path]:
     """Write the Hub's `.eval_results` files, one a budget, which show on the pages of the model and of the data set.
 
     Args:
@@ -314,6 +316,7 @@ def write_eval_results(folder: Path, dataset: str, task: str, quality: Quality, 
         task: Name of the task in that data set.
         quality: Metrics by budget.
         metric: Which of them to report.
+        notes: What else to say of how it was measured.
 
     Returns:
         The files.
@@ -323,7 +326,7 @@ def write_eval_results(folder: Path, dataset: str, task: str, quality: Quality, 
         entry = {
             "dataset": {"id": dataset, "task_id": task},
             "value": round(100 * values[metric], 2),
-            "notes": f"{metric} x 100, with {r_q} query and {r_c} document vectors",
+            "notes": ", ".join(filter(None, [f"{metric} x 100, with {r_q} query and {r_c} document vectors", notes])),
         }
         name = "".join(c if c.isalnum() else "-" for c in f"{dataset} {task}".lower())
         files.append(folder / ".eval_results" / f"{name}-{r_q}x{r_c}.yaml")

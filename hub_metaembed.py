@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import CommitInfo, HfApi
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
@@ -25,6 +26,26 @@ from .adapter_metaembed import (
 from .card_metaembed import is_ours, write_repository_files
 from .loading_metaembed import HUB_ARGUMENTS, check_loading
 from .processing_metaembed import MetaEmbedProcessor
+
+
+def gather_weights(model: nn.Module) -> dict[str, Any] | None:
+    """Return the whole weights of a model that is sharded over several processes (FSDP2), or None where it is not.
+
+    Args:
+        model: The model, in every process.
+
+    Returns:
+        The weights on the CPU in the first process, and nothing in the others.
+    """
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return None
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+    from torch.distributed.tensor import DTensor
+
+    # Of the state dictionary: after an evaluation, the parameters themselves may be whole for the moment.
+    if not any(isinstance(value, DTensor) for value in model.state_dict().values()):
+        return None
+    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
 
 
 class HubModel(PreTrainedModel):
@@ -124,7 +145,8 @@ class HubModel(PreTrainedModel):
         """Save a folder that is a complete Hub repository, loadable without this package.
 
         Writes the weights (safetensors), the configuration, the processor, the Python files, the files of
-        sentence-transformers, and a model card where there is none that a person wrote.
+        sentence-transformers, and a model card where there is none that a person wrote. Of a model that is sharded over
+        several processes (FSDP), call it in all of them: they gather the weights, and the first one writes.
 
         Args:
             save_directory: Folder to write to.
@@ -135,6 +157,8 @@ class HubModel(PreTrainedModel):
         push, name = kwargs.pop("push_to_hub", False), kwargs.pop("repo_id", folder.name)
         hub = {key: kwargs.pop(key) for key in ("private", "revision", "create_pr", "commit_message") if key in kwargs}
         check_saves_whole(self, folder)
+        if kwargs.get("state_dict") is None:
+            kwargs["state_dict"] = gather_weights(self)
         # Under the names of the modules: transformers would write the older names that some backbones have in their
         # own checkpoints, and does not find them again inside another model.
         super().save_pretrained(folder, **{"save_original_format": False, **kwargs})
@@ -147,7 +171,7 @@ class HubModel(PreTrainedModel):
             self.processor.save_pretrained(folder)
             write_repository_files(folder, self, repository=name if model_card else None)
         if push and first:
-            self.push_to_hub(name, token=kwargs.get("token"), **hub)
+            self.push_to_hub(name, token=kwargs.get("token"), state_dict=kwargs["state_dict"], **hub)
 
     def push_to_hub(
         self,

@@ -2,10 +2,12 @@
 
     python examples/evaluate_mmeb.py you/your-metaembed --image-dir MMEB/images
     python examples/evaluate_mmeb.py you/your-metaembed --image-dir MMEB/images --subsets DocVQA CIRR
+    python examples/evaluate_mmeb.py saved --image-dir MMEB/images --write-results saved     for the pages of the Hub
 
 Reads the format of https://huggingface.co/datasets/TIGER-Lab/MMEB-eval, whose images are a separate download
 (`images.zip`): a row holds `qry_text`, `qry_img_path`, and the lists `tgt_text` and `tgt_img_path` of its candidates,
-the right one first. Every query and every candidate is encoded once, for all budgets.
+the right one first. Every query and every candidate is encoded once, for all budgets. Where a subset fails, the others
+are still run and printed, and the exit code is 1.
 """
 
 from __future__ import annotations
@@ -13,6 +15,8 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import sys
+import traceback
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -21,6 +25,7 @@ import torch
 from datasets import load_dataset
 
 from metaembed import MetaEmbedModel, maxsim
+from metaembed.card_metaembed import write_eval_results
 
 GROUPS = {
     "classification": [
@@ -51,6 +56,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--output", type=Path, default=Path("outputs/mmeb"), help="a JSON file a subset; not run again"
     )
+    parser.add_argument("--write-results", type=Path, help="folder of the saved model, to write the Hub's files into")
     return parser.parse_args()
 
 
@@ -117,25 +123,49 @@ def table(results: dict[str, dict[str, float]]) -> str:
     return "\n".join(lines)
 
 
+def write_results(folder: Path, dataset: str, results: dict[str, dict[str, float]]) -> list[Path]:
+    """Write the Hub's `.eval_results` files of what was measured, one a subset and budget, into a saved model."""
+    files = []
+    for subset, values in results.items():
+        quality = {tuple(map(int, budget.split(","))): {"precision@1": value} for budget, value in values.items()}
+        files += write_eval_results(folder, dataset, subset, quality, "precision@1")
+    return files
+
+
 def main() -> None:
     """Evaluate what the command line names."""
     arguments = parse_arguments()
+    if target := arguments.write_results:
+        if not (target / "config.json").is_file():
+            raise ValueError(f"--write-results must be the folder of a saved model, got {target}.")
+        if Path(arguments.dataset).exists():
+            raise ValueError("--write-results names the data set by its Hub id: --dataset must be one, not a folder.")
     model = MetaEmbedModel.from_pretrained(arguments.model, revision=arguments.revision)
     if torch.cuda.is_available():
         model.cuda()
     commit = model.commit or "local"
     folder = arguments.output / f"{arguments.model.strip('/').replace('/', '__')}__{commit[:12]}"
-    results = {}
+    results, failures = {}, []
     for subset in arguments.subsets:
         path = folder / f"{subset}.json"
         if path.is_file() and commit != "local":  # a folder may have changed
             results[subset] = json.loads(path.read_text(encoding="utf-8"))
             continue
-        rows = load_dataset(arguments.dataset, subset, split="test")
-        results[subset] = precision_at_1(model, rows, arguments.image_dir, arguments.batch_size)
+        try:
+            rows = load_dataset(arguments.dataset, subset, split="test")
+            results[subset] = precision_at_1(model, rows, arguments.image_dir, arguments.batch_size)
+        except Exception as error:  # it would lose the other subsets' results
+            traceback.print_exc()
+            failures.append(f"{subset}: {error}")
+            continue
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(results[subset], indent=2) + "\n", encoding="utf-8")
-    print(table(results))
+    if results:
+        print(table(results))
+    if target:
+        write_results(target, arguments.dataset, results)
+    if failures:
+        sys.exit("\n".join(["failed:", *failures]))
 
 
 if __name__ == "__main__":

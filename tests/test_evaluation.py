@@ -1,12 +1,15 @@
 """One encoding gives the right figures at every budget."""
 
+import importlib
 import math
 import subprocess
 import sys
 
 import pytest
 import torch
+import yaml
 from datasets import Dataset
+from huggingface_hub import parse_eval_result_entries
 from tiny_models import ROOT, WORDS, picture, tiny_encoder
 
 from metaembed.evaluation_metaembed import BudgetEvaluator, budget_table
@@ -91,10 +94,10 @@ def test_mteb_runs_at_a_budget_and_keeps_budgets_apart(encoder, tmp_path, name):
     seen = []
     hook = encoder[0].model.register_forward_hook(lambda module, args, output: seen.append(output.embeddings.shape[1]))
     try:
-        rows = evaluate(encoder, [task], [(1, 1), (4, 8)], "you/tiny", "abc", output=str(tmp_path))
+        rows, _ = evaluate(encoder, [task], [(1, 1), (4, 8)], "you/tiny", "abc", output=str(tmp_path))
         assert set(seen) == {1, 4, 8}
         seen.clear()
-        again = evaluate(encoder, [mteb_task(name)], [(4, 8), (1, 1)], "you/tiny", "abc", output=str(tmp_path))
+        again, _ = evaluate(encoder, [mteb_task(name)], [(4, 8), (1, 1)], "you/tiny", "abc", output=str(tmp_path))
         assert again == rows[::-1] and not seen, "what is in the cache was run again"
         for _ in range(2):  # a folder may have changed
             evaluate(encoder, [mteb_task(name)], [(1, 1)], "folder", output=str(tmp_path))
@@ -126,6 +129,47 @@ def mteb_task(name):
             split["queries"] = Dataset.from_dict({**rows, "image": [picture(i) for i in range(len(rows["id"]))]})
 
     return MockIT2ITask()
+
+
+def test_a_task_of_mteb_that_fails_does_not_lose_the_others(encoder, tmp_path, monkeypatch, capsys):
+    import evaluate_mteb
+
+    good, bad = mteb_task("MockAny2AnyRetrievalT2ITask"), mteb_task("MockRetrievalTask")
+    monkeypatch.setattr(bad, "load_data", lambda *args, **kwargs: 1 / 0)
+    monkeypatch.setattr(evaluate_mteb.mteb, "get_tasks", lambda tasks: [bad, good])
+    encoder.save_pretrained(str(tmp_path / "model"))
+    options = ["--tasks", "bad", "good", "--budgets", "1,1", "4,8", "--output", tmp_path / "out"]
+    options += ["--write-results", tmp_path / "model"]
+    monkeypatch.setattr(sys, "argv", ["evaluate_mteb.py", *map(str, [tmp_path / "model", *options])])
+    with pytest.raises(SystemExit, match=r"failed:\nMockRetrievalTask at \(1, 1\): division by zero"):
+        evaluate_mteb.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" | ")[0] for line in lines if line.startswith("| ")] == [
+        *("| task", f"| {good.metadata.name}", "| mean")
+    ]
+    files = sorted((tmp_path / "model" / ".eval_results").iterdir())
+    assert [path.name.rpartition("-")[2] for path in files] == ["1x1.yaml", "4x8.yaml"]
+    (entry,) = parse_eval_result_entries(yaml.safe_load(files[1].read_text()))
+    assert (entry.dataset_id, entry.task_id) == (good.metadata.dataset["path"], good.metadata.name)
+    assert f"{entry.value / 100:.4f}"[:5] == lines[-1].split(" | ")[-1][:5]
+    assert "with 4 query and 8 document vectors, measured by MTEB" in entry.notes
+
+
+def test_a_half_failed_line_of_the_mteb_table_is_in_no_mean():
+    from evaluate_mteb import table
+
+    rows = [("a", (1, 1), 0.5), ("b", (1, 1), 0.1), ("b", (4, 8), 0.2)]
+    assert table(rows).splitlines()[2:] == [
+        *("| a | 0.5000 | failed |", "| b | 0.1000 | 0.2000 |", "| mean | 0.1000 | 0.2000 |")
+    ]
+
+
+def test_mteb_benchmarks_run_their_public_tasks_by_default(capsys):
+    from evaluate_mteb import BENCHMARKS, find_tasks
+
+    names = [task.metadata.name for task in find_tasks(BENCHMARKS)]
+    assert len(names) == 22 and "Vidore3HrRetrieval" in names
+    assert "not public: Vidore3TelecomRetrieval, Vidore3NuclearRetrieval" in capsys.readouterr().err
 
 
 def test_mteb_needs_a_budget_that_the_model_has(encoder):
@@ -174,6 +218,37 @@ def test_mmeb_gives_no_credit_for_ties(encoder, tmp_path):
 
     rows = [{"qry_text": "a", "qry_img_path": "", "tgt_text": ["b", "b "], "tgt_img_path": ["", ""]}]
     assert set(precision_at_1(encoder[0].model, rows, tmp_path, batch_size=2).values()) == {0.0}
+
+
+def test_a_subset_of_mmeb_that_fails_does_not_lose_the_others(encoder, tmp_path, monkeypatch, capsys):
+    import evaluate_mmeb
+
+    rows = mmeb_rows(tmp_path)
+    subsets = {"Tiny": rows, "Broken": [{**rows[0], "qry_img_path": "gone.png"}]}
+    monkeypatch.setattr(evaluate_mmeb, "load_dataset", lambda dataset, subset, split: subsets[subset])
+    encoder.save_pretrained(str(tmp_path / "model"))
+    options = ["--subsets", "Broken", "Tiny", "--image-dir", tmp_path, "--output", tmp_path / "out"]
+    command = [*map(str, [tmp_path / "model", *options, "--write-results", tmp_path / "model"])]
+    monkeypatch.setattr(sys, "argv", ["evaluate_mmeb.py", *command])
+    with pytest.raises(SystemExit, match=r"failed:\nBroken: .*gone.png"):
+        evaluate_mmeb.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" | ")[0] for line in lines[2:]] == ["| Tiny", "| mean"]
+    files = sorted((tmp_path / "model" / ".eval_results").iterdir())
+    assert [path.name for path in files] == [f"tiger-lab-mmeb-eval-tiny-{b}.yaml" for b in ("1x1", "2x4", "4x8")]
+    (entry,) = parse_eval_result_entries(yaml.safe_load(files[2].read_text()))
+    assert (entry.dataset_id, entry.task_id) == ("TIGER-Lab/MMEB-eval", "Tiny")
+    monkeypatch.setattr(sys, "argv", ["evaluate_mmeb.py", *command, "--dataset", str(tmp_path)])
+    with pytest.raises(ValueError, match="--dataset must be one, not a folder"):
+        evaluate_mmeb.main()
+
+
+@pytest.mark.parametrize("script", ["evaluate_mteb", "evaluate_mmeb"])
+def test_results_are_written_into_a_saved_model_only(tmp_path, monkeypatch, script):
+    options = [str(tmp_path), "--write-results", str(tmp_path), "--image-dir", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", [script, *options[: 3 if script == "evaluate_mteb" else 5]])
+    with pytest.raises(ValueError, match="--write-results must be the folder of a saved model"):
+        importlib.import_module(script).main()
 
 
 @pytest.mark.slow

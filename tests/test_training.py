@@ -6,9 +6,11 @@ import sys
 
 import pytest
 import torch
-from tiny_models import WORDS, assert_same_gradients, gradients, picture, tiny_encoder
+from tiny_models import WORDS, assert_same_gradients, gradients, picture, save_tiny_backbone, tiny_encoder
 from torch.nn.functional import cross_entropy, dropout
 
+from metaembed import MetaEmbedModel
+from metaembed.adapter_metaembed import lora_config
 from metaembed.training_metaembed import CachedMMRLoss, MMRLoss
 
 BATCH = 6  # a third of each kind of document
@@ -234,3 +236,66 @@ def test_two_ranks_equal_one(encoder, tmp_path):
         assert_equal_parts({name: (parts[0][name] + parts[1][name]) / 2 for name in parts[0]}, expected[0])
         for rank in ranks:
             assert_same_gradients(rank[kind][1], expected[1])
+
+
+def an_encoder_to_train(backbone, adapter):
+    encoder = tiny_encoder(double=True)
+    if adapter:
+        model = encoder[0].model
+        model.adapter_base = (str(backbone), None)
+        torch.manual_seed(0)
+        model.add_adapter(lora_config(model, r=4, lora_dropout=0.0, init_lora_weights=False))
+        model.double()
+    return encoder.train()
+
+
+def take_a_step(loss, batches):
+    """Take a step down the mean loss of the batches of this process."""
+    optimizer = torch.optim.SGD([p for p in loss.parameters() if p.requires_grad], lr=0.1)
+    (sum(sum(loss(batch).values()) for batch in batches) / len(batches)).backward()
+    optimizer.step()
+
+
+SHARDED = """
+import sys, torch, torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.device_mesh import init_device_mesh
+sys.path.insert(0, sys.argv[1])
+from test_training import BATCH, an_encoder_to_train, features, take_a_step
+from metaembed.training_metaembed import MMRLoss
+
+torch.set_num_threads(1)
+dist.init_process_group("gloo")
+rank, mesh = dist.get_rank(), init_device_mesh("cpu", (2,))
+for adapter in (False, True):
+    encoder = an_encoder_to_train(f"{sys.argv[2]}/backbone", adapter)
+    for layer in encoder[0].model.backbone.language_model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(encoder, mesh=mesh)
+    take_a_step(MMRLoss(encoder), [features(encoder, first=rank * BATCH // 2, count=BATCH // 2)])
+    encoder.encode_query(["cat"])  # leaves some weights whole for the moment
+    encoder.save_pretrained(f"{sys.argv[2]}/{adapter}")
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_a_sharded_model_is_saved_whole(tmp_path):
+    """Two processes with half a batch and half the weights each (FSDP2) save what one with all of both does."""
+    save_tiny_backbone(tmp_path / "backbone")
+    script = tmp_path / "rank.py"
+    script.write_text(SHARDED)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, os.path.dirname(__file__), tmp_path], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    for adapter in (False, True):
+        encoder = an_encoder_to_train(tmp_path / "backbone", adapter)
+        before = encoder[0].model.encode_documents(picture(0))
+        take_a_step(MMRLoss(encoder), [features(encoder, first=first, count=BATCH // 2) for first in (0, BATCH // 2)])
+        expected = encoder.eval()[0].model.encode_documents(picture(0))
+        saved = MetaEmbedModel.from_pretrained(tmp_path / str(adapter), dtype=torch.float64).double()
+        torch.testing.assert_close(saved.encode_documents(picture(0)), expected, atol=1e-6, rtol=0)
+        assert (expected - before).abs().max() > 1e-3
