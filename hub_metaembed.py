@@ -39,7 +39,7 @@ class HubModel(PreTrainedModel):
         to train it further.
 
         Raises:
-            ValueError: If a weight is missing from the checkpoint, or of another shape.
+            ValueError: If a weight is missing from the checkpoint, of another shape, or without a place in the model.
         """
         wants_info = kwargs.pop("output_loading_info", False)
         source = pretrained_model_name_or_path

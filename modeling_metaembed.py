@@ -128,9 +128,10 @@ class MetaEmbedModel(HubModel):
             The model, in evaluation mode, with its processor as `model.processor`.
 
         Raises:
-            TypeError: If `backbone` is neither a name nor a model.
-            ValueError: If a weight is missing from the backbone's checkpoint, there is no processor or it takes no
-                new tokens, the sizes and budgets do not fit, or such a model cannot be a backbone: with the reason.
+            TypeError: If `backbone` is neither a name nor a model, or a keyword means nothing.
+            ValueError: If a weight is missing from the checkpoint, or has a place neither in the backbone nor in a
+                head, there is no processor or it takes no new tokens, the sizes and budgets do not fit, or such a
+                model cannot be a backbone: with the reason.
 
         Example:
             >>> model = MetaEmbedModel.from_backbone("Qwen/Qwen2.5-VL-3B-Instruct", dtype=torch.bfloat16)
@@ -148,6 +149,11 @@ class MetaEmbedModel(HubModel):
             processor = processor or loaded_processor
         elif not isinstance(backbone, PreTrainedModel):
             raise TypeError(f"backbone must be a Hub id, a folder or a loaded model, got {type(backbone).__name__}.")
+        elif kwargs:
+            raise TypeError(
+                f"{', '.join(sorted(kwargs))}: from_backbone knows no such keywords of its own, and a loaded backbone "
+                "is not loaded again. Load it with them, or give its Hub id or folder."
+            )
         elif processor is None:
             raise ValueError("a loaded backbone comes without its processor: pass it as `processor`.")
         whole, backbone = backbone, headless(backbone)
