@@ -199,13 +199,16 @@ class MetaEmbedModel(HubModel):
 
         Args:
             checkpoint: Hub id or folder of their weights: a full state dict, or a PEFT adapter.
-            **kwargs: See [`authors_metaembed.convert`]: `base`, `adapter`, `num_query_tokens`, ...
+            **kwargs: See [`authors_metaembed.convert`]: `base`, `adapter`, `num_query_tokens`, `revision`,
+                `base_revision`, ...
 
         Returns:
             The model, in their layout: a document's Meta Tokens follow the query ones.
 
         Raises:
-            ValueError: If a weight of theirs finds no place, or a weight of the backbone is missing.
+            TypeError: If a keyword means nothing.
+            ValueError: If a weight of theirs finds no place or is not what it should be, or a weight of the backbone
+                is missing.
 
         Example:
             >>> model = MetaEmbedModel.from_authors_checkpoint("their/adapter", base="Qwen/Qwen2.5-VL-3B-Instruct")
