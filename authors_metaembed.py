@@ -82,22 +82,23 @@ def convert(
     hub = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
     folder = _folder(checkpoint, revision, hub) / subfolder
     state, adapters = _read(folder), []
-    if (folder / "adapter_config.json").is_file():
-        adapters.append((folder, state))
-        if base is None:
-            named = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-            base, base_revision = named["base_model_name_or_path"], base_revision or named.get("revision")
+    is_adapter = (folder / "adapter_config.json").is_file()
+    if is_adapter and base is None:
+        named = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        base, base_revision = named.get("base_model_name_or_path"), base_revision or named.get("revision")
         if not base:
             raise ValueError(f"the adapter {checkpoint} names no base model: pass its backbone as `base`.")
-        base_hub = {**hub, "revision": base_revision} if base_revision else hub
+    base_hub = {**hub, "revision": base_revision} if base_revision else hub
+    own: dict[str, Tensor] = {}
+    base_processor = None
+    if is_adapter:
+        adapters.append((folder, state))
         whole, base_processor, missing = load_backbone(base, **{"dtype": "auto", **base_hub, **kwargs})
         backbone = headless(whole)
         check_loading(base, {"missing_keys": missing})
-        own: dict[str, Tensor] = {}
     else:
         own = {name: state.pop(name) for name in list(state) if _is_own(name)}
-        backbone, base_processor = _load_full(folder, state, **{"dtype": "auto", **kwargs}), None
-        base_hub = {**hub, "revision": base_revision} if base_revision else hub
+        backbone = _load_full(folder, state, **{"dtype": "auto", **kwargs})
     if adapter is not None:
         path = _folder(adapter, adapter_revision, hub)
         adapters.append((path, _read(path)))
