@@ -6,8 +6,9 @@
     python examples/quickstart.py --backbone Qwen/Qwen2.5-VL-3B-Instruct    the same with a real backbone (a GPU)
 
 A document is a picture of six pictograms, a query names four to six of them. Test scenes come from a seed of their
-own: compositions never seen in training, of pictograms all seen. Writes to `outputs/quickstart`: the model folder,
-the table, the curve of quality against budget, and a sheet of queries with what they found.
+own: compositions never seen in training, of pictograms all seen. Writes to `outputs/quickstart`, or to a folder beside
+it named after the backbone and the budgets: the model folder, the table, the curve of quality against budget, and a
+sheet of queries with what they found.
 """
 
 from __future__ import annotations
@@ -56,9 +57,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--test-scenes", type=read_count, default=2000, help="at least 10, for nDCG@10")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--query", help='answer this query, e.g. "cat face, red apple", with the saved model if any')
-    parser.add_argument(
-        "--output", type=Path, help="default: outputs/quickstart, or one named after the backbone and budgets"
-    )
+    parser.add_argument("--output", type=Path, help="default: outputs/quickstart, and the backbone and budgets if any")
     arguments = parser.parse_args()
     if arguments.test_scenes < 10:
         parser.error(f"argument --test-scenes: must be at least 10, for nDCG@10, got {arguments.test_scenes}")
