@@ -31,6 +31,7 @@ PROCESSING_FIELDS = (
     "causal",
     "mixes_images",
     "batches_images",
+    "pads_left",
     "text_through_tokenizer",
     "nests_images",
     "processor_options",
@@ -322,6 +323,12 @@ class MetaEmbedProcessor(ProcessorMixin):
             raise TypeError(
                 f"{type(self.backbone_processor).__name__} knows no keyword {', '.join(unknown)}. "
                 f"It knows {', '.join(sorted(self._keywords))}."
+            )
+        sides = (kwargs.get("padding_side"), (kwargs.get("text_kwargs") or {}).get("padding_side"))
+        if "left" in sides and not self.config.pads_left:
+            raise ValueError(
+                "this backbone counts positions from the left, padding and all, so with padding_side='left' an "
+                "embedding would depend on the rest of its batch. Leave the padding on the right."
             )
         if "truncation" in kwargs:
             raise ValueError(
