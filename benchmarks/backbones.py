@@ -30,7 +30,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 
 ALSO = ["modernvbert", "qwen3", "llama", "bert", "modernbert"]
 SECONDS = 300  # for one architecture
-LONGEST_REASON = 2000  # characters
+LONGEST_REASON = 600  # characters
 
 HEADER = """\
 # Backbones
