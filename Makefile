@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test test-floor lint backbones benchmark benchmark-encode clean
+.PHONY: quickstart test test-floor lint backbones benchmark benchmark-encode benchmark-training clean
 
 quickstart: $(VENV)/.ready
 	$(BIN)/python examples/quickstart.py $(ARGS)
@@ -16,6 +16,9 @@ backbones: $(VENV)/.ready
 
 benchmark-encode: $(VENV)/.ready
 	$(BIN)/python benchmarks/encode.py $(ARGS)
+
+benchmark-training: $(VENV)/.ready
+	$(BIN)/python benchmarks/training.py $(ARGS)
 
 # After `make quickstart`, whose model it uses.
 benchmark: $(VENV)/.ready

@@ -164,6 +164,8 @@ def measure(backbone: PreTrainedModel, embed: Embed, processor: MetaEmbedProcess
         with torch.no_grad():
             _measure_batches(backbone, embed, processor, text, image, rows)
     config.causal = all(causal)
+    with torch.no_grad():
+        config.pads_left = _pads_left(backbone, embed, processor, text, rows[0])
     return torch.cat(rows)
 
 
@@ -219,12 +221,30 @@ def _share(backbone: PreTrainedModel, embed: Embed, processor: MetaEmbedProcesso
         return False
     finally:
         processor.config.mixes_images = before
-    # Half of the digits: far above the noise of another batch shape, far below what a leak changes.
-    return bool((together - torch.cat(alone)).norm(dim=-1).max() < torch.finfo(backbone.dtype).eps ** 0.5)
+    return _same(backbone, together, torch.cat(alone))
 
 
-def _inputs(backbone: PreTrainedModel, processor: MetaEmbedProcessor, items: list) -> Mapping[str, Any]:
-    inputs = processor.process_documents(items, instruction="").to(backbone.device)
+def _pads_left(
+    backbone: PreTrainedModel, embed: Embed, processor: MetaEmbedProcessor, text: Any, alone: torch.Tensor
+) -> bool:
+    """Whether a text keeps the rows [1, R, D] that it has alone when there is padding before it."""
+    longer = {"text": text["text"] * 8}
+    try:
+        padded = embed(**_inputs(backbone, processor, [text, longer], padding_side="left"))[:1]  # [1, R, D]
+    except Exception:  # refused by the backbone's processor, or by the backbone
+        return False
+    return _same(backbone, padded, alone)
+
+
+def _same(backbone: PreTrainedModel, a: torch.Tensor, b: torch.Tensor) -> bool:
+    # Half of the digits: far above the noise of another batch shape, far below what a leak changes. Of float32 at
+    # most: rotary positions have no more.
+    digits = max(torch.finfo(dtype).eps for dtype in (backbone.dtype, torch.float32))
+    return bool((a - b).norm(dim=-1).max() < digits**0.5)
+
+
+def _inputs(backbone: PreTrainedModel, processor: MetaEmbedProcessor, items: list, **kwargs: Any) -> Mapping[str, Any]:
+    inputs = processor.process_documents(items, instruction="", **kwargs).to(backbone.device)
     inputs.pop("num_meta", None)
     return inputs
 

@@ -110,6 +110,8 @@ class MetaEmbedConfig(PreTrainedConfig):
         mixes_images: Whether inputs with different numbers of images may share a batch without changing each other.
             Measured by [`MetaEmbedModel.from_backbone`].
         batches_images: Whether inputs with equal numbers of images may. Measured by [`MetaEmbedModel.from_backbone`].
+        pads_left: Whether rows stay as they are with padding on the left: not so where positions count the padding.
+            Measured by [`MetaEmbedModel.from_backbone`].
         text_through_tokenizer: Whether inputs without images go through the tokenizer alone, because the backbone's
             processor refuses them. Measured by [`MetaEmbedModel.from_backbone`].
         nests_images: Whether the backbone's processor takes the images of a batch as a list for each input, and not as
@@ -147,6 +149,7 @@ class MetaEmbedConfig(PreTrainedConfig):
     causal: bool = True
     mixes_images: bool = True
     batches_images: bool = True
+    pads_left: bool = True
     text_through_tokenizer: bool = False
     nests_images: bool = True
     processor_options: dict | None = None

@@ -63,7 +63,7 @@ class HubModel(PreTrainedModel):
         to train it further.
 
         Raises:
-            ValueError: If a weight is missing from the checkpoint, or of another shape.
+            ValueError: If a weight is missing from the checkpoint, of another shape, or without a place in the model.
         """
         wants_info = kwargs.pop("output_loading_info", False)
         source = pretrained_model_name_or_path
@@ -145,8 +145,8 @@ class HubModel(PreTrainedModel):
         """Save a folder that is a complete Hub repository, loadable without this package.
 
         Writes the weights (safetensors), the configuration, the processor, the Python files, the files of
-        sentence-transformers, and a model card where there is none that a person wrote. Of a model that is sharded over
-        several processes (FSDP), call it in all of them: they gather the weights, and the first one writes.
+        sentence-transformers, and a model card where there is none that a person wrote. Of a model that is sharded
+        over several processes (FSDP), call it in all of them: they gather the weights, and the first one writes.
 
         Args:
             save_directory: Folder to write to.

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from transformers import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
@@ -17,6 +19,7 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoModelForPreTraining,
     AutoProcessor,
+    PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers.models.auto.video_processing_auto import VIDEO_PROCESSOR_MAPPING
@@ -33,10 +36,15 @@ def check_loading(source: Any, info: Mapping[str, Any]) -> None:
         info: What `from_pretrained(..., output_loading_info=True)` reports.
 
     Raises:
-        ValueError: If a weight of the model was not in the checkpoint (and so is random), or has another shape.
+        ValueError: If a weight of the model was not in the checkpoint (and so is random), or has another shape, or if
+            one of the checkpoint's has no place in the model (and so is lost).
     """
     problems = []
-    for kind, what in (("missing_keys", "missing, so random"), ("mismatched_keys", "of another shape, so random")):
+    for kind, what in (
+        ("missing_keys", "missing, so random"),
+        ("mismatched_keys", "of another shape, so random"),
+        ("unexpected_keys", "without a place in the model, so lost"),
+    ):
         if keys := sorted(map(str, info.get(kind) or [])):
             shown = ", ".join(keys[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
             problems.append(f"{len(keys)} weights are {what}: {shown}")
@@ -56,7 +64,8 @@ def load_backbone(source: Any, **kwargs: Any) -> tuple[PreTrainedModel, Any, set
         the names of backbone weights that the checkpoint does not hold: good only for what the backbone does not use.
 
     Raises:
-        ValueError: If a weight has another shape than the checkpoint's.
+        ValueError: If a weight has another shape than the checkpoint's, one of the checkpoint's has a place neither in
+            the model nor in a head, or a retriever's own (its projection) is missing.
     """
     hub = {name: kwargs[name] for name in (*HUB_ARGUMENTS, "trust_remote_code") if name in kwargs}
     kind = type(AutoConfig.from_pretrained(source, **hub))
@@ -70,11 +79,49 @@ def load_backbone(source: Any, **kwargs: Any) -> tuple[PreTrainedModel, Any, set
         model, info = auto.from_pretrained(source, output_loading_info=True, **kwargs)
         check_loading(source, {"mismatched_keys": info["mismatched_keys"]})
         missing = names_inside(model, headless(model), info["missing_keys"])
-        candidates.append((model, missing))
+        if auto is AutoModelForPreTraining:  # all of a retriever's is trained, its projection too
+            check_loading(source, {"missing_keys": info["missing_keys"]})
+        candidates.append((model, missing, info["unexpected_keys"]))
         if not missing:
             break
-    model, missing = min(candidates, key=lambda candidate: len(candidate[1]))
+    model, missing, unexpected = min(candidates, key=lambda candidate: len(candidate[1]))
+    check_loading(source, {"unexpected_keys": homeless(unexpected, headless(model).config)})
     return model, AutoProcessor.from_pretrained(source, **hub), missing
+
+
+def homeless(names: Iterable[str], config: PreTrainedConfig) -> set[str]:
+    """Return those of a checkpoint's weights that a backbone with its head would have no place for either.
+
+    Args:
+        names: Names of weights that have no place in the backbone. What stands before a head's own name may be of an
+            older transformers.
+        config: The configuration of the backbone. It names the class that was saved.
+
+    Returns:
+        The names that are of no head.
+    """
+    rest = set(names)
+    if not rest:
+        return rest
+    classes = [getattr(transformers, name, None) for name in config.architectures or []]
+    classes += [
+        mapping.get(type(config), None)
+        for mapping in (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, MODEL_FOR_PRETRAINING_MAPPING)
+    ]
+    for cls in dict.fromkeys(classes):
+        if cls is None or cls is MODEL_MAPPING.get(type(config), None):
+            continue
+        with torch.device("meta"):
+            model = cls(config)
+        inside = tuple(f"{name}." for name, module in model.named_modules() if module is headless(model) and name)
+        ends = tuple(f".{name}" for name in model.state_dict() if not name.startswith(inside))
+        ignored = model._keys_to_ignore_on_load_unexpected or ()
+        rest = {
+            name
+            for name in rest
+            if not f".{name}".endswith(ends) and not any(re.search(pattern, name) for pattern in ignored)
+        }
+    return rest
 
 
 def headless(model: PreTrainedModel) -> PreTrainedModel:

@@ -128,9 +128,10 @@ class MetaEmbedModel(HubModel):
             The model, in evaluation mode, with its processor as `model.processor`.
 
         Raises:
-            TypeError: If `backbone` is neither a name nor a model.
-            ValueError: If a weight is missing from the backbone's checkpoint, there is no processor or it takes no
-                new tokens, the sizes and budgets do not fit, or such a model cannot be a backbone: with the reason.
+            TypeError: If `backbone` is neither a name nor a model, or a keyword means nothing.
+            ValueError: If a weight is missing from the checkpoint, or has a place neither in the backbone nor in a
+                head, there is no processor or it takes no new tokens, the sizes and budgets do not fit, or such a
+                model cannot be a backbone: with the reason.
 
         Example:
             >>> model = MetaEmbedModel.from_backbone("Qwen/Qwen2.5-VL-3B-Instruct", dtype=torch.bfloat16)
@@ -148,6 +149,11 @@ class MetaEmbedModel(HubModel):
             processor = processor or loaded_processor
         elif not isinstance(backbone, PreTrainedModel):
             raise TypeError(f"backbone must be a Hub id, a folder or a loaded model, got {type(backbone).__name__}.")
+        elif kwargs:
+            raise TypeError(
+                f"{', '.join(sorted(kwargs))}: from_backbone knows no such keywords of its own, and a loaded backbone "
+                "is not loaded again. Load it with them, or give its Hub id or folder."
+            )
         elif processor is None:
             raise ValueError("a loaded backbone comes without its processor: pass it as `processor`.")
         whole, backbone = backbone, headless(backbone)
@@ -194,13 +200,16 @@ class MetaEmbedModel(HubModel):
 
         Args:
             checkpoint: Hub id or folder of their weights: a full state dict, or a PEFT adapter.
-            **kwargs: See [`authors_metaembed.convert`]: `base`, `adapter`, `num_query_tokens`, ...
+            **kwargs: See [`authors_metaembed.convert`]: `base`, `adapter`, `num_query_tokens`, `revision`,
+                `base_revision`, ...
 
         Returns:
             The model, in their layout: a document's Meta Tokens follow the query ones.
 
         Raises:
-            ValueError: If a weight of theirs finds no place, or a weight of the backbone is missing.
+            TypeError: If a keyword means nothing.
+            ValueError: If a weight of theirs finds no place or is not what it should be, or a weight of the backbone
+                is missing.
 
         Example:
             >>> model = MetaEmbedModel.from_authors_checkpoint("their/adapter", base="Qwen/Qwen2.5-VL-3B-Instruct")

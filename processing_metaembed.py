@@ -31,6 +31,7 @@ PROCESSING_FIELDS = (
     "causal",
     "mixes_images",
     "batches_images",
+    "pads_left",
     "text_through_tokenizer",
     "nests_images",
     "processor_options",
@@ -330,6 +331,11 @@ class MetaEmbedProcessor(ProcessorMixin):
             raise TypeError(
                 f"{type(self.backbone_processor).__name__} knows no keyword {', '.join(unknown)}. "
                 f"It knows {', '.join(sorted(self._keywords))}."
+            )
+        if options.get("padding_side") == "left" and not self.config.pads_left:
+            raise ValueError(
+                "this backbone counts positions from the left, padding and all, so with padding_side='left' an "
+                "embedding would depend on the rest of its batch. Leave the padding on the right."
             )
         if "truncation" in options:
             raise ValueError(

@@ -30,6 +30,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 
 ALSO = ["modernvbert", "qwen3", "llama", "bert", "modernbert"]
 SECONDS = 300  # for one architecture
+LONGEST_REASON = 600  # characters
 
 HEADER = """\
 # Backbones
@@ -92,7 +93,8 @@ def attempt(name: str) -> tuple[bool, list[str]]:
         inputs = ", ".join(inputs_of(model))
         return True, [inputs, "fewer tokens" if config.causal else "slice", batches]
     except Exception as error:
-        reason = (str(error).strip() or "the check failed").split("\n")[0][:300].replace("|", "\\|")
+        reason = " ".join((str(error) or "the check failed").split()).replace("|", "\\|")
+        reason = reason if len(reason) <= LONGEST_REASON else f"{reason[:LONGEST_REASON]} ..."
         kind = {"built tiny": "not built here", "created": "refused at creation"}.get(stage, f"fails: {stage}")
         return False, [kind, reason if isinstance(error, ValueError) else f"{type(error).__name__}: {reason}"]
     finally:

@@ -1,6 +1,7 @@
 """What encoding costs over the bare backbone, and what asking for fewer Meta Tokens saves.
 
-    python benchmarks/encode.py [--hidden-size 256] [--layers 6] [--repeats 12]
+    make benchmark-encode                                writes a section of docs/performance.md
+    python benchmarks/encode.py --print                  prints only; [--hidden-size 256] [--layers 6] [--repeats 12]
 
 A Qwen2.5-VL with random weights and its real processor, on the CPU. The variants of a row run in turn, again and
 again, and each keeps the fastest of its runs: other work on the machine only ever adds time.
@@ -20,6 +21,7 @@ sys.path.append(str(ROOT / "examples"))
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from PIL import Image  # noqa: E402
+from report import describe_load, describe_machine, write_report  # noqa: E402
 from tiny_backbone import build_backbone, build_processor  # noqa: E402
 
 from metaembed import MetaEmbedModel  # noqa: E402
@@ -45,13 +47,14 @@ def sentence(generator: np.random.Generator, length: int) -> str:
 
 
 def main() -> None:
-    """Print both tables."""
+    """Measure, print and write both tables."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--hidden-size", type=int, default=256)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--repeats", type=int, default=12)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--print", action="store_true", help="leave docs/performance.md as it is")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     processor = build_processor([" ".join(WORDS)])
@@ -65,16 +68,34 @@ def main() -> None:
         "texts of 400 words": [sentence(generator, 400) for _ in range(16)],
         "pictures of 160 x 160": pictures,
     }
-    print(f"Qwen2.5-VL, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} million parameters, ", end="")
-    print(f"{arguments.threads} thread(s), batches of {arguments.batch_size}\n")
-    print_overhead(model, inputs, arguments.batch_size, arguments.repeats)
-    print_saving(model, inputs, arguments.batch_size, arguments.repeats)
+    size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    lines = [
+        "## Encoding",
+        "",
+        f"{describe_machine()}.",
+        f"Qwen2.5-VL with random weights, {size:.1f} million parameters, {arguments.threads} thread(s), batches of "
+        f"{arguments.batch_size}, the fastest of {arguments.repeats} turns.",
+        "",
+        *measure_overhead(model, inputs, arguments.batch_size, arguments.repeats),
+        "",
+        *measure_saving(model, inputs, arguments.batch_size, arguments.repeats),
+        "",
+        describe_load(),
+    ]
+    print("\n".join(lines))
+    if not arguments.print:
+        write_report({"encode": "\n".join(lines)})
 
 
-def print_overhead(model: MetaEmbedModel, inputs: dict[str, list], batch_size: int, repeats: int) -> None:
-    """Print the time of `encode_documents` beside that of the backbone alone, over the same batches of ids."""
-    print("| 64 Meta Tokens | tokens | forward alone | processor and forward | encode_documents | over both |")
-    print("|---|---|---|---|---|---|")
+def measure_overhead(model: MetaEmbedModel, inputs: dict[str, list], batch_size: int, repeats: int) -> list[str]:
+    """Measure the time of `encode_documents` beside that of the backbone alone, over the same batches of ids."""
+    lines = [
+        "`encode_documents` with 64 Meta Tokens over the bare backbone's forward, given the same batches of the same",
+        "tokens ready-made, and over the backbone's own processor and forward on the same inputs:",
+        "",
+        "| inputs | tokens | forward | processor and forward | `encode_documents` | over forward | over both |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for name, items in inputs.items():
         batches = [[items[i] for i in indices] for indices in model._batches(items, batch_size)]
         features = [model.processor.process_documents(batch) for batch in batches]
@@ -101,12 +122,12 @@ def print_overhead(model: MetaEmbedModel, inputs: dict[str, list], batch_size: i
 
         seconds = fastest({"forward": forward, "bare": process_and_forward, "ours": encode}, repeats)
         tokens = sum(each["attention_mask"].sum().item() for each in features)
-        print(
+        lines.append(
             f"| {name} | {tokens:,} | {seconds['forward'] * 1e3:,.0f} ms | {seconds['bare'] * 1e3:,.0f} ms "
-            f"| {seconds['ours'] * 1e3:,.0f} ms | {seconds['ours'] / seconds['bare'] - 1:+.1%} |",
-            flush=True,
+            f"| {seconds['ours'] * 1e3:,.0f} ms | {seconds['ours'] / seconds['forward'] - 1:+.1%} "
+            f"| {seconds['ours'] / seconds['bare'] - 1:+.1%} |"
         )
-    print()
+    return lines
 
 
 def prompts_of(model: MetaEmbedModel, batch: list) -> list[str]:
@@ -123,18 +144,19 @@ def prompts_of(model: MetaEmbedModel, batch: list) -> list[str]:
     ]
 
 
-def print_saving(model: MetaEmbedModel, inputs: dict[str, list], batch_size: int, repeats: int) -> None:
-    """Print what encoding costs with fewer Meta Tokens."""
+def measure_saving(model: MetaEmbedModel, inputs: dict[str, list], batch_size: int, repeats: int) -> list[str]:
+    """Measure what encoding costs with fewer Meta Tokens."""
     counts = (64, 16, 4, 1)
-    print("| encode_documents | " + " | ".join(f"num_meta={r}" for r in counts) + " | 1 against 64 |")
-    print("|---" * (len(counts) + 2) + "|")
+    lines = ["| `encode_documents` | " + " | ".join(f"num_meta={r}" for r in counts) + " | 1 against 64 |"]
+    lines.append("|---" * (len(counts) + 2) + "|")
     for name, items in inputs.items():
         seconds = fastest(
             {r: lambda r=r, items=items: model.encode_documents(items, r, batch_size=batch_size) for r in counts},
             repeats,
         )
         cells = " | ".join(f"{seconds[r] * 1e3:,.0f} ms" for r in counts)
-        print(f"| {name} | {cells} | {seconds[64] / seconds[1]:.2f} times faster |", flush=True)
+        lines.append(f"| {name} | {cells} | {seconds[64] / seconds[1]:.2f} times faster |")
+    return lines
 
 
 if __name__ == "__main__":

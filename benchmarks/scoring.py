@@ -12,19 +12,16 @@ and a part of `quality` need the model that `make quickstart` saves, and embed s
 from __future__ import annotations
 
 import argparse
-import os
-import platform
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import psutil
 import sentence_transformers
 import torch
 from peers import find_peers, install_peers
 from quality import measure_cascade, measure_quality, table
+from report import describe_load, describe_machine, write_report
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -34,7 +31,6 @@ from metaembed.precision_metaembed import PRECISIONS, bytes_per_vector
 from metaembed.scoring_metaembed import maxsim
 
 BUDGETS = [(1, 1), (2, 4), (4, 8), (8, 16), (16, 64)]
-REPORT = Path(__file__).parent.parent / "docs/performance.md"
 PATIENCE = 0.6  # seconds of turns that one implementation is given for one cell of a table, at least one turn
 MOST_TURNS = 15
 
@@ -171,17 +167,11 @@ def title(n: int, dim: int, threads: int) -> str:
     return f"{n:,} documents, {dim} dimensions, {threads} thread{'s' * (threads > 1)}"
 
 
-def describe_machine() -> list[str]:
-    """What this was measured on."""
-    model = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), model)
+def describe_method() -> list[str]:
+    """What this was measured on, and how."""
     kernel = ", ".join(f"{p}: {i}" for p, i in load_kernel().instructions.items())
     return [
-        f"{model}, {os.cpu_count()} cores, {psutil.virtual_memory().total / 2**30:.0f} GiB; {platform.system()}, "
-        f"Python {platform.python_version()}, torch {torch.__version__}, "
-        f"sentence-transformers {sentence_transformers.__version__}.",
+        f"{describe_machine()}, sentence-transformers {sentence_transformers.__version__}.",
         f"The compiled kernel uses {kernel}.",
         "",
         "Milliseconds of the best of several turns, in which everything in a table is run one after another: of",
@@ -217,8 +207,7 @@ def speed(size: str) -> list[str]:
         rows = compare(results)
         ratios += [f"{title(n, dim, threads)}:", "", *table(["queries", "at (16, 64)", "aim", "measured"], rows), ""]
         print("\n".join(ratios[-len(rows) - 4 :]), flush=True)
-    load = f"The load average was {os.getloadavg()[2]:.1f} at the end: above one, other work ran at the same time."
-    return ["## Speed", "", *describe_machine(), "", load, "", "### Ratios", "", *ratios, *details]
+    return ["## Speed", "", *describe_method(), "", describe_load(), "", "### Ratios", "", *ratios, *details]
 
 
 def main() -> None:
@@ -234,20 +223,7 @@ def main() -> None:
     parts = {name: "\n".join(sections[name](arguments.size)) for name in sections if name in wanted}
     print("\n\n".join(parts.values()))
     if arguments.size != "quick":
-        write_report(parts, list(sections))
-
-
-def write_report(parts: dict[str, str], order: list[str]) -> None:
-    """Replace the measured sections of the report, and keep the others as they are."""
-    marks = {name: (f"<!-- {name} -->", f"<!-- end of {name} -->") for name in order}
-    old = REPORT.read_text(encoding="utf-8") if REPORT.exists() else ""
-    text = "# Performance\n\nWritten by `make benchmark`; every number was measured by it.\n"
-    for name, (begin, end) in marks.items():
-        kept = old.split(begin)[1].split(end)[0] if begin in old else "\n\n"
-        text += f"\n{begin}\n{parts[name]}\n{end}\n" if name in parts else f"\n{begin}{kept}{end}\n"
-    REPORT.parent.mkdir(exist_ok=True)
-    REPORT.write_text(text, encoding="utf-8")
-    print(f"wrote {REPORT}", file=sys.stderr)
+        write_report(parts)
 
 
 if __name__ == "__main__":

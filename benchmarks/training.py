@@ -1,7 +1,10 @@
-"""What five budgets cost over one in a training step: `python benchmarks/training.py`.
+"""What five budgets cost over one in a training step.
+
+    make benchmark-training                              writes a section of docs/performance.md
+    python benchmarks/training.py --print                prints only
 
 The same step (forward, backward, optimiser) with the loss at (16, 64) only and at all five budgets, alternately, so
-that a machine that slows down slows both. Prints the medians, and the loss on its own.
+that a machine that slows down slows both: the medians, and the loss on its own.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from report import describe_load, describe_machine, write_report
 
 sys.path.append(str(Path(__file__).parent.parent / "examples"))
 
@@ -33,7 +37,7 @@ def timed(work) -> float:
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--hidden-size", type=int, default=64)
@@ -41,6 +45,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--side", type=int, default=48, help="of the pictures, in pixels")
     parser.add_argument("--mini-batch-size", type=int, help="GradCache; default: the plain loss")
+    parser.add_argument("--print", action="store_true", help="leave docs/performance.md as it is")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
 
@@ -83,12 +88,25 @@ def main() -> None:
             seconds[name, "step"].append(timed(lambda loss=loss: step(loss)))
             seconds[name, "loss alone"].append(timed(lambda loss=loss: score(loss)))
     median = {key: 1000 * statistics.median(values[2:]) for key, values in seconds.items()}
-    for (name, what), value in median.items():
-        print(f"{name:15} {what:11} {value:9.2f} ms")
+    kind = f"GradCache in parts of {arguments.mini_batch_size}" if arguments.mini_batch_size else "the plain loss"
+    lines = [
+        "## Training",
+        "",
+        f"{describe_machine()}.",
+        f"A step of a Qwen2.5-VL with random weights, hidden size {arguments.hidden_size}, {arguments.layers} layers, "
+        f"one thread, {arguments.batch_size} queries and pictures of {arguments.side} x {arguments.side}, {kind}: "
+        f"medians of {arguments.steps} turns.",
+        "",
+        "| | (16, 64) only | five budgets | five over one |",
+        "|---|---|---|---|",
+    ]
     for what in ("step", "loss alone"):
-        print(
-            f"five over one, {what}: +{100 * (median['five budgets', what] / median['(16, 64) only', what] - 1):.1f}%"
-        )
+        one, five = (median[name, what] for name in losses)
+        lines.append(f"| {what} | {one:.2f} ms | {five:.2f} ms | {five / one - 1:+.1%} |")
+    lines += ["", describe_load()]
+    print("\n".join(lines))
+    if not arguments.print:
+        write_report({"training": "\n".join(lines)})
 
 
 if __name__ == "__main__":

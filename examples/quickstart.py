@@ -6,8 +6,9 @@
     python examples/quickstart.py --backbone Qwen/Qwen2.5-VL-3B-Instruct    the same with a real backbone (a GPU)
 
 A document is a picture of six pictograms, a query names four to six of them. Test scenes come from a seed of their
-own: compositions never seen in training, of pictograms all seen. Writes to `outputs/quickstart`: the model folder,
-the table, the curve of quality against budget, and a sheet of queries with what they found.
+own: compositions never seen in training, of pictograms all seen. Writes to `outputs/quickstart`, or to a folder beside
+it named after the backbone and the budgets: the model folder, the table, the curve of quality against budget, and a
+sheet of queries with what they found.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from torch import Tensor
 from transformers import AutoModel, set_seed
 
 from metaembed import MetaEmbedModel, maxsim, search
+from metaembed.configuration_metaembed import check_budgets
 from metaembed.sentence_metaembed import to_multi_vector_encoder
 from metaembed.training_metaembed import MMRLoss
 
@@ -44,25 +46,47 @@ def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--backbone", help="Hub id or folder of a real backbone; default: a tiny one made here")
-    parser.add_argument("--budgets", help='what to train, as "1,1 4,8 16,64"; default: all five')
+    parser.add_argument("--budgets", type=read_budgets, help='what to train, as "1,1 4,8 16,64"; default: all five')
     parser.add_argument("--normalize", default="sqrt", choices=["sum", "mean", "sqrt"], help="see MMRLoss")
-    parser.add_argument("--steps", type=int, default=960)
-    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--steps", type=read_count, default=960)
+    parser.add_argument("--batch-size", type=read_count, default=32)
     parser.add_argument("--learning-rate", type=float, help="default: 3e-3 for the tiny backbone, 1e-5 for a real one")
-    parser.add_argument("--cell", type=int, help="pixels a cell; default: 16 for the tiny backbone, 56 for a real one")
-    parser.add_argument("--test-scenes", type=int, default=2000)
+    parser.add_argument(
+        "--cell", type=read_count, help="pixels a cell; default: 16 for the tiny backbone, 56 for a real one"
+    )
+    parser.add_argument("--test-scenes", type=read_count, default=2000, help="at least 10, for nDCG@10")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--query", help='answer this query, e.g. "cat face, red apple", with the saved model if any')
-    parser.add_argument("--output", type=Path, help="default: outputs/quickstart, or one named after the budgets")
+    parser.add_argument("--output", type=Path, help="default: outputs/quickstart, and the backbone and budgets if any")
     arguments = parser.parse_args()
-    if arguments.budgets:
-        arguments.budgets = [tuple(map(int, pair.split(","))) for pair in arguments.budgets.split()]
+    if arguments.test_scenes < 10:
+        parser.error(f"argument --test-scenes: must be at least 10, for nDCG@10, got {arguments.test_scenes}")
+    if arguments.query is not None and not arguments.query.strip():
+        parser.error('argument --query: names no pictogram: expected names such as "cat face, red apple"')
     if arguments.output is None:
-        suffix = "".join(f"-{q}x{d}" for q, d in arguments.budgets or [])
-        arguments.output = Path("outputs") / f"quickstart{suffix}"
+        backbone = [arguments.backbone.strip("/").replace("/", "--")] if arguments.backbone else []
+        budgets = [f"{q}x{d}" for q, d in arguments.budgets or []]
+        arguments.output = Path("outputs") / "-".join(["quickstart", *backbone, *budgets])
     arguments.cell = arguments.cell or (56 if arguments.backbone else 16)
     arguments.learning_rate = arguments.learning_rate or (1e-5 if arguments.backbone else 3e-3)
     return arguments
+
+
+def read_count(text: str) -> int:
+    """Read a whole number of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+def read_budgets(text: str) -> list[tuple[int, int]]:
+    """Read budgets such as "1,1 16,64"."""
+    try:
+        pairs = [tuple(map(int, pair.split(","))) for pair in text.split()]
+        check_budgets(pairs, 16, 64, complete=False)
+    except (TypeError, ValueError) as error:
+        raise argparse.ArgumentTypeError(f'expected pairs such as "1,1 4,8 16,64", got {text!r}: {error}') from error
+    return pairs
 
 
 def make_task(count: int, seed: int) -> tuple[list[Scene], list[frozenset[str]], list[str]]:

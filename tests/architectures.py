@@ -144,6 +144,7 @@ GLM = Architecture(
     config=MROPE,
 )
 SQUARE = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+SMALL_SQUARE = {"height": 40, "width": 40}
 LLAVA = {"patch_size": PATCH_SIZE, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
 GRID = {"image_grid_pinpoints": [[56, 112], [112, 56], [112, 112]]}
 TILES = {"size": {"longest_edge": 112}, "max_image_size": {"longest_edge": IMAGE_SIZE}}
@@ -163,6 +164,15 @@ ARCHITECTURES: dict[str, Architecture] = {
         image_options={"max_patches": 2},
     ),
     "bert": Architecture(template=False, config={"max_position_embeddings": 2048}),
+    "chameleon": Architecture(
+        config={
+            "vocabulary_map": {"<image>": 4, **{f"IMGIMG{chr(ord('A') + i)}Z": 100 + i for i in range(10)}},
+            "vq_config.num_embeddings": 10,
+            "vq_config.base_channels": 32,
+            "vq_config.embed_dim": 32,
+        },
+        options={"image_seq_length": 9},
+    ),
     "cohere2_vision": Architecture(image_options={"patch_size": 2, "max_patches": 2}),
     "cohere_compass": Architecture(
         image="<|VISION_START|><|IMAGE_PAD|><|VISION_END|>",
@@ -173,7 +183,36 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "cosmos3_edge": QWEN2,
     "cosmos3_omni": replace(QWEN3, like="qwen3_vl"),
+    "deepseek_ocr2": Architecture(
+        config={
+            **text(mlp_layer_types=["dense", "sparse"], num_experts_per_tok=2),
+            "vision_config.sam_config.downsample_channels": [512, 32],
+        },
+        image_options={"size": {"height": 1024, "width": 1024}},
+    ),
     "deepseek_vl": Architecture(options={"num_image_tokens": PATCHES}),
+    "deepseek_vl_hybrid": Architecture(
+        config={
+            "high_res_vision_config.image_size": 1024,
+            "high_res_vision_config.patch_size": 16,
+            "high_res_vision_config.global_attn_indexes": [0],
+        },
+        options={"num_image_tokens": PATCHES},
+    ),
+    "emu3": Architecture(
+        config={
+            "vocabulary_map": {
+                "<image>": 4,
+                "<|extra_200|>": 5,
+                **{f"<|visual token {i:06d}|>": 100 + i for i in range(10)},
+            },
+            "vq_config.codebook_size": 10,
+            "vq_config.base_channels": 32,
+            "vq_config.embed_dim": 32,
+            "vq_config.hidden_size": 128,
+        },
+        image_options={"min_pixels": 64 * 64, "max_pixels": 128 * 128},
+    ),
     "ernie4_5_vl_moe": Architecture(
         config=text(rope_parameters=rope(3, 3, 2)),
         image="<image_start><image><image_end>",
@@ -213,7 +252,17 @@ ARCHITECTURES: dict[str, Architecture] = {
         image_options=GRID,
         options={**LLAVA, "downsample_rate": "2/4"},
     ),
+    "granite_docling": Architecture(  # its own factors are made for wide layers: here they would hide all but the ids
+        config=text(embedding_multiplier=1.0, residual_multiplier=1.0, attention_multiplier=0.25),
+        options={"image_seq_len": 1},
+        image_options={"max_patches": 2},
+    ),
+    "hunyuan_vl": Architecture(
+        config=text(head_dim=16, rope_parameters=rope(2, 2, 2, 2)), image="<image_start><image><image_end>"
+    ),
     "idefics3": IDEFICS,
+    "inkling2": Architecture(image_options={"size": SMALL_SQUARE}),
+    "inkling_mm_model": Architecture(image_options={"size": SMALL_SQUARE}),
     "internvl": INTERNVL,
     "janus": Architecture(options={"num_image_tokens": PATCHES}),
     "kimi_k25": Architecture(
@@ -248,6 +297,23 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "modernbert": Architecture(template=False, config=ENCODER),
     "modernvbert": replace(IDEFICS, config=text(**ENCODER), options={"image_seq_len": 1}, like="idefics3"),
+    "molmo2": Architecture(
+        config={
+            **vision(image_size=[IMAGE_SIZE] * 2, num_position_embeddings=PATCHES),
+            "adapter_config.vision_feature_layer": [-1, -2],
+            "adapter_config.text_hidden_size": 32,
+        },
+        ids={
+            "image_start_token_id": "<im_start>",
+            "low_res_image_start_token_id": "<low_res_im_start>",
+            "image_end_token_id": "<im_end>",
+            "image_patch_id": "<im_patch>",
+            "frame_start_token_id": "<frame_start>",
+            "frame_end_token_id": "<frame_end>",
+        },
+        named={"image_token": "<|image|>", "video_token": "<|video|>"},
+        image_options={"size": SQUARE, "overlap_margins": [1, 1], "max_crops": 2},
+    ),
     "muse_glimmer": Architecture(config={"out_hidden_size": 128}),
     "muse_spark": Architecture(config={"out_hidden_size": 128}),
     "ovis2": Architecture(
@@ -276,6 +342,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "smolvlm": IDEFICS,
     "step3p7": Architecture(config=text(sliding_window=64)),
+    "unlimited_ocr": Architecture(config={"vision_config.sam_config.downsample_channels": [512, 32]}),
     "video_llama_3": Architecture(**PATCH_16),
     "video_llava": Architecture(image_options={"size": SQUARE, "crop_size": SQUARE}, options=LLAVA),
     "vipllava": Architecture(config={"vision_feature_layers": [-1, -2]}, options=LLAVA),

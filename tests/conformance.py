@@ -6,6 +6,7 @@ import functools
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from PIL import Image
@@ -96,6 +97,19 @@ def check_a_batch_equals_one_by_one(model: MetaEmbedModel) -> None:
     together = model.encode_documents(items)
     for item, row in zip(items, together, strict=True):
         assert distance(model.encode_documents(item), row) < CLOSE, item
+
+
+def check_either_padding_side_gives_equal_rows(model: MetaEmbedModel) -> None:
+    """Or, where positions count the padding, the left one is refused."""
+    items = [*inputs_of(model).values(), "cat", "the green pear on a blue table " * 5]
+    if not model.config.pads_left:
+        with pytest.raises(ValueError, match="padding"):
+            model.encode_documents(items, padding_side="left")
+        return
+    for side in SIDES:
+        left = encode(model, side, items, padding_side="left")
+        for item, row in zip(items, left, strict=True):
+            assert distance(encode(model, side, item), row) < CLOSE, item
 
 
 def check_special_tokens_in_user_text_are_text(model: MetaEmbedModel) -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conformance import CHECKS, run
+from conformance import CHECKS, inputs_of, load, run
 
 NAMED = [
     *("qwen2_5_vl", "paligemma", "mllama"),  # the paper's
@@ -11,6 +11,11 @@ NAMED = [
     *("glm4v", "lfm2_vl", "minicpmv4_6", "granite4_vision", "modernvbert", "qwen3"),
     *("llama", "bert", "modernbert"),
 ]
+TEXT_ONLY = {"qwen3", "llama", "bert", "modernbert"}
+WITH_VIDEO = {
+    *("qwen2_5_vl", "qwen2_vl", "qwen3_vl", "qwen3_5", "gemma4"),
+    *("internvl", "llava_onevision", "glm4v", "minicpmv4_6"),
+}
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -26,3 +31,21 @@ def one_thread():
 @pytest.mark.parametrize("name", NAMED)
 def test_backbone(name, check, tmp_path):
     run(check, name, tmp_path)
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_the_kinds_of_input_that_every_promise_is_tried_with(name):
+    """What a backbone refuses is left out of its checks, so what it must take is stated here."""
+    images = [] if name in TEXT_ONLY else ["image", "image and text", "two images", "interleaved"]
+    videos = ["video"] if name in WITH_VIDEO else []
+    assert list(inputs_of(load(name))) == ["text", *images, *videos]
+
+
+@pytest.mark.parametrize("name", ["bert", "qwen2_5_vl"])
+def test_left_padding_is_refused_where_positions_count_it(name):
+    processor = load(name).processor
+    assert processor.config.pads_left is (name != "bert")
+    if name == "bert":
+        with pytest.raises(ValueError, match="Leave the padding on the right"):
+            processor.process_queries(["cat", "two cats and a dog"], padding_side="left")
+    assert processor.process_queries(["cat", "two cats"], padding_side="right")["input_ids"].shape[0] == 2

@@ -46,6 +46,45 @@ def test_a_backbone_from_a_folder_and_a_single_budget_run_the_same_path(tmp_path
     assert "'loss_16x64'" in said and "'loss_1x1'" not in said
 
 
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--test-scenes", "9"], "at least 10"),
+        (["--budgets", "16x64"], "expected pairs"),
+        (["--budgets", "1,1 1,65"], "between 1 and 64"),
+        (["--budgets", ""], "expected pairs"),
+        (["--query", " "], "names no pictogram"),
+        (["--steps", "0"], "at least 1"),
+        (["--cell", "-1"], "at least 1"),
+    ],
+)
+def test_a_command_line_that_cannot_work_is_refused_before_anything_is_trained(
+    arguments, message, monkeypatch, capsys
+):
+    from quickstart import parse_arguments
+
+    monkeypatch.setattr(sys, "argv", ["quickstart.py", *arguments])
+    with pytest.raises(SystemExit):
+        parse_arguments()
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments, folder",
+    [
+        ([], "quickstart"),
+        (["--budgets", "4,8 16,64"], "quickstart-4x8-16x64"),
+        (["--backbone", "Qwen/Qwen2.5-VL-3B-Instruct"], "quickstart-Qwen--Qwen2.5-VL-3B-Instruct"),
+        (["--backbone", "/models/tiny/", "--budgets", "16,64"], "quickstart-models--tiny-16x64"),
+    ],
+)
+def test_each_backbone_has_a_folder_of_its_own(arguments, folder, monkeypatch):
+    from quickstart import parse_arguments
+
+    monkeypatch.setattr(sys, "argv", ["quickstart.py", *arguments, "--query", "red apple"])
+    assert parse_arguments().output == Path("outputs") / folder
+
+
 def test_scenes_are_the_same_for_the_same_seed_and_hold_what_they_say():
     scenes = [make_scene(random.Random(7)) for _ in range(2)]
     assert scenes[0] == scenes[1] and len(scenes[0].pictograms) == 6

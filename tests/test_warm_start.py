@@ -3,10 +3,16 @@
 import pytest
 import torch
 from conformance import picture
+from safetensors.torch import load_file, save_file
+from test_backbones import NAMED
 from tiny import build
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
     BertConfig,
     BertForMaskedLM,
+    BertForPreTraining,
     ColPaliConfig,
     ColPaliForRetrieval,
     ColPaliProcessor,
@@ -16,6 +22,7 @@ from transformers import (
 )
 
 from metaembed import MetaEmbedModel
+from metaembed.loading_metaembed import headless, load_backbone
 
 RETRIEVERS = {
     "colqwen2": ("qwen2_vl", ColQwen2Config, ColQwen2ForRetrieval, ColQwen2Processor),
@@ -80,3 +87,110 @@ def test_a_weight_that_no_row_depends_on_may_be_missing_and_no_other(tmp_path):
     masked.save_pretrained(tmp_path, state_dict=state)
     with pytest.raises(ValueError, match=r"output\.dense\.weight"):
         MetaEmbedModel.from_backbone(tmp_path, num_query_tokens=2, num_document_tokens=4)
+
+
+HEADED = (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, MODEL_FOR_MASKED_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING)
+
+
+def save_with_head(name, folder):
+    """Save a checkpoint of the class that is published: the backbone under its head, nothing tied."""
+    backbone, processor = build(name)
+    cls = next(mapping[type(backbone.config)] for mapping in HEADED if type(backbone.config) in mapping)
+    for config in (backbone.config, backbone.config.get_text_config()):
+        config.tie_word_embeddings = False
+    headed = backbone if type(backbone) is cls else cls(backbone.config)
+    assert not headless(headed).load_state_dict(backbone.state_dict(), strict=False).missing_keys
+    headed.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return backbone
+
+
+def change_weights(folder, drop=(), **more):
+    state = load_file(folder / "model.safetensors")
+    state = {name: value for name, value in state.items() if name not in drop}
+    save_file({**state, **more}, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_a_full_checkpoint_gives_its_backbone_and_a_stray_weight_is_an_error(name, tmp_path):
+    kept = save_with_head(name, tmp_path).state_dict()
+    backbone, _, missing = load_backbone(tmp_path)
+    assert all(key.startswith("pooler.") for key in missing)  # what a masked language model does without
+    for key, value in headless(backbone).state_dict().items():
+        assert key in missing or torch.equal(value, kept[key]), key
+    change_weights(tmp_path, **{"stray.layer.weight": torch.zeros(2)})
+    with pytest.raises(ValueError, match=r"1 weights are without a place in the model, so lost: stray\.layer\.weight"):
+        load_backbone(tmp_path)
+
+
+def test_a_layer_that_the_configuration_does_not_count_is_an_error(tmp_path):
+    save_with_head("qwen2_vl", tmp_path)
+    name = next(name for name in load_file(tmp_path / "model.safetensors") if "layers.1.mlp.up_proj" in name)
+    change_weights(tmp_path, **{name.replace("layers.1", "layers.2"): torch.zeros(64, 32)})
+    with pytest.raises(ValueError, match=r"without a place.*layers\.2\.mlp\.up_proj"):
+        MetaEmbedModel.from_backbone(tmp_path)
+
+
+def test_buffers_that_old_checkpoints_hold_are_no_error(tmp_path):
+    save_with_head("llama", tmp_path)
+    change_weights(tmp_path, **{"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(8)})
+    assert not load_backbone(tmp_path)[2]
+
+
+def test_a_head_beside_the_one_that_the_checkpoint_names_is_no_error(tmp_path):
+    """As in bert-base-uncased: saved from pretraining, named after the masked language model."""
+    backbone, tokenizer = build("bert")
+    backbone.config.architectures = ["BertForMaskedLM"]
+    backbone.config.save_pretrained(tmp_path)
+    state = BertForPreTraining(backbone.config).state_dict()
+    save_file({name: value.clone() for name, value in state.items()}, tmp_path / "model.safetensors")
+    tokenizer.save_pretrained(tmp_path)
+    assert not load_backbone(tmp_path)[2]
+
+
+@pytest.mark.parametrize("name", RETRIEVERS)
+def test_a_retriever_without_its_projection_is_an_error(name, tmp_path):
+    save_retriever(name, tmp_path)
+    change_weights(tmp_path, drop=["embedding_proj_layer.weight"])
+    with pytest.raises(ValueError, match=r"missing.*embedding_proj_layer\.weight"):
+        MetaEmbedModel.from_backbone(tmp_path, num_query_tokens=2, num_document_tokens=4, embedding_dim=24)
+
+
+@pytest.mark.parametrize("name", RETRIEVERS)
+def test_a_stray_weight_of_a_retriever_is_an_error_and_its_language_head_is_none(name, tmp_path):
+    save_retriever(name, tmp_path)
+    change_weights(tmp_path, **{"vlm.lm_head.weight": torch.zeros(434, 32)})  # older versions wrote it
+    load_backbone(tmp_path)
+    change_weights(tmp_path, **{"custom_text_proj.weight": torch.zeros(24, 32)})
+    with pytest.raises(ValueError, match=r"without a place.*custom_text_proj\.weight"):
+        load_backbone(tmp_path)
+
+
+@pytest.mark.parametrize("headed", [True, False])
+def test_a_single_vector_retriever_keeps_every_weight(headed, tmp_path):
+    """As Qwen3-VL-Embedding is published: a vision-language model, trained on, under its own class."""
+    if headed:
+        backbone = save_with_head("qwen3_vl", tmp_path)
+    else:
+        backbone, processor = build("qwen3_vl")
+        backbone.save_pretrained(tmp_path)
+        processor.save_pretrained(tmp_path)
+    model = MetaEmbedModel.from_backbone(tmp_path, num_query_tokens=2, num_document_tokens=4)
+    kept = model.backbone.state_dict()
+    for key, value in backbone.state_dict().items():
+        assert torch.equal(kept[key][: len(value)], value), key
+
+
+@pytest.mark.parametrize("keyword", [{"num_query_token": 3}, {"dtype": torch.bfloat16}, {"revision": "main"}])
+def test_a_keyword_that_means_nothing_to_a_loaded_backbone_is_an_error(keyword):
+    backbone, processor = build("qwen3")
+    with pytest.raises(TypeError, match=next(iter(keyword))):
+        MetaEmbedModel.from_backbone(backbone, processor=processor, **keyword)
+
+
+def test_a_keyword_that_nobody_knows_is_an_error_for_a_folder_too(tmp_path):
+    backbone, processor = build("qwen3")
+    backbone.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    with pytest.raises(TypeError, match="num_query_token"):
+        MetaEmbedModel.from_backbone(tmp_path, num_query_token=3)

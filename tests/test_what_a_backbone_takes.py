@@ -1,11 +1,14 @@
 """Facts that are measured and not assumed: what a backbone takes, what may share a batch, and what is refused."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from conformance import distance, inputs_of, load, picture, video
 from PIL import Image
 from tiny import build
+from transformers.video_utils import VideoMetadata
 
 from metaembed import MetaEmbedModel
 from metaembed.sentence_metaembed import to_multi_vector_encoder
@@ -85,6 +88,32 @@ def test_a_video_may_be_frames_as_an_array_or_as_images():
     two = {"video": [frames, video(1, frames=8)]}
     batch = model.encode_documents([two, "cat", {"video": frames, "text": "a cat"}])
     assert distance(batch[2], rows) < 1e-5 and distance(batch[0], model.encode_documents(two)) < 1e-5
+
+
+def test_a_video_may_be_a_path_that_the_backbones_own_processor_reads(monkeypatch):
+    """A decoder stands in for torchcodec, which wants FFmpeg."""
+    model, asked = load("qwen3_vl"), []
+
+    def decode(path):
+        asked.append(path)
+        frames = video(int(path.removesuffix(".mp4")))
+        metadata = VideoMetadata(
+            total_num_frames=len(frames), fps=24, frames_indices=list(range(len(frames))), width=84, height=56
+        )
+        return torch.from_numpy(frames).permute(0, 3, 1, 2), metadata
+
+    def fetch_videos(self, videos, sample_indices_fn=None):
+        assert sample_indices_fn is not None  # frames are sampled as the processor is set up to
+        return zip(*[decode(path) for path in videos], strict=True)
+
+    monkeypatch.setattr(type(model.processor.video_processor), "fetch_videos", fetch_videos)
+    rows = model.encode_documents({"video": Path("0.mp4"), "text": "a cat"})
+    assert distance(model.encode_documents({"video": video(0), "text": "a cat"}), rows) < 1e-5
+    for part in ({"type": "video", "video": "0.mp4"}, {"type": "video", "path": "0.mp4"}):
+        message = {"role": "user", "content": [part, {"type": "text", "text": "a cat"}]}
+        assert distance(model.encode_documents([message]), rows) == 0
+    assert distance(model.encode_documents({"video": "1.mp4", "text": "a cat"}), rows) > 0.01
+    assert asked == ["0.mp4"] * 3 + ["1.mp4"]
 
 
 @pytest.mark.parametrize("bad", [[], [picture(0), picture(1, 56, 56)], 3, np.zeros((2, 3), np.uint8)])
