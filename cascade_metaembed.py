@@ -47,6 +47,7 @@ def cascade(
     *,
     stages: Sequence[Stage] = DEFAULT_STAGES,
     margin: float | None = None,
+    exact: Any = None,
     backend: str = "auto",
 ) -> CascadeResult:
     """Find nearly what `search` at the same budget finds, for a fraction of the work.
@@ -61,6 +62,8 @@ def cascade(
         margin: Adaptive. After each stage a query keeps, of `keep` at most, only documents whose mean similarity (the
             score divided by the query vectors of the stage) is within the margin of its `k`-th best. An easy query is
             left with `k` and skips the other stages, a hard one goes through all. `None` keeps `keep`.
+        exact: The same documents in the same order at a higher precision, from which the last documents are scored:
+            few are read, so they may stay on disk while `documents` are kept small and near.
         backend: As in `maxsim`.
 
     Returns:
@@ -69,7 +72,7 @@ def cascade(
     Raises:
         TypeError: as `search`, and if `keep` is not a whole number.
         ValueError: as `search`, and if `keep` is less than `k` or grows from one stage to the next, or the margin is
-            negative or NaN.
+            negative or NaN, or `exact` holds another number of documents.
         RuntimeError: as `search`.
 
     Example:
@@ -78,10 +81,11 @@ def cascade(
         tensor([[0]])
     """
     _check_stages(stages, k, margin)
-    q, last = prepare(queries, documents, budget)
-    n = sum(map(len, last))
+    exact = documents if exact is None else exact
+    q, last = prepare(queries, exact, budget)
+    n = check_same_documents(queries, documents, exact)
     if not stages:
-        found = search(queries, documents, k, budget, backend=backend)
+        found = search(queries, exact, k, budget, backend=backend)
         return _result(found.scores, found.indices, found.backend, torch.full((len(q), 1), n))
     (first, keep), *others = stages
     found = search(queries, documents, keep, first, backend=backend)
@@ -104,6 +108,14 @@ def cascade(
     if not scores:
         return _result(q.new_empty(0, min(k, n)), found.indices[:, :k], name, torch.empty(0, len(later) + 1))
     return _result(torch.stack(scores), torch.stack(indices), name, torch.tensor(scored))
+
+
+def check_same_documents(queries: Any, documents: Any, exact: Any) -> int:
+    """Return how many documents there are, if both hold as many."""
+    n, others = (sum(map(len, prepare(queries, side, None)[1])) for side in (documents, exact))
+    if n != others:
+        raise ValueError(f"exact must hold the same documents, but has {others} of them where there are {n}")
+    return n
 
 
 def _near(scores: Tensor, candidates: Tensor, k: int, margin: float | None, r_q: int) -> Tensor:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .cascade_metaembed import Stage, cascade
+from .cascade_metaembed import Stage, cascade, check_same_documents
 from .scoring_metaembed import Budget, check_budget, check_k, prepare, rescore, search
 
 _DEEPEST = 4096  # documents that a stage keeps at most
@@ -54,6 +54,7 @@ def tune_cascade(
     budget: Budget | None = None,
     *,
     budgets: Sequence[Budget] | None = None,
+    exact: Any = None,
     backend: str = "auto",
 ) -> TunedCascade:
     """Find the cheapest stages that keep the asked share of the best `k` documents, on your own data.
@@ -68,6 +69,7 @@ def tune_cascade(
         budget: The full budget: all vectors by default.
         budgets: What stages may use: by default (1, 1), (2, 4), (4, 8), (8, 16), and as many document vectors with all
             query vectors, as far as they are smaller than the full budget.
+        exact: As in `cascade`: recall is then the share of what `search` finds in these.
         backend: As in `maxsim`.
 
     Returns:
@@ -80,8 +82,9 @@ def tune_cascade(
     check_k(k)
     if not 0 <= target_recall <= 1:
         raise ValueError(f"target_recall must be from 0 to 1, not {target_recall!r}")
-    q, stores = prepare(queries, documents, budget)
-    full, n = (q.shape[1], stores[0].vectors if stores else 0), sum(map(len, stores))
+    exact = documents if exact is None else exact
+    q, stores = prepare(queries, exact, budget)
+    full, n = (q.shape[1], stores[0].vectors if stores else 0), check_same_documents(queries, documents, exact)
     if len(q) < 2 or n == 0:
         raise ValueError(f"there must be at least 2 queries and a document, not {len(q)} and {n}")
     if budgets is None:
@@ -95,19 +98,21 @@ def tune_cascade(
     )
     chosen_on, verified_on = raw[::2], raw[1::2]
 
-    truth = search(chosen_on, documents, k, full, backend=backend).indices
+    truth = search(chosen_on, exact, k, full, backend=backend).indices
     depth = min(n, _DEEPEST)
     ranks = {b: _ranks(search(chosen_on, documents, depth, b, backend=backend).indices, truth) for b in budgets}
-    costs = _measure_costs(chosen_on, documents, [*budgets, full], backend)
+    costs = {b: _measure_cost(chosen_on, documents, b, backend) for b in budgets}
+    costs[full] = _measure_cost(chosen_on, exact, full, backend)
     curve = _cheapest(_candidates(ranks, costs, full, k, depth))
 
-    truth = search(verified_on, documents, k, full, backend=backend).indices
+    truth = search(verified_on, exact, k, full, backend=backend).indices
     one_by_one = verified_on[:50].split(1)
-    full_time = _median_time(partial(search, x, documents, k, full, backend=backend) for x in one_by_one)
+    full_time = _median_time(partial(search, x, exact, k, full, backend=backend) for x in one_by_one)
     for option in curve:
         if option.recall < target_recall:
             continue
-        run = partial(cascade, documents=documents, k=k, budget=full, stages=option.stages, backend=backend)
+        options = {"budget": full, "stages": option.stages, "exact": exact, "backend": backend}
+        run = partial(cascade, documents=documents, k=k, **options)
         recall = _recall(run(verified_on).indices, truth)
         if recall >= target_recall:
             spent = _median_time(partial(run, x) for x in one_by_one)
@@ -139,21 +144,18 @@ class _Cost:
     each: float
 
 
-def _measure_costs(queries: Tensor, documents: Any, budgets: Sequence[Budget], backend: str) -> dict[Budget, _Cost]:
-    n = sum(map(len, prepare(queries, documents, budgets[-1])[1]))
+def _measure_cost(queries: Tensor, documents: Any, budget: Budget, backend: str) -> _Cost:
+    n = sum(map(len, prepare(queries, documents, budget)[1]))
     few, many = min(n, 32), min(n, 1024)
     some = queries[:9].split(1)
-    costs = {}
-    for b in budgets:
-        scan = _median_time(partial(search, x, documents, min(n, 100), b, backend=backend) for x in some)
-        seconds = []
-        for m in (few, many):
-            at = [torch.randint(0, n, (1, m)).sort().values for _ in some]
-            calls = [partial(rescore, x, documents, p, b, backend=backend) for x, p in zip(some, at, strict=True)]
-            seconds.append(_median_time(calls))
-        each = max(0.0, seconds[1] - seconds[0]) / max(1, many - few)
-        costs[b] = _Cost(scan, max(0.0, seconds[0] - few * each), each)
-    return costs
+    scan = _median_time(partial(search, x, documents, min(n, 100), budget, backend=backend) for x in some)
+    seconds = []
+    for m in (few, many):
+        at = [torch.randint(0, n, (1, m)).sort().values for _ in some]
+        calls = [partial(rescore, x, documents, p, budget, backend=backend) for x, p in zip(some, at, strict=True)]
+        seconds.append(_median_time(calls))
+    each = max(0.0, seconds[1] - seconds[0]) / max(1, many - few)
+    return _Cost(scan, max(0.0, seconds[0] - few * each), each)
 
 
 def _median_time(calls: Iterable[Callable[[], Any]]) -> float:

@@ -68,13 +68,17 @@ def measure_cascade(size: str) -> list[str]:
 
     for p, c in collections.items():
         add(f"{p}, full scan", search(queries, c, k).indices, full[p])
-    for p in ("float32", "int8"):
-        c = collections[p]
-        options = {f"{p}, default {show(DEFAULT_STAGES)}": {}}
-        options[f"{p}, default, margin 0.2"] = {"margin": 0.2}
+    both = "int8, the last from float32"
+    for name, c, exact in (
+        ("float32", collections["float32"], None),
+        ("int8", collections["int8"], None),
+        (both, collections["int8"], collections["float32"]),
+    ):
+        options = {f"{name}, default {show(DEFAULT_STAGES)}": {"exact": exact}}
+        options[f"{name}, default, margin 0.2"] = {"margin": 0.2, "exact": exact}
         for target in (0.95, 0.99):
-            tuned = tune_cascade(c, queries, target, k)
-            options[f"{p}, tuned for {target}: {show(tuned.stages)}"] = {"stages": tuned.stages}
+            tuned = tune_cascade(c, queries, target, k, exact=exact)
+            options[f"{name}, tuned for {target}: {show(tuned.stages)}"] = {"stages": tuned.stages, "exact": exact}
         for name, option in options.items():
             run = lambda q, c=c, o=option: cascade(q, c, k, **o)  # noqa: E731
             add(name, run(queries).indices, milliseconds(run, queries))

@@ -73,6 +73,31 @@ def test_scores_are_those_of_the_last_budget():
         torch.testing.assert_close(scores, maxsim(queries, documents, (4, 6)).gather(1, indices))
 
 
+def test_the_last_documents_are_scored_from_exact_ones():
+    queries, documents = nested(0, 6, 4, 32), nested(1, 300, 8, 32)
+    rough = EmbeddingCollection.from_embeddings(documents, precision="binary")
+    scores, indices = cascade(queries, rough, 3, stages=[((2, 4), 60), ((4, 8), 40)], exact=documents)
+    for query, row, values in zip(queries, indices, scores, strict=True):
+        left = search(query, rough, 60, (2, 4)).indices[0].sort().values
+        kept = search(query, rough, 40, include=left).indices[0].sort().values
+        expected = search(query, documents[kept], 3)
+        assert torch.equal(kept[expected.indices[0]], row)
+        torch.testing.assert_close(values, expected.scores[0])
+    found = cascade(queries, rough, 3, stages=[], exact=documents)
+    assert torch.equal(found.indices, search(queries, documents, 3).indices)
+
+
+def test_tuning_with_exact_documents_keeps_the_recall_of_those():
+    documents = nested(1, 2000, 8, 32)
+    rough = EmbeddingCollection.from_embeddings(documents, precision="binary")
+    queries = normalize(documents[:80, :4] + 0.3 * torch.randn(80, 4, 32), dim=-1)
+    tuned = tune_cascade(rough, queries, target_recall=0.95, k=5, exact=documents)
+    seen = cascade(queries[1::2], rough, 5, stages=tuned.stages, exact=documents).indices
+    truth = search(queries[1::2], documents, 5).indices
+    recall = (seen[:, :, None] == truth[:, None, :]).any(2).double().mean().item()
+    assert recall == pytest.approx(tuned.recall) and recall >= 0.95
+
+
 def test_tuning_keeps_the_asked_recall_on_queries_it_has_not_seen():
     documents = nested(1, 3000, 16, 32)
     queries = normalize(
@@ -100,6 +125,7 @@ def test_tuning_keeps_the_asked_recall_on_queries_it_has_not_seen():
         ({"margin": -1.0}, ValueError, "0 or more"),
         ({"margin": float("nan")}, ValueError, "0 or more"),
         ({"k": 0}, ValueError, "at least 1"),
+        ({"exact": nested(1, 19, 8, 16)}, ValueError, "the same documents, but has 19 of them where there are 20"),
     ],
 )
 def test_bad_stages_are_an_error_that_says_what_to_do(change, error, match):
