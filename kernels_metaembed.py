@@ -25,7 +25,7 @@ from torch import Tensor
 from .precision_metaembed import PRECISIONS, decode, encode, query_levels, round_queries
 
 _MOST_QUERY_VECTORS = 512
-_SOURCE = Path(__file__).with_suffix(".cpp")
+_SOURCE, _HEADER = Path(__file__).with_suffix(".cpp"), Path(__file__).with_suffix(".h")
 
 
 class KernelUnavailable(RuntimeError):
@@ -205,7 +205,8 @@ def _build(architecture: str) -> Path:
     command = [compiler, "-O3", tune, "-std=c++17", "-shared", "-fPIC", "-pthread"]
     try:
         version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
-        made_from = "\0".join([_SOURCE.read_text(encoding="utf-8"), version, _processor(), *command])
+        sources = [path.read_text(encoding="utf-8") for path in (_SOURCE, _HEADER)]
+        made_from = "\0".join([*sources, version, _processor(), *command])
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "metaembed"
         library = cache / f"kernels-{hashlib.sha256(made_from.encode()).hexdigest()[:24]}.so"
         if library.exists():

@@ -35,8 +35,9 @@ from .loading_metaembed import (
     plain_processor,
     set_linear,
 )
-from .processing_metaembed import MetaEmbedProcessor, add_meta_tokens
+from .processing_metaembed import MetaEmbedProcessor
 from .scoring_metaembed import maxsim
+from .tokens_metaembed import add_meta_tokens
 
 logger = logging.get_logger(__name__)
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from transformers import AddedToken, AutoTokenizer, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import AutoTokenizer, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.dynamic_module_utils import (
     custom_object_save,
     get_class_from_dynamic_module,
@@ -18,9 +18,10 @@ from transformers.dynamic_module_utils import (
 )
 from transformers.processing_utils import ProcessingKwargs, TextKwargs
 
-from .configuration_metaembed import SIDES, MetaEmbedConfig, check_count
+from .configuration_metaembed import MetaEmbedConfig, check_count
 from .inputs_metaembed import Message, as_batch, check_text, count_images, has_video, is_single, to_messages
 from .prompts_metaembed import cut_text, escape, join_texts, render, special_token_pattern, tokenizer_of
+from .tokens_metaembed import meta_token_names
 
 PROCESSOR_FILE = "processor_config.json"
 
@@ -43,50 +44,6 @@ PROCESSING_FIELDS = (
     "query_instruction",
     "document_instruction",
 )
-
-
-def meta_token_names(side: str, count: int) -> list[str]:
-    """Return the Meta Tokens of `side` as they stand in the vocabulary.
-
-    Example:
-        >>> meta_token_names("query", 2)
-        ['<|meta_query_0|>', '<|meta_query_1|>']
-    """
-    return [f"<|meta_{side}_{i}|>" for i in range(count)]
-
-
-def add_meta_tokens(tokenizer: PreTrainedTokenizerBase, num_query_tokens: int, num_document_tokens: int) -> dict:
-    """Add the Meta Tokens to the vocabulary of `tokenizer`, query ones first.
-
-    Args:
-        tokenizer: Changed in place.
-        num_query_tokens: R_q.
-        num_document_tokens: R_c.
-
-    Returns:
-        `{"query_token_ids": [R_q ids], "document_token_ids": [R_c ids]}`, each contiguous.
-
-    Raises:
-        ValueError: If the tokenizer already holds Meta Tokens, or does not take new tokens as they are.
-    """
-    names = {
-        "query": meta_token_names("query", num_query_tokens),
-        "document": meta_token_names("document", num_document_tokens),
-    }
-    every = names["query"] + names["document"]
-    vocabulary = tokenizer.get_vocab()
-    if present := [name for name in every if name in vocabulary]:
-        raise ValueError(
-            f"the tokenizer already holds Meta Tokens ({present[0]}, ...): this is a MetaEmbed model already. "
-            "Load it with MetaEmbedModel.from_pretrained, or pass its plain backbone."
-        )
-    # `add_tokens` and not `add_special_tokens`: some processors call the latter again later, which replaces the list.
-    tokenizer.add_tokens([AddedToken(name, special=True, normalized=False) for name in every], special_tokens=True)
-    ids = {f"{side}_token_ids": tokenizer.convert_tokens_to_ids(names[side]) for side in SIDES}
-    flat = ids["query_token_ids"] + ids["document_token_ids"]
-    if flat != list(range(flat[0], flat[0] + len(every))) or flat[0] in vocabulary.values():
-        raise ValueError(f"{type(tokenizer).__name__} does not add new tokens as contiguous ids (got {flat}).")
-    return ids
 
 
 class MetaEmbedProcessor(ProcessorMixin):

@@ -41,7 +41,7 @@ setup(
     python_requires=">=3.11",
     package_dir={"metaembed": "."},
     packages=["metaembed"],
-    package_data={"metaembed": ["py.typed", "*.cpp"]},
+    package_data={"metaembed": ["py.typed", "*.cpp", "*.h"]},
     install_requires=[
         "torch>=2.7.0",  # has the dtypes that transformers 5.10 imports
         "torchvision>=0.22.0",  # the Qwen processors need its video backend; the torchvision of torch 2.7
