@@ -25,7 +25,14 @@ from torch import Tensor
 from .precision_metaembed import PRECISIONS, decode, encode, query_levels, round_queries
 
 _MOST_QUERY_VECTORS = 512
+LIMITS = f"it takes float32 and bfloat16 on the CPU, and queries of at most {_MOST_QUERY_VECTORS} vectors"
 _SOURCE, _HEADER = Path(__file__).with_suffix(".cpp"), Path(__file__).with_suffix(".h")
+
+
+def takes(stored: Tensor, r_q: int) -> bool:
+    """Whether documents kept like this, and queries of so many vectors, can be scored as they are."""
+    known = stored.dtype in (torch.float32, torch.bfloat16, torch.uint8)
+    return known and stored.device.type == "cpu" and stored.stride(-1) == 1 and r_q <= _MOST_QUERY_VECTORS
 
 
 class KernelUnavailable(RuntimeError):
@@ -115,11 +122,6 @@ class Kernel:
             raise MemoryError("the compiled kernel ran out of memory; score fewer queries at a time")
         return out
 
-    def takes(self, stored: Tensor, r_q: int) -> bool:
-        """Whether documents kept like this, and queries of so many vectors, can be scored as they are."""
-        known = stored.dtype in (torch.float32, torch.bfloat16, torch.uint8)
-        return known and stored.device.type == "cpu" and stored.stride(-1) == 1 and r_q <= _MOST_QUERY_VECTORS
-
 
 @functools.cache
 def load_kernel(architecture: str = "native") -> Kernel:
@@ -140,8 +142,8 @@ def load_kernel(architecture: str = "native") -> Kernel:
     return kernel
 
 
-def find_kernel() -> tuple[Kernel | None, str]:
-    """The kernel for this machine, or `None` and the reason. Warns if there is one that torch disagrees with."""
+def find_kernel(device: torch.device, dim: int) -> tuple[Kernel | None, str]:
+    """The kernel for this machine, for any dimensions, or `None` and the reason. Warns if torch disagrees with it."""
     try:
         return load_kernel(), ""
     except KernelUntrusted as error:

