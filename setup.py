@@ -32,7 +32,7 @@ EXAMPLES = [
 ]
 
 CUDA = [
-    "late-interaction-kernels>=0.4.5",  # what was read before it was relied on; still checked against torch at first use
+    "late-interaction-kernels>=0.4.5",  # the version that was read; checked against torch at its first use
 ]
 
 setup(
