@@ -181,7 +181,8 @@ def _measure_batches(
         items.append(pair)
     except Exception:  # one image at most: an input with two will say so
         pass
-    config.mixes_images = _share(backbone, embed, processor, items, alone)
+    # Texts at both ends: some processors lose those that stand after the last image.
+    config.mixes_images = _share(backbone, embed, processor, [*items, text], [*alone, rows[0]])
     if not config.mixes_images:
         other = {**text, "image": _picture(3)}
         alone = [rows[1], embed(**_inputs(backbone, processor, [other]))]

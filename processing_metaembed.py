@@ -336,6 +336,8 @@ class MetaEmbedProcessor(ProcessorMixin):
                     f"{type(inner).__name__} refused inputs {indices} with images of (width, height) {sizes}: "
                     f"{error!r}"
                 ) from error
+        if len(features["input_ids"]) != len(texts):
+            raise ValueError(f"{type(inner).__name__} made {len(features['input_ids'])} inputs of {len(texts)}.")
         features.pop("labels", None)
         return BatchFeature(dict(features))
 
