@@ -14,7 +14,7 @@ NAMED = [
     *("llama", "bert", "modernbert"),
 ]
 # Those whose tiny builds are of later transformers: older ones find other tokens, sizes or image processors there.
-LATER = {"idefics3": "5.20", "gemma3": "5.20", "mistral3": "5.20", "granite4_vision": "5.20"}
+LATER = dict.fromkeys(["idefics3", "smolvlm", "gemma3", "mistral3", "granite4_vision", "modernvbert"], "5.20")
 NAMED = [name for name in NAMED if Version(transformers.__version__) >= Version(LATER.get(name, "5"))]
 TEXT_ONLY = {"qwen3", "llama", "bert", "modernbert"}
 WITH_VIDEO = {
