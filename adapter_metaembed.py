@@ -37,7 +37,7 @@ def import_peft() -> Any:
     try:
         import peft
     except ImportError as error:
-        raise ImportError("adapters need peft: pip install 'peft>=0.19'") from error
+        raise ImportError("adapters need peft: pip install 'peft>=0.20'") from error
     return peft
 
 

@@ -25,7 +25,7 @@ SENTENCE_CONFIG = {
     "similarity_fn_name": "maxsim",
     "prompts": {"query": None, "document": None},
     "default_prompt_name": None,
-    "requirements": {"sentence-transformers": ">=6.0.0", "transformers": ">=5.10.1"},
+    "requirements": {"sentence-transformers": ">=6.0.0", "transformers": ">=5.20.0"},
 }
 
 LIBRARY = "sentence-transformers"

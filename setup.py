@@ -10,9 +10,9 @@ from setuptools import setup
 HERE = Path(__file__).parent
 
 TRAIN = [
-    "peft>=0.19.0",  # the lowest that transformers 5.10 takes
-    "accelerate>=1.3.0",  # has what the trainer of transformers 5.10 calls
-    "datasets>=4.0.0",  # what sentence-transformers' trainers ask for
+    "peft>=0.20.0",  # the lowest that transformers 5.20 takes
+    "accelerate>=1.3.0",  # has what the trainer of transformers 5.20 calls
+    "datasets>=5.2.0",  # earlier ones read lists that hold nulls wrongly, and say nothing
 ]
 EVALUATE = [
     "mteb>=2.26.24",  # evaluates sentence-transformers' MultiVectorEncoder; earlier ones were not tried
@@ -47,12 +47,12 @@ setup(
     packages=["metaembed"],
     package_data={"metaembed": ["py.typed", "*.cpp", "*.h"]},
     install_requires=[
-        "torch>=2.7.0",  # has the dtypes that transformers 5.10 imports
-        "torchvision>=0.22.0",  # the Qwen processors need its video backend; the torchvision of torch 2.7
-        "transformers>=5.10.1",  # 5.4: configurations are dataclasses; 5.10: copies all code files of a local folder
+        "torch>=2.8.0",  # has the storage that transformers 5.20 imports
+        "torchvision>=0.23.0",  # the Qwen processors need its video backend; the torchvision of torch 2.8
+        "transformers>=5.20.0",  # earlier processors pass over a `max_pixels`, or lose texts that stand after the last image
         "sentence-transformers>=6.0.0",  # the first with MultiVectorEncoder
-        "safetensors>=0.4.3",  # what transformers 5.10 asks for
-        "huggingface_hub>=1.5.0",  # what transformers 5.10 asks for
+        "safetensors>=0.8.0",  # what transformers 5.20 asks for
+        "huggingface_hub>=1.31.0",  # what transformers 5.20 asks for
         "pillow>=10.1.0",  # draws colour fonts of the kind the quickstart uses
     ],
     extras_require={

@@ -2,9 +2,7 @@
 
 import pytest
 import torch
-import transformers
 from conformance import CHECKS, inputs_of, load, run
-from packaging.version import Version
 
 NAMED = [
     *("qwen2_5_vl", "paligemma", "mllama"),  # the paper's
@@ -13,9 +11,6 @@ NAMED = [
     *("glm4v", "lfm2_vl", "minicpmv4_6", "granite4_vision", "modernvbert", "qwen3"),
     *("llama", "bert", "modernbert"),
 ]
-# Those whose tiny builds are of later transformers: older ones find other tokens, sizes or image processors there.
-LATER = dict.fromkeys(["idefics3", "smolvlm", "gemma3", "mistral3", "granite4_vision", "modernvbert"], "5.20")
-NAMED = [name for name in NAMED if Version(transformers.__version__) >= Version(LATER.get(name, "5"))]
 TEXT_ONLY = {"qwen3", "llama", "bert", "modernbert"}
 WITH_VIDEO = {
     *("qwen2_5_vl", "qwen2_vl", "qwen3_vl", "qwen3_5", "gemma4"),
