@@ -49,7 +49,7 @@ setup(
     install_requires=[
         "torch>=2.8.0",  # has the storage that transformers 5.20 imports
         "torchvision>=0.23.0",  # the Qwen processors need its video backend; the torchvision of torch 2.8
-        "transformers>=5.20.0",  # earlier processors pass over a `max_pixels`, or lose texts that stand after the last image
+        "transformers>=5.20.0",  # earlier ones pass over a `max_pixels`, and lose texts after images
         "sentence-transformers>=6.0.0",  # the first with MultiVectorEncoder
         "safetensors>=0.8.0",  # what transformers 5.20 asks for
         "huggingface_hub>=1.31.0",  # what transformers 5.20 asks for
