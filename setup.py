@@ -50,7 +50,7 @@ setup(
         "torch>=2.8.0",  # has the storage that transformers 5.20 imports
         "torchvision>=0.23.0",  # the Qwen processors need its video backend; the torchvision of torch 2.8
         "transformers>=5.20.0",  # earlier ones pass over a `max_pixels`, and lose texts after images
-        "sentence-transformers>=6.0.0",  # the first with MultiVectorEncoder; gradient checkpointing in training needs 6.2
+        "sentence-transformers>=6.0.0",  # the first with MultiVectorEncoder; 6.2 checkpoints gradients
         "safetensors>=0.8.0",  # what transformers 5.20 asks for
         "huggingface_hub>=1.31.0",  # what transformers 5.20 asks for
         "pillow>=10.1.0",  # draws colour fonts of the kind the quickstart uses
