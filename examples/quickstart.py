@@ -202,9 +202,10 @@ def draw_sheet(texts: list[str], found: Tensor, right: Tensor, scenes: list[Scen
         scenes: The scenes, drawn larger here than the model saw them.
         path: File to write.
     """
-    count = found.shape[1]
-    size = (1.6 * count, 1.9 * len(texts))
-    figure, axes = plt.subplots(len(texts), count, figsize=size, squeeze=False, layout="compressed")
+    count, height = found.shape[1], 1.9 * len(texts)
+    # Fixed places: a layout that makes room for the titles would push the columns apart.
+    places = dict(left=0.01, right=0.99, bottom=0.05 / height, top=1 - 0.3 / height, wspace=0.05, hspace=0.2)
+    figure, axes = plt.subplots(len(texts), count, figsize=(1.6 * count, height), squeeze=False, gridspec_kw=places)
     for row, text in enumerate(texts):
         for column in range(count):
             cell = axes[row, column]
