@@ -21,7 +21,7 @@ Positions: TypeAlias = "Tensor | Sequence[int]"  # of documents: whole numbers, 
 
 _CACHE_FLOATS = 1 << 20  # products are made this many at a time (4 MiB in float32), so that they stay in the cache
 _MOST_FLOATS = 1 << 22  # numbers of documents that are widened to float32 at a time
-_FEW = 64  # query vectors for which a library's product of matrices wants them first
+_FEW = 64  # query vectors for which a product of matrices for each document is the fastest
 _KERNELS = {"cpu": ("compiled", ".kernels_metaembed"), "cuda": ("fused", ".fused_metaembed")}
 _BLOCK_SCORES = 1 << 22  # `search` holds at most about this many scores at once
 
@@ -349,18 +349,18 @@ def _torch_scores(queries: Tensor, store: Store, index: Tensor | None) -> Tensor
 def _maxima(queries: Tensor, rows: Tensor, check: bool) -> Tensor:
     """The best product of every query vector `[m, D]` with a vector of every document `[n, r, D]`: `[m, n]`."""
     n, r, dim = rows.shape
-    few = len(queries) < _FEW
-    # Few: maxima along what lies together in memory. Many: maxima of whole rows, one with another.
-    products = queries @ rows.reshape(n * r, dim).T if few else (rows.reshape(n * r, dim) @ queries.T).T
-    if (
-        check and len(queries) and not products[0].sum().isfinite()
-    ):  # any query vector shows a value that is not finite
-        check_finite(rows, "documents")
     if r == 1:
-        return products
-    if few:
-        return products.view(len(queries), n, r).amax(dim=2)
-    return products.T.view(n, r, len(queries)).amax(dim=1).T
+        maxima = queries @ rows[:, 0].T
+        one = maxima[:1]
+    elif len(queries) < _FEW:  # a product a document, which all threads share
+        products = queries @ rows.transpose(1, 2)  # [n, m, r]
+        maxima, one = products.amax(dim=2).T, products[:, :1]
+    else:
+        products = (rows.reshape(n * r, dim) @ queries.T).view(n, r, len(queries))
+        maxima, one = products.amax(dim=1).T, products[:, :, :1]
+    if check and not one.sum().isfinite():  # any query vector shows a value that is not finite
+        check_finite(rows, "documents")
+    return maxima
 
 
 def _allowed(include: Positions | None, exclude: Positions | None, n: int) -> Tensor | None:
