@@ -1,5 +1,7 @@
 """The fused path for GPUs, with a stand-in for the library: what it is given, and when it is refused."""
 
+import sys
+
 import pytest
 import torch
 from torch.nn.functional import normalize
@@ -62,7 +64,7 @@ def test_a_kernel_that_disagrees_or_fails_is_refused_with_a_warning(monkeypatch)
 
 
 def test_without_the_library_torch_is_used_and_the_result_says_why(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "late_interaction_kernels", None)
+    monkeypatch.setitem(sys.modules, "late_interaction_kernels", None)
     load_fused.cache_clear()
     kernel, reason = find_kernel(torch.device("cpu"), 8)
     assert kernel is None and "late-interaction-kernels cannot be imported" in reason
