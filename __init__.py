@@ -2,14 +2,14 @@
 
 from transformers import AutoConfig, AutoModel, AutoProcessor
 
-from .cascade_metaembed import cascade
-from .collection_metaembed import EmbeddingCollection
 from .configuration_metaembed import MetaEmbedConfig
 from .modeling_metaembed import MetaEmbedModel, MetaEmbedOutput
 from .processing_metaembed import MetaEmbedProcessor
-from .rotation_metaembed import fit_rotation
+from .retrieval.cascade import cascade
+from .retrieval.collection import EmbeddingCollection
+from .retrieval.pca import fit_rotation
+from .retrieval.tune_cascade import tune_cascade
 from .scoring_metaembed import maxsim, search
-from .tuning_metaembed import tune_cascade
 
 __version__ = "0.1.0"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
@@ -95,6 +96,32 @@ def default_budgets(num_query_tokens: int, num_document_tokens: int) -> list[lis
     return smaller if smaller and smaller[-1] == full else [*smaller, full]
 
 
+@dataclass
+class BackboneTraits:
+    """What a backbone does with its inputs, measured once by [`MetaEmbedModel.from_backbone`].
+
+    Args:
+        causal: Whether no Meta Token sees a later one, so that encoding with r of them equals the first r rows of a
+            full encoding.
+        mixes_images: Whether inputs with different numbers of images may share a batch without changing each other.
+        batches_images: Whether inputs with equal numbers of images may.
+        pads_left: Whether padding on the left leaves the rows as they are: not so where positions count the padding.
+        text_through_tokenizer: Whether inputs without images go through the tokenizer alone, because the backbone's
+            processor refuses them.
+        nests_images: Whether the processor takes the images of a batch as a list for each input, not as a flat list.
+        processor_options: Options for every call of the processor, without which it would withhold what the backbone
+            needs.
+    """
+
+    causal: bool = True
+    mixes_images: bool = True
+    batches_images: bool = True
+    pads_left: bool = True
+    text_through_tokenizer: bool = False
+    nests_images: bool = True
+    processor_options: dict | None = None
+
+
 class MetaEmbedConfig(PreTrainedConfig):
     """Configuration of a [`MetaEmbedModel`].
 
@@ -105,19 +132,7 @@ class MetaEmbedConfig(PreTrainedConfig):
         budgets: The `[r_q, r_c]` pairs that training covers: nested, strictly growing, ending at the full sizes.
             None: the paper's five, cut to the sizes.
         embedding_dim: Dimension D of an embedding vector. None: the backbone's hidden size, with no projection.
-        causal: Whether no Meta Token sees a later one, so that encoding with r of them equals the first r rows of a
-            full encoding. Measured by [`MetaEmbedModel.from_backbone`].
-        mixes_images: Whether inputs with different numbers of images may share a batch without changing each other.
-            Measured by [`MetaEmbedModel.from_backbone`].
-        batches_images: Whether inputs with equal numbers of images may. Measured by [`MetaEmbedModel.from_backbone`].
-        pads_left: Whether rows stay as they are with padding on the left: not so where positions count the padding.
-            Measured by [`MetaEmbedModel.from_backbone`].
-        text_through_tokenizer: Whether inputs without images go through the tokenizer alone, because the backbone's
-            processor refuses them. Measured by [`MetaEmbedModel.from_backbone`].
-        nests_images: Whether the backbone's processor takes the images of a batch as a list for each input, and not as
-            one flat list. Measured by [`MetaEmbedModel.from_backbone`].
-        processor_options: Options for every call of the backbone's processor, without which it would keep from the
-            backbone what it asks for. Measured by [`MetaEmbedModel.from_backbone`].
+        traits: What the backbone does with its inputs: see [`BackboneTraits`].
         document_sees_query_tokens: Whether a document's Meta Tokens follow the query ones (`[input; M_q; M_c]`), the
             layout of the paper's own code, instead of standing alone (`[input; M_c]`).
         query_token_ids: Ids of the query Meta Tokens, contiguous, in order.
@@ -146,13 +161,7 @@ class MetaEmbedConfig(PreTrainedConfig):
     num_document_tokens: int = 64
     budgets: Any = None
     embedding_dim: int | None = None
-    causal: bool = True
-    mixes_images: bool = True
-    batches_images: bool = True
-    pads_left: bool = True
-    text_through_tokenizer: bool = False
-    nests_images: bool = True
-    processor_options: dict | None = None
+    traits: Any = None
     document_sees_query_tokens: bool = False
     query_token_ids: Any = None
     document_token_ids: Any = None
@@ -165,6 +174,10 @@ class MetaEmbedConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         if isinstance(self.backbone_config, dict):
             self.backbone_config = AutoConfig.for_model(**self.backbone_config)
+        names = [field.name for field in fields(BackboneTraits)]
+        flat = {name: kwargs.pop(name) for name in names if name in kwargs}  # as version 0.1 saved them
+        if not isinstance(self.traits, BackboneTraits):
+            self.traits = BackboneTraits(**{**flat, **(self.traits or {})})
         super().__post_init__(**kwargs)
         large = 1_000_000  # far above any use, so that a mistaken value is named here and not as a failed allocation
         self.num_query_tokens = check_count("num_query_tokens", self.num_query_tokens, large)
@@ -216,3 +229,7 @@ class MetaEmbedConfig(PreTrainedConfig):
         if self.backbone_config is None:
             return self
         return self.backbone_config.get_text_config(*args, **kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the configuration as it is saved."""
+        return {**super().to_dict(), "traits": asdict(self.traits)}

@@ -9,35 +9,39 @@ from .sentence_metaembed import MetaEmbedTransformer
 
 from __future__ import annotations
 
-import copy
+import inspect
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub import CommitInfo, HfApi
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import AutoModel, PreTrainedModel
-from transformers.utils import ModelOutput, logging
+from transformers.utils import ModelOutput, cached_file, logging
 
-from .adapter_metaembed import commit_of, lasting_name
-from .backbone_metaembed import check_rebuilds, check_supported, grow_embedding, last_hidden_state, measure
+from .cards.card import is_ours, write_repository_files
 from .configuration_metaembed import MetaEmbedConfig, check_count
-from .hub_metaembed import HubModel
 from .inputs_metaembed import as_batch, count_images, is_single, text_length
 from .loading_metaembed import (
     HUB_ARGUMENTS,
-    check_unused,
-    headless,
-    load_backbone,
-    matching_projection,
-    plain_processor,
-    set_linear,
+    check_adapter_whole,
+    check_loading,
+    check_saves_whole,
+    commit_of,
+    fill_adapter,
+    find_adapter,
+    gather_weights,
+    lasting_name,
+    load_with_adapter,
+    name_base,
+    upcast_adapter,
 )
 from .processing_metaembed import MetaEmbedProcessor
 from .scoring_metaembed import maxsim
-from .tokens_metaembed import add_meta_tokens
 
 logger = logging.get_logger(__name__)
 
@@ -53,7 +57,7 @@ class MetaEmbedOutput(ModelOutput):
     embeddings: Tensor | None = None
 
 
-class MetaEmbedModel(HubModel):
+class MetaEmbedModel(PreTrainedModel):
     """A vision-language backbone that embeds queries and documents as a chosen number of vectors.
 
     Implements MetaEmbed (Xiao et al., ICLR 2026, arXiv 2509.18095). Make one of a plain backbone with
@@ -81,13 +85,17 @@ class MetaEmbedModel(HubModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
 
+    _processor: MetaEmbedProcessor | None = None
+    _hub_arguments: dict[str, Any] | None = None  # where the model came from, and its processor will come from
+    adapter_base: tuple[str | None, str | None] = (None, None)  # Hub id and commit that an adapter must name
+
     def __init__(self, config: MetaEmbedConfig, backbone: PreTrainedModel | None = None):
         super().__init__(config)
         self.backbone = AutoModel.from_config(config.backbone_config) if backbone is None else backbone
         self.projection = None if config.embedding_dim is None else nn.Linear(config.hidden_size, config.embedding_dim)
         self.post_init()
 
-    # -- Making and loading --------------------------------------------------------------------------------------
+    # -- Making, loading and saving
 
     @classmethod
     def from_backbone(
@@ -137,63 +145,22 @@ class MetaEmbedModel(HubModel):
         Example:
             >>> model = MetaEmbedModel.from_backbone("Qwen/Qwen2.5-VL-3B-Instruct", dtype=torch.bfloat16)
         """
-        sizes = MetaEmbedConfig(  # raises before anything large is loaded
+        from .backbones.create import from_backbone
+
+        return from_backbone(
+            cls,
+            backbone,
+            processor=processor,
             num_query_tokens=num_query_tokens,
             num_document_tokens=num_document_tokens,
             embedding_dim=embedding_dim,
             budgets=budgets,
-        )
-        base_model = lasting_name(backbone) if isinstance(backbone, (str, Path)) else None
-        missing: set[str] = set()
-        if base_model is not None:
-            backbone, loaded_processor, missing = load_backbone(backbone, **kwargs)
-            processor = processor or loaded_processor
-        elif not isinstance(backbone, PreTrainedModel):
-            raise TypeError(f"backbone must be a Hub id, a folder or a loaded model, got {type(backbone).__name__}.")
-        elif kwargs:
-            raise TypeError(
-                f"{', '.join(sorted(kwargs))}: from_backbone knows no such keywords of its own, and a loaded backbone "
-                "is not loaded again. Load it with them, or give its Hub id or folder."
-            )
-        elif processor is None:
-            raise ValueError("a loaded backbone comes without its processor: pass it as `processor`.")
-        whole, backbone = backbone, headless(backbone)
-        check_supported(backbone)
-        processor = plain_processor(copy.deepcopy(processor), backbone)  # the caller's own is not changed
-        tokenizer = getattr(processor, "tokenizer", processor)
-        vocabulary = len(tokenizer)
-        ids = add_meta_tokens(tokenizer, num_query_tokens, num_document_tokens)
-        flat = ids["query_token_ids"] + ids["document_token_ids"]
-        grow_embedding(backbone, flat, vocabulary, seed)
-        check_rebuilds(backbone)
-        config = MetaEmbedConfig(
-            num_query_tokens=num_query_tokens,
-            num_document_tokens=num_document_tokens,
-            embedding_dim=embedding_dim,
-            budgets=sizes.budgets,
             document_sees_query_tokens=document_sees_query_tokens,
             query_instruction=query_instruction,
             document_instruction=document_instruction,
-            base_model=base_model or backbone.config._name_or_path or None,
-            **ids,
+            seed=seed,
+            **kwargs,
         )
-        config.backbone_config = backbone.config  # set late: the constructor would reset its attention implementation
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            model = cls(config, backbone)
-        if model.projection is not None:
-            if trained := matching_projection(whole, backbone, embedding_dim):
-                set_linear(model.projection, trained.weight, trained.bias)
-            model.projection.to(backbone.device, backbone.dtype)
-        model.config.dtype = backbone.dtype
-        model.name_or_path = config.base_model or ""  # what peft writes into an adapter of its own
-        hub = {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None}
-        model.adapter_base = (config.base_model, commit_of(base_model, **hub))
-        model.processor = MetaEmbedProcessor(processor, config)
-        model.eval()
-        rows = measure(backbone, model.embed, model.processor)
-        check_unused(base_model, backbone, missing, rows)
-        return model
 
     @classmethod
     def from_authors_checkpoint(cls, checkpoint: str | Path, **kwargs: Any) -> MetaEmbedModel:
@@ -201,7 +168,7 @@ class MetaEmbedModel(HubModel):
 
         Args:
             checkpoint: Hub id or folder of their weights: a full state dict, or a PEFT adapter.
-            **kwargs: See [`authors_metaembed.convert`]: `base`, `adapter`, `num_query_tokens`, `revision`,
+            **kwargs: See [`backbones.paper_checkpoint.convert`]: `base`, `adapter`, `num_query_tokens`, `revision`,
                 `base_revision`, ...
 
         Returns:
@@ -215,9 +182,174 @@ class MetaEmbedModel(HubModel):
         Example:
             >>> model = MetaEmbedModel.from_authors_checkpoint("their/adapter", base="Qwen/Qwen2.5-VL-3B-Instruct")
         """
-        from .authors_metaembed import convert
+        from .backbones.paper_checkpoint import convert
 
         return convert(cls, checkpoint, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
+        """Load a saved model, whole or not at all. Takes what transformers' `from_pretrained` takes.
+
+        Loads adapter repositories too: the backbone that they name, and the adapter on it. With `is_trainable=True`,
+        to train it further.
+
+        Raises:
+            ValueError: If a weight is missing from the checkpoint, of another shape, or without a place in the model.
+        """
+        wants_info = kwargs.pop("output_loading_info", False)
+        source = pretrained_model_name_or_path
+        hub = {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None}
+        if source is not None and (adapter := find_adapter(source, **hub)) is not None:
+            model, info = load_with_adapter(cls, source, adapter, hub, **kwargs), {}
+        else:
+            model, info = super().from_pretrained(source, *model_args, output_loading_info=True, **kwargs)
+            check_loading(source, info)
+            model.adapter_base = (lasting_name(source), commit_of(source, **hub))
+        trusted = kwargs.get("trust_remote_code")
+        if trusted is None:  # AutoModel keeps the answer to itself; but where a repository's code runs, it was yes
+            trusted = __name__.startswith("transformers_modules.")
+        model._hub_arguments = {**hub, "revision": commit_of(source, **hub), "trust_remote_code": trusted}
+        return (model, info) if wants_info else model
+
+    def add_adapter(self, adapter_config: Any, adapter_name: str | None = None) -> None:
+        """Add a fresh adapter to train, such as [`lora_config`]'s. Its weights are in float32 at least."""
+        super().add_adapter(adapter_config, adapter_name)
+        upcast_adapter(self)
+
+    def load_adapter(self, peft_model_id: str | None = None, adapter_name: str | None = None, *args, **kwargs):
+        """Load an adapter onto this model, whole or not at all. Takes what transformers' `load_adapter` takes.
+
+        Raises:
+            ValueError: If a trained part is missing from the adapter, or not in the model.
+        """
+        conversions = self.__dict__.get("_weight_conversions")
+        info = super().load_adapter(peft_model_id, adapter_name, *args, **kwargs)
+        self._weight_conversions = conversions  # else a model saved after merging would get the adapter's names
+        upcast_adapter(self)
+        if peft_model_id is not None:
+            hub = {**(kwargs.get("adapter_kwargs") or {}), **{k: kwargs[k] for k in HUB_ARGUMENTS if k in kwargs}}
+            fill_adapter(self, peft_model_id, adapter_name or "default", **hub)
+        return info
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
+        """Refuse a part of an adapter: peft's own `PeftModel.from_pretrained` would leave the rest at random."""
+        check_adapter_whole(self, {name.removeprefix(prefix) for name in state_dict if name.startswith(prefix)})
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    @property
+    def commit(self) -> str | None:
+        """The commit of the Hub repository that the model was loaded from, or None where it was not."""
+        return (self._hub_arguments or {}).get("revision")
+
+    @property
+    def earlier_card(self) -> str | None:
+        """The model card of where the model was loaded from, or None where there is none, or not any more."""
+        if self._hub_arguments is None:
+            return None
+        hub = {name: value for name, value in self._hub_arguments.items() if name in HUB_ARGUMENTS}
+        try:
+            path = cached_file(
+                self.config._name_or_path, "README.md", _raise_exceptions_for_missing_entries=False, **hub
+            )
+        except OSError:
+            return None
+        return None if path is None else Path(path).read_text(encoding="utf-8")
+
+    @property
+    def processor(self) -> MetaEmbedProcessor:
+        """The processor, loaded at first use from where the model came from: the same repository and commit."""
+        if self._processor is None:
+            where = self.config._name_or_path
+            if not where:
+                raise ValueError("this model was not loaded from anywhere, so has no processor: set model.processor.")
+            processor = MetaEmbedProcessor.from_pretrained(where, **(self._hub_arguments or {}))
+            self.processor = processor
+            return processor
+        return self._processor
+
+    @processor.setter
+    def processor(self, processor: MetaEmbedProcessor) -> None:
+        processor.config = self.config  # one truth: a default set on the model's configuration holds for both
+        self._processor = processor
+
+    def save_pretrained(self, save_directory: str | Path, *, model_card: bool = True, **kwargs: Any) -> None:
+        """Save a folder that is a complete Hub repository, loadable without this package.
+
+        Writes the weights (safetensors), the configuration, the processor, the Python files, the files of
+        sentence-transformers, and a model card where there is none that a person wrote. Of a model that is sharded
+        over several processes (FSDP), call it in all of them: they gather the weights, and the first one writes.
+
+        Args:
+            save_directory: Folder to write to.
+            model_card: Whether to write the card.
+            **kwargs: For transformers' `save_pretrained`. With `push_to_hub=True`, also for [`push_to_hub`].
+        """
+        folder = Path(save_directory)
+        push, name = kwargs.pop("push_to_hub", False), kwargs.pop("repo_id", folder.name)
+        hub = {key: kwargs.pop(key) for key in ("private", "revision", "create_pr", "commit_message") if key in kwargs}
+        check_saves_whole(self, folder)
+        if kwargs.get("state_dict") is None:
+            kwargs["state_dict"] = gather_weights(self)
+        # Under the names of the modules: transformers would write the older names that some backbones have in their
+        # own checkpoints, and does not find them again inside another model.
+        super().save_pretrained(folder, **{"save_original_format": False, **kwargs})
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        first = not distributed or torch.distributed.get_rank() == 0
+        if first and kwargs.get("is_main_process", True):
+            if self._hf_peft_config_loaded:
+                self.config.save_pretrained(folder)
+                name_base(folder, self.adapter_base)
+            self.processor.save_pretrained(folder)
+            write_repository_files(folder, self, repository=name if model_card else None)
+        if push and first:
+            self.push_to_hub(name, token=kwargs.get("token"), state_dict=kwargs["state_dict"], **hub)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        token: str | bool | None = None,
+        private: bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        commit_message: str | None = None,
+        commit_description: str | None = None,
+        **kwargs: Any,
+    ) -> CommitInfo:
+        """Save the model, whole, to a repository of the Hub. A model card that a person wrote is kept.
+
+        Args:
+            repo_id: Where to; made if it does not exist.
+            token: Of the Hub.
+            private: Whether a new repository is private.
+            revision: Branch; made if it does not exist, but for a pull request to it.
+            create_pr: Whether to open a pull request instead.
+            commit_message: Title of the commit.
+            commit_description: Its text.
+            **kwargs: For [`save_pretrained`].
+
+        Returns:
+            The commit.
+        """
+        api = HfApi(token=token)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if revision is not None and not create_pr and not revision.startswith("refs/"):
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        keep = None
+        if api.file_exists(repo_id, "README.md", revision=revision):
+            card = Path(api.hf_hub_download(repo_id, "README.md", revision=revision))
+            keep = None if is_ours(card.read_text(encoding="utf-8")) else ["README.md"]
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, repo_id=repo_id, **kwargs)
+            return api.upload_folder(
+                repo_id=repo_id,
+                folder_path=folder,
+                ignore_patterns=keep,
+                revision=revision,
+                create_pr=create_pr,
+                commit_message=commit_message or f"Upload {type(self).__name__}",
+                commit_description=commit_description,
+            )
 
     def get_input_embeddings(self) -> nn.Module:
         """Return the backbone's input embedding, which holds the Meta Tokens."""
@@ -388,3 +520,40 @@ class MetaEmbedModel(HubModel):
                 yield [chunk[i] for i in group]
 
     score = staticmethod(maxsim)
+
+
+def last_hidden_state(backbone: PreTrainedModel, input_ids: Tensor, **inputs: Any) -> Tensor:
+    """Run a backbone, with a head or without one, and return what its last layer says.
+
+    Args:
+        backbone: The model.
+        input_ids: Token ids [N, L].
+        **inputs: Whatever else the processor returned.
+
+    Returns:
+        Hidden states [N, L, hidden].
+
+    Raises:
+        ValueError: If the input is longer than the backbone was made for, or has not one hidden state for each id.
+    """
+    longest = getattr(backbone.config.get_text_config(), "max_position_embeddings", None)
+    if longest and input_ids.shape[1] > longest:
+        raise ValueError(
+            f"an input is {input_ids.shape[1]} tokens long, and {type(backbone).__name__} was made for at most "
+            f"{longest}. Cut its text with `max_length`, or make its images smaller."
+        )
+    parameters = inspect.signature(backbone.forward).parameters
+    takes_anything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    if "use_cache" in parameters or takes_anything:
+        inputs["use_cache"] = False  # nothing is generated
+    if "logits_to_keep" in parameters:  # a class with a head: spare the logits
+        output = backbone(input_ids=input_ids, output_hidden_states=True, logits_to_keep=1, **inputs)
+        hidden = output.hidden_states[-1]
+    else:
+        hidden = backbone(input_ids=input_ids, **inputs).last_hidden_state
+    if hidden.shape[:2] != input_ids.shape:
+        raise ValueError(
+            f"{type(backbone).__name__} returned hidden states of shape {tuple(hidden.shape)} for input ids of shape "
+            f"{tuple(input_ids.shape)}: it has no hidden state for each token, so none for the Meta Tokens."
+        )
+    return hidden

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from transformers import AutoTokenizer, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import AddedToken, AutoTokenizer, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.dynamic_module_utils import (
     custom_object_save,
     get_class_from_dynamic_module,
@@ -18,10 +19,8 @@ from transformers.dynamic_module_utils import (
 )
 from transformers.processing_utils import ProcessingKwargs, TextKwargs
 
-from .configuration_metaembed import MetaEmbedConfig, check_count
-from .inputs_metaembed import Message, as_batch, check_text, count_images, has_video, is_single, to_messages
-from .prompts_metaembed import cut_text, escape, join_texts, render, special_token_pattern, tokenizer_of
-from .tokens_metaembed import meta_token_names
+from .configuration_metaembed import BackboneTraits, MetaEmbedConfig, check_count
+from .inputs_metaembed import Message, as_batch, check_text, count_images, has_video, is_single, shorten, to_messages
 
 PROCESSOR_FILE = "processor_config.json"
 
@@ -29,13 +28,7 @@ PROCESSOR_FILE = "processor_config.json"
 PROCESSING_FIELDS = (
     "num_query_tokens",
     "num_document_tokens",
-    "causal",
-    "mixes_images",
-    "batches_images",
-    "pads_left",
-    "text_through_tokenizer",
-    "nests_images",
-    "processor_options",
+    "traits",
     "document_sees_query_tokens",
     "query_token_ids",
     "document_token_ids",
@@ -194,7 +187,7 @@ class MetaEmbedProcessor(ProcessorMixin):
                 lists.append([part[kind] for part in parts if part["type"] == kind])
         features = self._call_backbone(texts, media["image"], media["video"], indices, kwargs)
         self._check_meta_tokens(features["input_ids"], side, num_meta)
-        if not self.config.causal:
+        if not self.config.traits.causal:
             features["num_meta"] = num_meta
         return features
 
@@ -220,20 +213,20 @@ class MetaEmbedProcessor(ProcessorMixin):
         """
         groups: dict[Any, list[int]] = {}
         for index, item in enumerate(inputs):
-            images = 0 if self.config.mixes_images else count_images(item)
-            alone = has_video(item) or (images and not self.config.batches_images)
+            images = 0 if self.config.traits.mixes_images else count_images(item)
+            alone = has_video(item) or (images and not self.config.traits.batches_images)
             groups.setdefault(("alone", index) if alone else images, []).append(index)
         return list(groups.values())
 
     def _appended_tokens(self, side: str, num_meta: int) -> list[str]:
-        count = num_meta if self.config.causal else self.config.num_tokens(side)
+        count = num_meta if self.config.traits.causal else self.config.num_tokens(side)
         tokens = meta_token_names(side, count)
         if side == "document" and self.config.document_sees_query_tokens:
             tokens = meta_token_names("query", self.config.num_query_tokens) + tokens
         return tokens
 
     def escape(self, text: str) -> str:
-        """Break every special token that stands literally in a user's text: see [`prompts_metaembed.escape`]."""
+        """Break every special token that stands literally in a user's text: see [`escape`]."""
         return escape(text, self._special_token)
 
     @cached_property
@@ -289,7 +282,7 @@ class MetaEmbedProcessor(ProcessorMixin):
                 f"{type(self.backbone_processor).__name__} knows no keyword {', '.join(unknown)}. "
                 f"It knows {', '.join(sorted(self._keywords))}."
             )
-        if options.get("padding_side") == "left" and not self.config.pads_left:
+        if options.get("padding_side") == "left" and not self.config.traits.pads_left:
             raise ValueError(
                 "this backbone counts positions from the left, padding and all, so with padding_side='left' an "
                 "embedding would depend on the rest of its batch. Leave the padding on the right."
@@ -314,20 +307,20 @@ class MetaEmbedProcessor(ProcessorMixin):
         if bos and texts[0].startswith(bos):  # the chat template wrote it already
             kwargs["add_special_tokens"] = False
         bare = not any(images) and not any(videos)
-        if isinstance(inner, PreTrainedTokenizerBase) or (bare and self.config.text_through_tokenizer):
+        if isinstance(inner, PreTrainedTokenizerBase) or (bare and self.config.traits.text_through_tokenizer):
             known = {name: value for name, value in kwargs.items() if name in TextKwargs.__annotations__}
             if "token_type_ids" in inner.model_input_names:
                 known["return_token_type_ids"] = True
             features = self.tokenizer(texts, **known)
         else:
             flat = [image for pictures in images for image in pictures]
-            if not self.config.nests_images:
+            if not self.config.traits.nests_images:
                 images = flat
             media = {name: lists for name, lists in (("images", images), ("videos", videos)) if any(lists)}
             if any(isinstance(video, np.ndarray) for clips in videos for video in clips):
                 kwargs.setdefault("do_sample_frames", False)  # whoever passes frames has sampled them
             try:
-                features = inner(text=texts, **media, **{**(self.config.processor_options or {}), **kwargs})
+                features = inner(text=texts, **media, **{**(self.config.traits.processor_options or {}), **kwargs})
             except ImportError:  # says what to install
                 raise
             except Exception as error:
@@ -343,7 +336,7 @@ class MetaEmbedProcessor(ProcessorMixin):
 
     def _check_meta_tokens(self, input_ids: torch.Tensor, side: str, num_meta: int) -> None:
         """Every row must hold exactly the Meta Tokens that were appended; a tokenizer or a processor may disagree."""
-        expected = num_meta if self.config.causal else self.config.num_tokens(side)
+        expected = num_meta if self.config.traits.causal else self.config.num_tokens(side)
         ids = self.config.token_ids(side)
         counts = ((input_ids >= ids[0]) & (input_ids <= ids[-1])).sum(dim=1)  # [N]
         if (counts != expected).any():
@@ -368,7 +361,7 @@ class MetaEmbedProcessor(ProcessorMixin):
         path = folder / PROCESSOR_FILE
         content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         content["metaembed"] = {
-            **{name: getattr(self.config, name) for name in PROCESSING_FIELDS},
+            **{name: value for name, value in self.config.to_dict().items() if name in PROCESSING_FIELDS},
             "backbone_processor": type(self.backbone_processor).__name__,
             "backbone_auto_map": (content.get("auto_map") or {}).get("AutoProcessor"),
         }
@@ -412,5 +405,131 @@ class MetaEmbedProcessor(ProcessorMixin):
             inner = AutoTokenizer  # it alone knows how to load every tokenizer class
         backbone_processor = inner.from_pretrained(pretrained_model_name_or_path, **kwargs)
         # A field that came later than the checkpoint takes its default.
-        fields = {name: saved[name] for name in PROCESSING_FIELDS if name in saved}
-        return cls(backbone_processor, MetaEmbedConfig(**fields))
+        known = {*PROCESSING_FIELDS, *BackboneTraits.__annotations__}  # version 0.1 saved the traits flat
+        return cls(backbone_processor, MetaEmbedConfig(**{name: saved[name] for name in saved if name in known}))
+
+
+def meta_token_names(side: str, count: int) -> list[str]:
+    """Return the Meta Tokens of `side` as they stand in the vocabulary.
+
+    Example:
+        >>> meta_token_names("query", 2)
+        ['<|meta_query_0|>', '<|meta_query_1|>']
+    """
+    return [f"<|meta_{side}_{i}|>" for i in range(count)]
+
+
+def tokenizer_of(processor: Any) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of a processor, which may be one itself."""
+    return processor if isinstance(processor, PreTrainedTokenizerBase) else processor.tokenizer
+
+
+def special_token_pattern(processor: Any) -> re.Pattern | None:
+    """Return what matches any string that means structure and not text to a processor or its tokenizer."""
+    tokenizer = tokenizer_of(processor)
+    tokens = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    tokens.update(tokenizer.all_special_tokens)
+    # Placeholders that a processor searches for as strings; not all of them are in the vocabulary.
+    places = (value for name, value in vars(processor).items() if name.endswith("_token"))
+    tokens.update(place for place in places if isinstance(place, (str, AddedToken)))
+    strings = (str(token) for token in tokens)
+    breakable = sorted((token for token in strings if len(token.strip()) > 1), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, breakable))) if breakable else None
+
+
+def escape(text: str, special_token: re.Pattern | None) -> str:
+    """Break every special token that stands literally in a user's text, so that it stays text.
+
+    A space goes after the token's first letter: `<|image_pad|>` becomes `< |image_pad|>`. Otherwise a text that
+    quotes a Meta Token or an image placeholder would change the structure of the sequence.
+    """
+    while special_token and special_token.search(text):
+        text = special_token.sub(_broken, text)
+    return text
+
+
+def _broken(match: re.Match) -> str:
+    return re.sub(r"^(\s*\S)", r"\1 ", match[0])
+
+
+def join_texts(parts: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the parts of a message with neighbouring texts as one, in which no token can hide by being split."""
+    joined: list[dict[str, Any]] = []
+    for part in parts:
+        if joined and part["type"] == joined[-1]["type"] == "text":
+            part = {"type": "text", "text": joined.pop()["text"] + part["text"]}
+        joined.append(part)
+    return joined
+
+
+def cut_text(messages: list[Message], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Message]:
+    """Cut the text of one input to its first `max_length` tokens, counted over all its parts.
+
+    Args:
+        messages: The messages of one input. Not changed.
+        tokenizer: Counts the tokens.
+        max_length: Number of tokens of text to keep.
+
+    Returns:
+        The messages with the same images and videos and, where the text was longer, less text.
+    """
+    cut = []
+    for message in messages:
+        content = []
+        for part in message["content"]:
+            if part["type"] == "text":
+                text, used = _first_tokens(part["text"], tokenizer, max_length)
+                max_length -= used
+                part = {"type": "text", "text": text}
+            content.append(part)
+        cut.append({"role": message["role"], "content": content})
+    return cut
+
+
+def _first_tokens(text: str, tokenizer: PreTrainedTokenizerBase, count: int) -> tuple[str, int]:
+    if not tokenizer.is_fast:
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        return (text, len(ids)) if len(ids) <= count else (tokenizer.decode(ids[:count]), count)
+    offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    if len(offsets) <= count:
+        return text, len(offsets)
+    return text[: offsets[count - 1][1]] if count else "", count
+
+
+def render(processor: Any, messages: list[Message]) -> str:
+    """Render messages to the backbone's prompt, through its chat template where it has one.
+
+    Args:
+        processor: The backbone's processor or tokenizer.
+        messages: Messages whose content is a list of parts. Images and videos become the backbone's placeholders.
+
+    Returns:
+        The prompt.
+
+    Raises:
+        ValueError: If the chat template leaves out what the messages say.
+    """
+    owner = processor if getattr(processor, "chat_template", None) else tokenizer_of(processor)
+    as_strings = [{**message, "content": _plain(processor, message)} for message in messages]
+    if not owner.chat_template:
+        return "\n".join(message["content"] for message in as_strings)
+    texts = [part["text"].strip() for message in messages for part in message["content"] if part["type"] == "text"]
+    media = any(part["type"] != "text" for message in messages for part in message["content"])
+    # Templates for text alone expect strings, and render a list of parts as nothing, or as Python writes a list.
+    forms = (messages, as_strings) if media or owner is processor else (as_strings, messages)
+    for form in forms:
+        prompt = owner.apply_chat_template(form, tokenize=False)
+        if all(text in prompt for text in texts) and not any(
+            str(message["content"]) in prompt for message in messages
+        ):
+            return prompt
+    raise ValueError(
+        f"the chat template of {type(owner).__name__} leaves out what the messages say: {shorten(repr(prompt), 1000)}."
+    )
+
+
+def _plain(processor: Any, message: Message) -> str:
+    return "".join(
+        part["text"] if part["type"] == "text" else getattr(processor, f"{part['type']}_token", "")
+        for part in message["content"]
+    )

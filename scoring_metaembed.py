@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from .precision_metaembed import decode, round_queries
+from .retrieval.quantization import decode, round_queries
 
 Budget = tuple[int, int]  # (query vectors, document vectors)
 Positions: TypeAlias = "Tensor | Sequence[int]"  # of documents: whole numbers, or a bool for every document
@@ -22,7 +22,7 @@ Positions: TypeAlias = "Tensor | Sequence[int]"  # of documents: whole numbers, 
 _CACHE_FLOATS = 1 << 20  # products are made this many at a time (4 MiB in float32), so that they stay in the cache
 _MOST_FLOATS = 1 << 22  # numbers of documents that are widened to float32 at a time
 _FEW = 64  # query vectors for which a product of matrices for each document is the fastest
-_KERNELS = {"cpu": ("compiled", ".kernels_metaembed"), "cuda": ("fused", ".fused_metaembed")}
+_KERNELS = {"cpu": ("compiled", ".retrieval.kernels.cpu"), "cuda": ("fused", ".retrieval.kernels.cuda")}
 _BLOCK_SCORES = 1 << 22  # `search` holds at most about this many scores at once
 
 

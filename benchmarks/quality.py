@@ -11,12 +11,12 @@ from scenes_embedded import MODEL, embed_scenes
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from metaembed.cascade_metaembed import DEFAULT_STAGES, cascade
-from metaembed.collection_metaembed import EmbeddingCollection
-from metaembed.precision_metaembed import PRECISIONS, bytes_per_vector
-from metaembed.rotation_metaembed import fit_rotation
+from metaembed.retrieval.cascade import DEFAULT_STAGES, cascade
+from metaembed.retrieval.collection import EmbeddingCollection
+from metaembed.retrieval.pca import fit_rotation
+from metaembed.retrieval.quantization import PRECISIONS, bytes_per_vector
+from metaembed.retrieval.tune_cascade import tune_cascade
 from metaembed.scoring_metaembed import search
-from metaembed.tuning_metaembed import tune_cascade
 
 QUERIES = 200
 SCENES = 100_000

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModel
 
-from metaembed.collection_metaembed import EmbeddingCollection
+from metaembed.retrieval.collection import EmbeddingCollection
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "examples"))

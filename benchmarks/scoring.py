@@ -25,9 +25,9 @@ from report import describe_load, describe_machine, write_report
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from metaembed.collection_metaembed import EmbeddingCollection
-from metaembed.kernels_metaembed import load_kernel
-from metaembed.precision_metaembed import PRECISIONS, bytes_per_vector
+from metaembed.retrieval.collection import EmbeddingCollection
+from metaembed.retrieval.kernels.cpu import load_kernel
+from metaembed.retrieval.quantization import PRECISIONS, bytes_per_vector
 from metaembed.scoring_metaembed import maxsim
 
 BUDGETS = [(1, 1), (2, 4), (4, 8), (8, 16), (16, 64)]

@@ -26,7 +26,7 @@ from tiny_backbone import build_backbone, build_processor
 
 from metaembed import MetaEmbedModel
 from metaembed.sentence_metaembed import to_multi_vector_encoder
-from metaembed.training_metaembed import CachedMMRLoss, MMRLoss
+from metaembed.training.losses import CachedMMRLoss, MMRLoss
 
 
 def timed(work) -> float:

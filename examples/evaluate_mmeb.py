@@ -25,7 +25,7 @@ import torch
 from datasets import load_dataset
 
 from metaembed import MetaEmbedModel, maxsim
-from metaembed.card_metaembed import write_eval_results
+from metaembed.cards.card import write_eval_results
 
 GROUPS = {
     "classification": [

@@ -20,8 +20,8 @@ from pathlib import Path
 import mteb
 from sentence_transformers import MultiVectorEncoder
 
-from metaembed.card_metaembed import write_eval_results
-from metaembed.mteb_metaembed import BudgetModel
+from metaembed.cards.card import write_eval_results
+from metaembed.evaluation.mteb import BudgetModel
 
 BENCHMARKS = ("ViDoRe(v1)", "ViDoRe(v2)", "ViDoRe(v3)")
 

@@ -34,7 +34,7 @@ from transformers import AutoModel, set_seed
 from metaembed import MetaEmbedModel, maxsim, search
 from metaembed.configuration_metaembed import check_budgets
 from metaembed.sentence_metaembed import to_multi_vector_encoder
-from metaembed.training_metaembed import MMRLoss
+from metaembed.training.losses import MMRLoss
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

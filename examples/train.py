@@ -35,17 +35,17 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_
 from transformers import AutoConfig, HfArgumentParser, TrainerCallback, set_seed
 
 from metaembed import MetaEmbedModel
-from metaembed.adapter_metaembed import (
+from metaembed.cards.card import write_eval_results
+from metaembed.evaluation.budgets import BudgetEvaluator, budget_table
+from metaembed.sentence_metaembed import to_multi_vector_encoder
+from metaembed.training.lora import (
     ADAPTER_CONFIG,
     find_adapter,
     lora_config,
     merge_adapter,
     module_name,
 )
-from metaembed.card_metaembed import write_eval_results
-from metaembed.evaluation_metaembed import BudgetEvaluator, budget_table
-from metaembed.sentence_metaembed import to_multi_vector_encoder
-from metaembed.training_metaembed import CachedMMRLoss, MMRLoss
+from metaembed.training.losses import CachedMMRLoss, MMRLoss
 
 logger = logging.getLogger("train")
 

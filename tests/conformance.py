@@ -102,7 +102,7 @@ def check_a_batch_equals_one_by_one(model: MetaEmbedModel) -> None:
 def check_either_padding_side_gives_equal_rows(model: MetaEmbedModel) -> None:
     """Or, where positions count the padding, the left one is refused."""
     items = [*inputs_of(model).values(), "cat", "the green pear on a blue table " * 5]
-    if not model.config.pads_left:
+    if not model.config.traits.pads_left:
         with pytest.raises(ValueError, match="padding"):
             model.encode_documents(items, padding_side="left")
         return

@@ -16,7 +16,7 @@ from tiny_models import tiny_model
 from tiny_pictures import picture
 
 from metaembed import MetaEmbedModel
-from metaembed.adapter_metaembed import lora_config
+from metaembed.training.lora import lora_config
 
 QUERIES = ["red apple", {"text": "which boat?", "image": picture(1)}]
 DOCUMENTS = ["a cat", picture(3), {"text": "boat", "image": picture(4, 48, 32)}]

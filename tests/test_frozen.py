@@ -11,7 +11,7 @@ from freeze import embeddings
 from safetensors.torch import load
 
 from metaembed import MetaEmbedModel
-from metaembed.adapter_metaembed import merge_adapter
+from metaembed.training.lora import merge_adapter
 
 DATA = Path(__file__).parent / "data"
 CHECKPOINTS = sorted(DATA.glob("v*"))

@@ -213,7 +213,7 @@ print(json.dumps(processor.process_documents(DOCUMENTS, num_meta=3)["input_ids"]
 def test_a_pushed_adapter_stands_on_its_own(trainer, user):
     """It names the backbone on the Hub and its commit; a later change of the backbone does not reach it."""
     expected = trainer.run(f"""{MAKE}
-from metaembed.adapter_metaembed import lora_config
+from metaembed.training.lora import lora_config
 model = MetaEmbedModel.from_backbone("lab/backbone", num_query_tokens=4, num_document_tokens=8, embedding_dim=24)
 model.add_adapter(lora_config(model, r=4, init_lora_weights=False))
 for name, parameter in model.named_parameters():

@@ -12,7 +12,7 @@ from torch.nn.functional import normalize
 from transformers import AutoModel, AutoProcessor
 
 from metaembed import MetaEmbedConfig, MetaEmbedModel
-from metaembed.prompts_metaembed import escape
+from metaembed.processing_metaembed import escape
 
 SIDES = ("query", "document")
 
@@ -146,7 +146,7 @@ def test_a_special_token_that_begins_with_a_space_is_broken_too():
 
 
 def test_bidirectional_backbone_appends_all_tokens_and_slices(bert):
-    assert not bert.config.causal
+    assert not bert.config.traits.causal
     full, sliced = embed(bert, TEXTS, "document"), embed(bert, TEXTS, "document", 5)
     assert sliced.shape[1] == 5 and torch.equal(full[:, :5], sliced)
     ids = bert.processor.process_documents(TEXTS, num_meta=5)["input_ids"]
@@ -154,7 +154,7 @@ def test_bidirectional_backbone_appends_all_tokens_and_slices(bert):
 
 
 def test_causal_backbones_are_measured_as_such(model):
-    assert model.config.causal
+    assert model.config.traits.causal
 
 
 # -- Encoding ------------------------------------------------------------------------------------------------------

@@ -1,0 +1,1 @@
+"""From any backbone to a MetaEmbed model."""

@@ -1,0 +1,1 @@
+"""Model cards and the other files of a Hub repository."""

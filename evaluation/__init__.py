@@ -1,0 +1,1 @@
+"""Metrics at every budget, MTEB and MMEB."""

@@ -1,0 +1,1 @@
+"""Keeping the embeddings of documents, and searching them at any budget."""

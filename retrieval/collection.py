@@ -1,0 +1,369 @@
+"""A collection of document embeddings: kept small, searched at any budget, and written so that nothing is lost.
+
+The first vector of every document lies apart from the next three, these from the next four, and so on at the edges
+that budgets have: a budget reads what it needs, front to back, and nothing else. On disk that is one safetensors file
+for every `append`, memory-mapped when read, and a manifest that is replaced in one step when a file is complete.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..scoring_metaembed import Slab, Store, as_stack, check_finite
+from .quantization import bytes_per_vector, check_precision, decode, encode
+
+_EDGES = (1, 4, 8, 16, 64)  # the document sides of the default budgets
+_MANIFEST = "collection.json"
+_ROTATION = "rotation.safetensors"
+_UNFINISHED = ".unfinished"
+_ENCODED_AT_ONCE = 1 << 24  # numbers
+
+
+class EmbeddingCollection:
+    """Embeddings of documents, `[N, vectors, dim]`, with ids. `maxsim`, `search` and `cascade` take it as documents.
+
+    Args:
+        vectors: How many vectors of a document are kept: the first ones of what is appended.
+        input_dim: Dimensions of what is appended, and of queries.
+        precision: `"float32"`, `"bfloat16"`, `"int8"`, `"int4"` or `"binary"`.
+        rotation: `[input_dim, dim]`, as `fit_rotation` makes it, applied to documents and queries.
+        folder: Where to write; new or empty. Without one the collection lives in memory.
+
+    Attributes:
+        dim: Dimensions kept.
+        stores: What is searched, one `Store` for every `append`.
+        uncommitted: Names of files in the folder that belong to no completed `append`.
+
+    Raises:
+        ValueError: if a number, the precision or the rotation does not fit, or the folder holds something.
+
+    Example:
+        >>> collection = EmbeddingCollection(vectors=2, input_dim=4, precision="int8")
+        >>> collection.append(torch.eye(4).view(2, 2, 4), ids=["first", "second"])
+        >>> collection
+        EmbeddingCollection(2 documents, 2 vectors of 4 dimensions, int8, 16 bytes a document)
+    """
+
+    def __init__(
+        self,
+        vectors: int,
+        input_dim: int,
+        precision: str = "float32",
+        *,
+        rotation: Tensor | None = None,
+        folder: str | os.PathLike[str] | None = None,
+    ):
+        if min(vectors, input_dim) < 1:
+            raise ValueError(f"vectors and input_dim must be at least 1, not {vectors} and {input_dim}")
+        if rotation is not None:
+            if rotation.ndim != 2 or rotation.shape[0] != input_dim or not 1 <= rotation.shape[1] <= input_dim:
+                raise ValueError(f"rotation must be [{input_dim}, dim], not {list(rotation.shape)}")
+            check_finite(rotation, "rotation")
+        self.vectors, self.input_dim, self.precision = vectors, input_dim, check_precision(precision)
+        self.rotation = None if rotation is None else rotation.detach().float().contiguous()
+        self.dim = input_dim if rotation is None else rotation.shape[1]
+        self.stores: list[Store] = []
+        self.folder: Path | None = None
+        self.uncommitted: tuple[str, ...] = ()
+        self._files: list[str] = []
+        self._ids: list[list[str] | Path | None] = []  # of every store: there, in that file, or none given
+        if folder is not None:
+            self._begin(Path(folder))
+
+    @classmethod
+    def from_embeddings(
+        cls, embeddings: Any, ids: Sequence[str] | None = None, *, vectors: int | None = None, **options: Any
+    ) -> EmbeddingCollection:
+        """Make a collection of embeddings: a tensor or array `[N, R_c, D]`, or a list of `[R_c, D]`.
+
+        Args:
+            embeddings: What to keep.
+            ids: One for every document; their positions, as text, by default.
+            vectors: Keep only so many vectors of a document; all of them by default.
+            **options: `precision`, `rotation` and `folder`, as for the class.
+        """
+        stack = as_stack(embeddings, "embeddings")
+        self = cls(stack.shape[1] if vectors is None else vectors, stack.shape[2], **options)
+        self.append(stack, ids)
+        return self
+
+    @torch.no_grad()
+    def append(self, embeddings: Any, ids: Sequence[str] | None = None) -> None:
+        """Add documents, and write them if there is a folder: when this returns, they are there to stay.
+
+        Every call makes a store (and a file) of its own: append thousands of documents at a time.
+
+        Args:
+            embeddings: `[n, R_c, D]` with `R_c >= vectors`, or a list of `[R_c, D]`; the first `vectors` are kept.
+            ids: One for every document, all different; either every document of a collection is given one or none is.
+
+        Raises:
+            TypeError: if embeddings are not of floating point, or an id is not text.
+            ValueError: if shapes do not fit, a value is NaN or infinite, or an id is there already.
+        """
+        stack = as_stack(embeddings, "embeddings")
+        if stack.shape[1] < self.vectors or stack.shape[2] != self.input_dim:
+            raise ValueError(
+                f"embeddings must be [n, {self.vectors} or more, {self.input_dim}] for this collection, "
+                f"not {list(stack.shape)}"
+            )
+        self._check_ids(ids, len(stack))
+        if not len(stack):
+            return
+        store = self._encode(stack[:, : self.vectors])
+        new_ids = None if ids is None else list(ids)
+        if self.folder is None:
+            self.stores.append(store)
+            self._ids.append(new_ids)
+        else:
+            self._write(self.folder, store, new_ids)
+        self.__dict__.pop("_position_of", None)
+
+    def rotate(self, embeddings: Tensor) -> Tensor:
+        """Do to queries `[..., input_dim]` what was done to the documents: `[..., dim]`."""
+        return embeddings if self.rotation is None else embeddings @ self.rotation.to(embeddings)
+
+    def __len__(self) -> int:
+        return sum(map(len, self.stores))
+
+    def __repr__(self) -> str:
+        shape = f"{len(self)} documents, {self.vectors} vectors of {self.dim} dimensions"
+        where = "" if self.folder is None else f", in {self.folder}"
+        return f"EmbeddingCollection({shape}, {self.precision}, {self.bytes_per_document} bytes a document{where})"
+
+    @property
+    def bytes_per_document(self) -> int:
+        """What a document's vectors take, in memory and on disk."""
+        return self.vectors * bytes_per_vector(self.precision, self.dim)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the documents are."""
+        return self.stores[0].slabs[0].stored.device if self.stores else torch.device("cpu")
+
+    @property
+    def ids(self) -> list[str]:
+        """The id of every document, in order."""
+        if not any(ids is not None for ids in self._ids):
+            return [str(i) for i in range(len(self))]
+        return list(itertools.chain.from_iterable(_read_ids(ids) for ids in self._ids))
+
+    def positions(self, ids: Sequence[str]) -> Tensor:
+        """The positions `[n]` int64 of documents with these ids, for `search(..., include=...)` and the like.
+
+        Raises:
+            ValueError: if an id is not in the collection.
+        """
+        missing = [i for i in ids if i not in self._position_of]
+        if missing:
+            raise ValueError(f"{len(missing)} ids are not in the collection, such as {missing[:3]}")
+        return torch.tensor([self._position_of[i] for i in ids], dtype=torch.int64)
+
+    def to_tensor(self, vectors: int | None = None) -> Tensor:
+        """The documents as kept (so rounded, and rotated): `[N, vectors, dim]` float32."""
+        if vectors is not None and not 1 <= vectors <= self.vectors:
+            raise ValueError(f"vectors must be from 1 to {self.vectors}, not {vectors}")
+        stores = [store.prefix(vectors or self.vectors) for store in self.stores]
+        parts = [[decode(s.stored, s.scales, self.precision, self.dim) for s in store.slabs] for store in stores]
+        empty = torch.empty(0, vectors or self.vectors, self.dim)
+        return torch.cat([torch.cat(slabs, dim=1) for slabs in parts]) if parts else empty
+
+    def to_numpy(self, vectors: int | None = None) -> np.ndarray:
+        """As `to_tensor`, a numpy array."""
+        return self.to_tensor(vectors).cpu().numpy()
+
+    def to_list(self, vectors: int | None = None) -> list[Tensor]:
+        """As `to_tensor`, a list of `[vectors, dim]`, which sentence-transformers works with."""
+        return list(self.to_tensor(vectors))
+
+    def to(self, device: torch.device | str) -> EmbeddingCollection:
+        """A copy of the collection in the memory of a device."""
+        moved = EmbeddingCollection(self.vectors, self.input_dim, self.precision, rotation=self.rotation)
+        for store in self.stores:
+            slabs = [Slab(s.stored.to(device), None if s.scales is None else s.scales.to(device)) for s in store.slabs]
+            moved.stores.append(Store(slabs, self.precision, self.dim, checked=True))
+        moved._ids = list(self._ids)
+        return moved
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write the collection to a folder, new or empty, from which `load` reads it."""
+        copy = EmbeddingCollection(self.vectors, self.input_dim, self.precision, rotation=self.rotation, folder=folder)
+        for store, ids in zip(self.stores, self._ids, strict=True):
+            copy._write(Path(folder), store, None if ids is None else _read_ids(ids))
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> EmbeddingCollection:
+        """Open a folder. Documents are memory-mapped: read from disk when they are scored, and only so far.
+
+        Files of an `append` that was cut short are named in a warning and in `uncommitted`, and left alone.
+
+        Raises:
+            FileNotFoundError: if the folder holds no collection.
+            ValueError: if a file that the manifest names is missing, or is not what was written.
+        """
+        folder = Path(folder)
+        if not (folder / _MANIFEST).exists():
+            raise FileNotFoundError(f"{folder} holds no collection: there is no {_MANIFEST}")
+        manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
+        if manifest["format"] != 1:
+            raise ValueError(f"{folder} is of format {manifest['format']}; this version reads format 1")
+        rotation = None
+        if manifest["rotation"]:
+            with safe_open(folder / _ROTATION, framework="pt") as file:
+                rotation = file.get_tensor("rotation")
+        self = cls(manifest["vectors"], manifest["input_dim"], manifest["precision"], rotation=rotation)
+        self.folder = folder
+        for entry in manifest["files"]:
+            self._read(entry)
+        known = {_MANIFEST, _ROTATION, *self._files}
+        self.uncommitted = tuple(sorted(path.name for path in folder.iterdir() if path.name not in known))
+        if self.uncommitted:
+            warnings.warn(
+                f"{folder} holds files of no completed append: {', '.join(self.uncommitted)}; what they were to hold "
+                "is not in the collection. Append it again, then delete them.",
+                stacklevel=2,
+            )
+        return self
+
+    @cached_property
+    def _position_of(self) -> dict[str, int]:
+        return {document: at for at, document in enumerate(self.ids)}
+
+    @property
+    def _slabs(self) -> list[int]:
+        """How many vectors each slab holds."""
+        edges = [0, *(edge for edge in _EDGES if edge < self.vectors), self.vectors]
+        return [stop - start for start, stop in itertools.pairwise(edges)]
+
+    def _check_ids(self, ids: Sequence[str] | None, n: int) -> None:
+        if len(self) and n and (ids is None) != (self._ids[0] is None):
+            raise ValueError("give an id to every document of a collection or to none")
+        if ids is None:
+            return
+        if isinstance(ids, str) or not all(isinstance(i, str) for i in ids):
+            raise TypeError("ids must be a list of str")
+        if len(ids) != n:
+            raise ValueError(f"{len(ids)} ids for {n} documents")
+        if len(set(ids)) < n:
+            raise ValueError("ids must all be different")
+        there = [i for i in ids if i in self._position_of] if self._ids else []
+        if there:
+            raise ValueError(f"{len(there)} ids are in the collection already, such as {there[:3]}")
+
+    def _encode(self, stack: Tensor) -> Store:
+        """Documents `[n, vectors, input_dim]` as they are kept."""
+        slabs: list[list[tuple[Tensor, Tensor | None]]] = [[] for _ in self._slabs]
+        for part in stack.split(max(1, _ENCODED_AT_ONCE // (self.vectors * self.input_dim))):
+            check_finite(part, "embeddings")
+            for parts, vectors in zip(slabs, self.rotate(part.float()).split(self._slabs, dim=1), strict=True):
+                parts.append(encode(vectors, self.precision))
+        return Store([_join(parts) for parts in slabs], self.precision, self.dim, checked=True)
+
+    def _begin(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        there = sorted(path.name for path in folder.iterdir())
+        if there:
+            raise ValueError(
+                f"{folder} is not empty (it holds {there[0]}); open a collection with EmbeddingCollection.load"
+            )
+        if self.rotation is not None:
+            rotation = {"rotation": self.rotation.cpu()}
+            _replace(folder / _ROTATION, lambda path: save_file(rotation, path))
+        self.folder = folder
+        self._commit()
+
+    def _commit(self) -> None:
+        assert self.folder is not None
+        manifest = {
+            "format": 1,
+            "vectors": self.vectors,
+            "input_dim": self.input_dim,
+            "precision": self.precision,
+            "rotation": self.rotation is not None,
+            "files": [{"name": n, "documents": len(s)} for n, s in zip(self._files, self.stores, strict=True)],
+        }
+        _replace(self.folder / _MANIFEST, lambda path: path.write_text(json.dumps(manifest, indent=1), "utf-8"))
+
+    def _write(self, folder: Path, store: Store, ids: list[str] | None) -> None:
+        """Write a file, then the manifest that names it: between the two, the file is one of no completed append."""
+        there = {path.name.removesuffix(_UNFINISHED) for path in folder.iterdir()}
+        names = (f"documents-{i:05d}.safetensors" for i in itertools.count(len(self._files)))
+        name = next(name for name in names if name not in there)
+        tensors = {}
+        for i, slab in enumerate(store.slabs):
+            tensors[f"vectors.{i}"] = slab.stored.cpu()
+            if slab.scales is not None:
+                tensors[f"scales.{i}"] = slab.scales.cpu()
+        if ids is not None:
+            tensors["ids"] = torch.frombuffer(bytearray(json.dumps(ids).encode()), dtype=torch.uint8)
+        _replace(folder / name, lambda path: save_file(tensors, path))
+        self._read({"name": name, "documents": len(store)})
+        self._commit()
+
+    def _read(self, entry: dict[str, Any]) -> None:
+        """Map a file into memory, after a look at whether it is what was written."""
+        assert self.folder is not None
+        path, width = self.folder / entry["name"], bytes_per_vector(self.precision, self.dim)
+        if not path.exists():
+            raise ValueError(f"{path} is missing, which holds {entry['documents']} documents of the collection")
+        try:
+            with safe_open(path, framework="pt") as file:
+                names = set(file.keys())
+                slabs = []
+                for i in range(len(self._slabs)):
+                    scales = file.get_tensor(f"scales.{i}") if f"scales.{i}" in names else None
+                    slabs.append(Slab(file.get_tensor(f"vectors.{i}"), scales))
+        except Exception as error:
+            raise ValueError(f"{path} cannot be read: {error}") from error
+        for slab, vectors in zip(slabs, self._slabs, strict=True):
+            size = slab.stored.nbytes + (0 if slab.scales is None else slab.scales.nbytes)
+            if slab.stored.shape[:2] != (entry["documents"], vectors) or size != entry["documents"] * vectors * width:
+                raise ValueError(f"{path} does not hold {entry['documents']} documents of this collection")
+        self.stores.append(Store(slabs, self.precision, self.dim, checked=True))
+        self._files.append(entry["name"])
+        self._ids.append(path if "ids" in names else None)
+
+
+def _join(parts: Sequence[tuple[Tensor, Tensor | None]]) -> Slab:
+    scales = [scale for _, scale in parts if scale is not None]
+    return Slab(torch.cat([stored for stored, _ in parts]), torch.cat(scales) if scales else None)
+
+
+def _read_ids(ids: list[str] | Path | None) -> list[str]:
+    if isinstance(ids, Path):
+        with safe_open(ids, framework="pt") as file:
+            return json.loads(bytes(file.get_tensor("ids").numpy()))
+    assert ids is not None
+    return ids
+
+
+def _replace(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a file so that it is there whole or not at all, even if the power fails."""
+    unfinished = path.with_name(path.name + _UNFINISHED)
+    write(unfinished)
+    _flush(unfinished)
+    os.replace(unfinished, path)
+    if os.name == "posix":
+        _flush(path.parent)
+
+
+def _flush(path: Path) -> None:
+    """Have a file's, or a directory's, contents on the disk."""
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,1 @@
+"""Compiled MaxSim: one kernel for the CPU, one for CUDA."""

@@ -1,0 +1,59 @@
+"""Every promise, on every named backbone, each with its real processor."""
+
+import pytest
+import torch
+import torchvision
+import transformers
+from conformance import CHECKS, inputs_of, load, run
+from packaging.version import Version
+
+NAMED = [
+    *("qwen2_5_vl", "paligemma", "mllama"),  # the paper's
+    *("qwen2_vl", "qwen3_vl", "qwen3_5", "idefics3", "smolvlm", "gemma3"),
+    *("gemma4", "internvl", "llava_onevision", "llama4", "mistral3", "aya_vision"),
+    *("glm4v", "lfm2_vl", "minicpmv4_6", "granite4_vision", "modernvbert", "qwen3"),
+    *("llama", "bert", "modernbert"),
+]
+TEXT_ONLY = {"qwen3", "llama", "bert", "modernbert"}
+WITH_VIDEO = {  # gemma4 since its processor says how many frames a video has
+    *("qwen2_5_vl", "qwen2_vl", "qwen3_vl", "qwen3_5"),
+    *("internvl", "llava_onevision", "glm4v", "minicpmv4_6"),
+    *(["gemma4"] if Version(transformers.__version__) >= Version("5.23") else []),
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Models this small lose by more, most of all where cores are busy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+# With torchvision before 0.27, transformers loads another image processor than the one that these are built with here.
+LANCZOS = {"idefics3", "smolvlm", "modernvbert"} if Version(torchvision.__version__) < Version("0.27") else set()
+PAIRS = [(n, c) for n in NAMED for c in CHECKS if not (n in LANCZOS and c == "saving_and_loading_changes_nothing")]
+
+
+@pytest.mark.parametrize(("name", "check"), PAIRS)
+def test_backbone(name, check, tmp_path):
+    run(check, name, tmp_path)
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_the_kinds_of_input_that_every_promise_is_tried_with(name):
+    """What a backbone refuses is left out of its checks, so what it must take is stated here."""
+    images = [] if name in TEXT_ONLY else ["image", "image and text", "two images", "interleaved"]
+    videos = ["video"] if name in WITH_VIDEO else []
+    assert list(inputs_of(load(name))) == ["text", *images, *videos]
+
+
+@pytest.mark.parametrize("name", ["bert", "qwen2_5_vl"])
+def test_left_padding_is_refused_where_positions_count_it(name):
+    processor = load(name).processor
+    assert processor.config.traits.pads_left is (name != "bert")
+    if name == "bert":
+        with pytest.raises(ValueError, match="Leave the padding on the right"):
+            processor.process_queries(["cat", "two cats and a dog"], padding_side="left")
+    assert processor.process_queries(["cat", "two cats"], padding_side="right")["input_ids"].shape[0] == 2

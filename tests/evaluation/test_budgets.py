@@ -1,0 +1,267 @@
+"""One encoding gives the right figures at every budget."""
+
+import importlib
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from datasets import Dataset
+from huggingface_hub import parse_eval_result_entries
+from tiny_models import ROOT, WORDS, picture, tiny_encoder
+
+from metaembed.evaluation.budgets import BudgetEvaluator, budget_table
+
+QUERIES = {f"q{i}": word for i, word in enumerate(WORDS[:6])}
+CORPUS = {f"d{i}": {"text": word, "image": picture(i)} if i % 2 else word for i, word in enumerate(WORDS)}
+RELEVANT = {f"q{i}": {f"d{i}", f"d{i + 6}"} for i in range(6)}
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    return tiny_encoder()
+
+
+def test_every_budget_is_what_encoding_at_that_budget_gives(encoder):
+    evaluator = BudgetEvaluator(QUERIES, CORPUS, RELEVANT, budgets=encoder[0].model.config.budgets, name="val")
+    metrics = evaluator.budget_metrics(evaluator(encoder))
+    assert list(metrics) == [(1, 1), (2, 4), (4, 8)]
+    for (r_q, r_c), found in metrics.items():
+        scores = encoder.similarity(
+            encoder.encode_query(list(QUERIES.values()), num_meta=r_q),
+            encoder.encode_document(list(CORPUS.values()), num_meta=r_c),
+        )
+        order = scores.argsort(dim=1, descending=True).tolist()
+        ndcg = reciprocal = recall = 0.0
+        for i, ranking in enumerate(order):
+            hits = [rank for rank, j in enumerate(ranking[:10]) if j in (i, i + 6)]
+            ndcg += sum(1 / math.log2(rank + 2) for rank in hits) / (1 + 1 / math.log2(3)) / 6
+            reciprocal += 1 / (hits[0] + 1) / 6 if hits else 0
+            recall += len([rank for rank in hits if rank < 5]) / 2 / 6
+        assert found["ndcg@10"] == pytest.approx(ndcg)
+        assert found["mrr@10"] == pytest.approx(reciprocal)
+        assert found["recall@5"] == pytest.approx(recall)
+    table = budget_table(metrics, ["ndcg@10", "recall@1"]).splitlines()
+    assert len(table) == 5 and table[-1].startswith(f"| (4, 8) | {metrics[4, 8]['ndcg@10']:.4f} |")
+
+
+def test_the_model_defaults_do_not_shrink_an_evaluation(encoder):
+    evaluator = BudgetEvaluator(QUERIES, CORPUS, RELEVANT, budgets=[(1, 1), (4, 8)], corpus_chunk_size=5)
+    expected = evaluator(encoder)
+    encoder[0].query_num_meta, encoder[0].document_num_meta = 2, 2
+    try:
+        assert evaluator(encoder) == expected
+    finally:
+        encoder[0].query_num_meta = encoder[0].document_num_meta = None
+    assert evaluator.primary_metric == "4x8_ndcg@10"
+
+
+def test_every_input_is_encoded_once(encoder):
+    seen = []
+    hook = encoder[0].model.backbone.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    try:
+        BudgetEvaluator(QUERIES, CORPUS, RELEVANT, budgets=encoder[0].model.config.budgets)(encoder)
+    finally:
+        hook.remove()
+    assert sum(seen) == len(QUERIES) + len(CORPUS)
+
+
+@pytest.mark.slow
+def test_several_processes_encode_as_one(encoder):
+    documents = list(CORPUS.values()) * 2
+    expected = encoder.encode_document(documents, num_meta=3)
+    pool = encoder.start_multi_process_pool(["cpu", "cpu"])
+    try:
+        pooled = encoder.encode_document(documents, num_meta=3, pool=pool, chunk_size=5)
+    finally:
+        encoder.stop_multi_process_pool(pool)
+    listed = encoder.encode_document(documents, num_meta=3, device=["cpu", "cpu"], chunk_size=5)
+    for actual in (pooled, listed):
+        torch.testing.assert_close(torch.stack(list(actual)), torch.stack(list(expected)), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "name", ["MockRetrievalTask", "MockAny2AnyRetrievalI2TTask", "MockAny2AnyRetrievalT2ITask", "MockIT2ITask"]
+)
+def test_mteb_runs_at_a_budget_and_keeps_budgets_apart(encoder, tmp_path, name):
+    from evaluate_mteb import evaluate, table
+
+    task = mteb_task(name)
+    seen = []
+    hook = encoder[0].model.register_forward_hook(lambda module, args, output: seen.append(output.embeddings.shape[1]))
+    try:
+        rows, _ = evaluate(encoder, [task], [(1, 1), (4, 8)], "you/tiny", "abc", output=str(tmp_path))
+        assert set(seen) == {1, 4, 8}
+        seen.clear()
+        again, _ = evaluate(encoder, [mteb_task(name)], [(4, 8), (1, 1)], "you/tiny", "abc", output=str(tmp_path))
+        assert again == rows[::-1] and not seen, "what is in the cache was run again"
+        for _ in range(2):  # a folder may have changed
+            evaluate(encoder, [mteb_task(name)], [(1, 1)], "folder", output=str(tmp_path))
+            assert seen
+            seen.clear()
+    finally:
+        hook.remove()
+    assert [budget for _, budget, _ in rows] == [(1, 1), (4, 8)]
+    assert all(0 <= score <= 1 for _, _, score in rows)
+    assert len(list((tmp_path / "results" / "you__tiny").rglob(f"{task.metadata.name}.json"))) == 2
+    assert table(rows).splitlines()[-1].startswith("| mean |")
+
+
+def mteb_task(name):
+    """A task of MTEB's own, made in memory; and one whose queries are image and text together."""
+    from mteb.mocks.mock_tasks import retrieval
+
+    if hasattr(retrieval, name):
+        return getattr(retrieval, name)()
+    base = retrieval.MockAny2AnyRetrievalT2ITask
+
+    class MockIT2ITask(base):
+        metadata = base.metadata.model_copy(update={"name": name, "category": "it2i"})
+
+        def load_data(self, *args, **kwargs):
+            super().load_data(*args, **kwargs)
+            split = self.dataset["default"]["test"]
+            rows = split["queries"].to_dict()
+            split["queries"] = Dataset.from_dict({**rows, "image": [picture(i) for i in range(len(rows["id"]))]})
+
+    return MockIT2ITask()
+
+
+def test_a_task_of_mteb_that_fails_does_not_lose_the_others(encoder, tmp_path, monkeypatch, capsys):
+    import evaluate_mteb
+
+    good, bad = mteb_task("MockAny2AnyRetrievalT2ITask"), mteb_task("MockRetrievalTask")
+    monkeypatch.setattr(bad, "load_data", lambda *args, **kwargs: 1 / 0)
+    monkeypatch.setattr(evaluate_mteb.mteb, "get_tasks", lambda tasks: [bad, good])
+    encoder.save_pretrained(str(tmp_path / "model"))
+    options = ["--tasks", "bad", "good", "--budgets", "1,1", "4,8", "--output", tmp_path / "out"]
+    options += ["--write-results", tmp_path / "model"]
+    monkeypatch.setattr(sys, "argv", ["evaluate_mteb.py", *map(str, [tmp_path / "model", *options])])
+    with pytest.raises(SystemExit, match=r"failed:\nMockRetrievalTask at \(1, 1\): division by zero"):
+        evaluate_mteb.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" | ")[0] for line in lines if line.startswith("| ")] == [
+        *("| task", f"| {good.metadata.name}", "| mean")
+    ]
+    files = sorted((tmp_path / "model" / ".eval_results").iterdir())
+    assert [path.name.rpartition("-")[2] for path in files] == ["1x1.yaml", "4x8.yaml"]
+    (entry,) = parse_eval_result_entries(yaml.safe_load(files[1].read_text()))
+    assert (entry.dataset_id, entry.task_id) == (good.metadata.dataset["path"], good.metadata.name)
+    assert f"{entry.value / 100:.4f}"[:5] == lines[-1].split(" | ")[-1][:5]
+    assert "with 4 query and 8 document vectors, measured by MTEB" in entry.notes
+
+
+def test_a_half_failed_line_of_the_mteb_table_is_in_no_mean():
+    from evaluate_mteb import table
+
+    rows = [("a", (1, 1), 0.5), ("b", (1, 1), 0.1), ("b", (4, 8), 0.2)]
+    assert table(rows).splitlines()[2:] == [
+        *("| a | 0.5000 | failed |", "| b | 0.1000 | 0.2000 |", "| mean | 0.1000 | 0.2000 |")
+    ]
+
+
+def test_mteb_benchmarks_run_their_public_tasks_by_default(capsys):
+    from evaluate_mteb import BENCHMARKS, find_tasks
+
+    names = [task.metadata.name for task in find_tasks(BENCHMARKS)]
+    assert len(names) == 22 and "Vidore3HrRetrieval" in names
+    assert "not public: Vidore3TelecomRetrieval, Vidore3NuclearRetrieval" in capsys.readouterr().err
+
+
+def test_mteb_needs_a_budget_that_the_model_has(encoder):
+    from metaembed.evaluation.mteb import BudgetModel
+
+    with pytest.raises(ValueError, match="num_meta of a document must be between 1 and 8"):
+        BudgetModel(encoder, (4, 64), "you/tiny")
+
+
+def mmeb_rows(folder):
+    """Rows in the format of MMEB-eval: an image and text, and candidates of text or images, the right one first."""
+    for i in range(8):
+        picture(i, 32, 16 + 16 * (i % 2)).save(folder / f"{i}.png")
+    rows = []
+    for i in range(6):
+        wrong = [j for j in range(8) if j != i]
+        if i % 2:  # candidates are texts
+            candidates = {"tgt_text": [WORDS[j] for j in (i, *wrong, i)], "tgt_img_path": [""] * 9}
+        else:
+            candidates = {"tgt_text": ["<|image_1|>"] * 8, "tgt_img_path": [f"{j}.png" for j in (i, *wrong)]}
+        text = f"<|image_1|>\nFind what is {WORDS[i]}."
+        rows.append({"qry_text": text, "qry_img_path": f"{i}.png", **candidates})
+    return rows
+
+
+def test_mmeb_counts_the_right_candidate_first(encoder, tmp_path):
+    from evaluate_mmeb import precision_at_1, table
+
+    rows, model = mmeb_rows(tmp_path), encoder[0].model
+    found = precision_at_1(model, rows, tmp_path, batch_size=3)
+    for r_q, r_c in model.config.budgets:
+        hits = 0
+        for i, row in enumerate(rows):
+            query = {"text": f"Find what is {WORDS[i]}.", "image": tmp_path / row["qry_img_path"]}
+            texts = row["tgt_text"][:8] if i % 2 else [tmp_path / name for name in row["tgt_img_path"]]
+            scores = model.score(
+                model.encode_queries([query], num_meta=r_q), model.encode_documents(texts, num_meta=r_c)
+            )
+            hits += int(scores.argmax()) == 0
+        assert found[f"{r_q},{r_c}"] == pytest.approx(hits / 6)
+    assert table({"a": found, "b": found}).splitlines()[-1] == table({"a": found}).splitlines()[-1]
+
+
+def test_mmeb_gives_no_credit_for_ties(encoder, tmp_path):
+    from evaluate_mmeb import precision_at_1
+
+    rows = [{"qry_text": "a", "qry_img_path": "", "tgt_text": ["b", "b "], "tgt_img_path": ["", ""]}]
+    assert set(precision_at_1(encoder[0].model, rows, tmp_path, batch_size=2).values()) == {0.0}
+
+
+def test_a_subset_of_mmeb_that_fails_does_not_lose_the_others(encoder, tmp_path, monkeypatch, capsys):
+    import evaluate_mmeb
+
+    rows = mmeb_rows(tmp_path)
+    subsets = {"Tiny": rows, "Broken": [{**rows[0], "qry_img_path": "gone.png"}]}
+    monkeypatch.setattr(evaluate_mmeb, "load_dataset", lambda dataset, subset, split: subsets[subset])
+    encoder.save_pretrained(str(tmp_path / "model"))
+    options = ["--subsets", "Broken", "Tiny", "--image-dir", tmp_path, "--output", tmp_path / "out"]
+    command = [*map(str, [tmp_path / "model", *options, "--write-results", tmp_path / "model"])]
+    monkeypatch.setattr(sys, "argv", ["evaluate_mmeb.py", *command])
+    with pytest.raises(SystemExit, match=r"failed:\nBroken: .*gone.png"):
+        evaluate_mmeb.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" | ")[0] for line in lines[2:]] == ["| Tiny", "| mean"]
+    files = sorted((tmp_path / "model" / ".eval_results").iterdir())
+    assert [path.name for path in files] == [f"tiger-lab-mmeb-eval-tiny-{b}.yaml" for b in ("1x1", "2x4", "4x8")]
+    (entry,) = parse_eval_result_entries(yaml.safe_load(files[2].read_text()))
+    assert (entry.dataset_id, entry.task_id) == ("TIGER-Lab/MMEB-eval", "Tiny")
+    monkeypatch.setattr(sys, "argv", ["evaluate_mmeb.py", *command, "--dataset", str(tmp_path)])
+    with pytest.raises(ValueError, match="--dataset must be one, not a folder"):
+        evaluate_mmeb.main()
+
+
+@pytest.mark.parametrize("script", ["evaluate_mteb", "evaluate_mmeb"])
+def test_results_are_written_into_a_saved_model_only(tmp_path, monkeypatch, script):
+    options = [str(tmp_path), "--write-results", str(tmp_path), "--image-dir", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", [script, *options[: 3 if script == "evaluate_mteb" else 5]])
+    with pytest.raises(ValueError, match="--write-results must be the folder of a saved model"):
+        importlib.import_module(script).main()
+
+
+@pytest.mark.slow
+def test_the_evaluation_scripts_run(encoder, tmp_path):
+    """From the command line, on a saved model: MMEB's format on disk, and the help of MTEB's."""
+    encoder.save_pretrained(str(tmp_path / "model"))
+    (tmp_path / "data" / "Tiny").mkdir(parents=True)
+    (tmp_path / "images").mkdir()
+    Dataset.from_list(mmeb_rows(tmp_path / "images")).to_parquet(tmp_path / "data" / "Tiny" / "test.parquet")
+    card = "---\nconfigs:\n- config_name: Tiny\n  data_files: [{split: test, path: Tiny/test.parquet}]\n---\n"
+    (tmp_path / "data" / "README.md").write_text(card)
+    script = [sys.executable, ROOT / "examples" / "evaluate_mmeb.py", tmp_path / "model", "--subsets", "Tiny"]
+    paths = ["--dataset", tmp_path / "data", "--image-dir", tmp_path / "images", "--output", tmp_path / "out"]
+    printed = subprocess.run([*script, *paths], capture_output=True, text=True, check=True).stdout.splitlines()
+    assert printed[0] == "| subset | (1,1) | (2,4) | (4,8) |" and printed[2].startswith("| Tiny | ")
+    subprocess.run([sys.executable, ROOT / "examples" / "evaluate_mteb.py", "--help"], check=True, capture_output=True)

@@ -1,0 +1,223 @@
+"""A collection is scored like the tensor it was made of, and what was written is never lost."""
+
+import os
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn.functional import normalize
+
+from metaembed.retrieval.collection import EmbeddingCollection
+from metaembed.retrieval.pca import fit_rotation
+from metaembed.retrieval.quantization import PRECISIONS, bytes_per_vector, decode, encode, round_queries
+from metaembed.scoring_metaembed import maxsim, search
+
+
+def vectors(seed, *shape):
+    return normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)), dim=-1)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.sampled_from(PRECISIONS),
+    st.sampled_from(["torch", "compiled"]),
+    st.integers(1, 70),
+    st.integers(1, 90),
+    st.data(),
+)
+def test_scores_equal_a_float64_reference_at_every_precision(precision, backend, r_c, dim, data):
+    sizes = data.draw(st.lists(st.integers(0, 30), max_size=3))
+    budget = data.draw(st.tuples(st.integers(1, 6), st.integers(1, r_c)))
+    queries, documents = vectors(r_c, 3, 6, dim), vectors(dim, sum(sizes), r_c, dim)
+    collection = EmbeddingCollection(r_c, dim, precision)
+    for part in documents.split(sizes) if sizes else []:
+        collection.append(part)
+    q = round_queries(queries[:, : budget[0]], precision).double()
+    d = decode(*encode(documents[:, : budget[1]], precision), precision, dim).double()
+    expected = torch.einsum("qid,njd->qnij", q, d).amax(3).sum(2)
+    scores = maxsim(queries, collection, budget, backend=backend)
+    torch.testing.assert_close(scores.double(), expected, atol=2e-5, rtol=1e-5)
+    best, indices = search(queries, collection, 5, budget, backend=backend)
+    assert best.shape == (3, min(5, sum(sizes)))
+    assert torch.equal(scores.gather(1, indices), best)
+
+
+@pytest.mark.parametrize(
+    ("precision", "most"), [("float32", 0), ("bfloat16", 0.005), ("int8", 0.015), ("int4", 0.2), ("binary", 0.9)]
+)
+def test_every_precision_loses_no_more_than_it_should_in_the_bytes_it_claims(precision, most):
+    x = vectors(0, 50, 3, 100)
+    x[3, 1] = 0
+    stored, scales = encode(x, precision)
+    back = decode(stored, scales, precision, 100)
+    assert ((back - x).norm(dim=-1) <= most).all()
+    assert (back[3, 1] == 0).all()
+    assert stored.nbytes + (0 if scales is None else scales.nbytes) == 150 * bytes_per_vector(precision, 100)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_saving_and_loading_changes_nothing(precision, tmp_path):
+    collection = EmbeddingCollection(20, 32, precision, rotation=fit_rotation(vectors(1, 9, 20, 32), 17))
+    collection.append(vectors(2, 5, 20, 32), ids=list("abcde"))
+    collection.append(vectors(3, 4, 25, 32), ids=list("fghi"))
+    collection.save(tmp_path / "folder")
+    loaded = EmbeddingCollection.load(tmp_path / "folder")
+    assert loaded.ids == list("abcdefghi")
+    assert loaded.precision == precision and loaded.uncommitted == ()
+    assert torch.equal(loaded.rotation, collection.rotation)
+    assert torch.equal(loaded.to_tensor(), collection.to_tensor())
+    queries = vectors(4, 2, 3, 32)
+    assert torch.equal(maxsim(queries, loaded, (3, 7)), maxsim(queries, collection, (3, 7)))
+    loaded.append(vectors(5, 1, 20, 32), ids=["j"])
+    assert len(EmbeddingCollection.load(tmp_path / "folder")) == 10
+
+
+def test_tensors_arrays_and_lists_go_in_and_come_out():
+    x = vectors(0, 4, 6, 8)
+    for form in (x, x.numpy(), list(x), [d.numpy() for d in x]):
+        collection = EmbeddingCollection.from_embeddings(form)
+        assert torch.equal(collection.to_tensor(), x)
+        assert np.array_equal(collection.to_numpy(2), x[:, :2].numpy())
+        assert all(torch.equal(a, b) for a, b in zip(collection.to_list(), x, strict=True))
+
+
+def test_a_smaller_budget_can_be_stored_alone():
+    x, queries = vectors(0, 9, 64, 8), vectors(1, 2, 16, 8)
+    small = EmbeddingCollection.from_embeddings(x, vectors=8)
+    assert small.bytes_per_document * 8 == EmbeddingCollection.from_embeddings(x).bytes_per_document
+    assert torch.equal(maxsim(queries, small, (4, 8)), maxsim(queries, EmbeddingCollection.from_embeddings(x), (4, 8)))
+    with pytest.raises(ValueError, match="16 document vectors; from 1 to 8"):
+        maxsim(queries, small, (8, 16))
+
+
+def test_a_small_budget_reads_a_small_part_of_the_file(tmp_path):
+    EmbeddingCollection.from_embeddings(vectors(0, 20_000, 64, 32), folder=tmp_path / "folder")  # 164 MB
+    code = f"""
+        import torch
+        from metaembed.retrieval.collection import EmbeddingCollection
+        from metaembed.scoring_metaembed import search
+        def mapped():
+            return int(open("/proc/self/statm").read().split()[1]) * 4096 / 2**20
+        collection = EmbeddingCollection.load({str(tmp_path / "folder")!r})
+        search(torch.ones(1, 1, 32), torch.ones(1, 1, 32), 1)
+        before = mapped()
+        search(torch.ones(1, 1, 32), collection, 10, (1, 1))
+        one = mapped() - before
+        search(torch.ones(1, 1, 32), collection, 10, (1, 64))
+        print(one, mapped() - before)
+    """
+    out = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True)
+    first_vector, everything = map(float, out.stdout.split())
+    assert everything > 100
+    assert first_vector < 20
+
+
+@pytest.mark.parametrize("moment", range(1, 8))
+def test_killed_at_any_moment_what_was_committed_loads_and_the_rest_is_named(moment, tmp_path):
+    """The process dies at its n-th flush to the disk or renaming of a file."""
+    code = f"""
+        import os, torch
+        from metaembed.retrieval.collection import EmbeddingCollection
+        collection = EmbeddingCollection(3, 4, folder={str(tmp_path / "folder")!r})
+        collection.append(torch.ones(5, 3, 4), ids=list("abcde"))
+        left = {moment}
+        def dying(call):
+            def wrapped(*args):
+                global left
+                left -= 1
+                if not left:
+                    os._exit(9)
+                return call(*args)
+            return wrapped
+        os.fsync, os.replace = dying(os.fsync), dying(os.replace)
+        collection.append(torch.ones(2, 3, 4), ids=["f", "g"])
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True)
+    assert done.returncode == (9 if moment < 7 else 0), done.stderr
+    committed = moment > 5  # data: fsync, replace, fsync; manifest: fsync, replace, fsync
+    if moment in (6, 7):
+        collection = EmbeddingCollection.load(tmp_path / "folder")
+        assert collection.uncommitted == ()
+    else:
+        with pytest.warns(UserWarning, match=r"no completed append: .*documents-00001"):
+            collection = EmbeddingCollection.load(tmp_path / "folder")
+        assert any("documents-00001" in name for name in collection.uncommitted)
+    assert collection.ids == list("abcdefg" if committed else "abcde")
+    collection.append(torch.ones(1, 3, 4), ids=["z"])  # and life goes on, with nothing overwritten
+    left = {path.name for path in (tmp_path / "folder").iterdir()}
+    assert set(collection.uncommitted) - {"collection.json.unfinished"} <= left
+    assert len(collection) == (8 if committed else 6)
+
+
+def test_a_damaged_file_is_an_error_that_names_it(tmp_path):
+    collection = EmbeddingCollection.from_embeddings(vectors(0, 9, 4, 8), folder=tmp_path / "folder")
+    del collection
+    file = tmp_path / "folder" / "documents-00000.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-10])
+    with pytest.raises(ValueError, match=r"documents-00000\.safetensors cannot be read"):
+        EmbeddingCollection.load(tmp_path / "folder")
+    os.remove(file)
+    with pytest.raises(ValueError, match=r"documents-00000\.safetensors is missing"):
+        EmbeddingCollection.load(tmp_path / "folder")
+    with pytest.raises(FileNotFoundError, match="no collection"):
+        EmbeddingCollection.load(tmp_path)
+
+
+def test_a_rotation_to_all_dimensions_changes_no_score_and_to_fewer_keeps_what_matters():
+    spectrum = torch.tensor([1.0] * 8 + [0.01] * 24)
+    x = normalize(torch.randn(300, 4, 32, generator=torch.Generator().manual_seed(0)) * spectrum, dim=-1)
+    queries = x[:5]
+    plain = maxsim(queries, x)
+    for dim, error in ((32, 1e-5), (8, 0.01)):
+        rotated = EmbeddingCollection.from_embeddings(x, rotation=fit_rotation(x, dim))
+        assert rotated.dim == dim
+        assert (maxsim(queries, rotated) - plain).abs().max() < error
+    assert torch.equal(fit_rotation(x, 32)[:, :8], fit_rotation(x, 8))
+
+
+def test_positions_of_ids_filter_a_search():
+    x = vectors(0, 6, 2, 8)
+    collection = EmbeddingCollection.from_embeddings(x, ids=list("abcdef"))
+    _, found = search(x[:1], collection, 9, exclude=collection.positions(["a", "d"]))
+    assert {collection.ids[i] for i in found[0]} == set("bcef")
+    with pytest.raises(ValueError, match="2 ids are not in the collection"):
+        collection.positions(["x", "a", "y"])
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "match"),
+    [
+        (lambda c, x: c.append(x[:, :1]), ValueError, r"\[n, 2 or more, 8\]"),
+        (lambda c, x: c.append(x[..., :4]), ValueError, r"\[n, 2 or more, 8\]"),
+        (lambda c, x: c.append(x * float("nan"), list("pqrs")), ValueError, "NaN or infinity"),
+        (lambda c, x: c.append(x), ValueError, "an id to every document"),
+        (lambda c, x: c.append(x, ["a", "p", "q", "r"]), ValueError, "in the collection already"),
+        (lambda c, x: c.append(x, ["p"] * 4), ValueError, "all be different"),
+        (lambda c, x: c.append(x, ["p"]), ValueError, "1 ids for 4 documents"),
+        (lambda c, x: c.append(x, [1, 2, 3, 4]), TypeError, "list of str"),
+        (lambda c, x: EmbeddingCollection(2, 8, "int3"), ValueError, "precision must be one of"),
+        (lambda c, x: EmbeddingCollection(0, 8), ValueError, "at least 1"),
+        (lambda c, x: EmbeddingCollection(2, 8, rotation=torch.eye(4)), ValueError, r"rotation must be \[8, dim\]"),
+        (lambda c, x: fit_rotation(x, 9), ValueError, "from 1 to 8"),
+        (lambda c, x: fit_rotation(x[:0], 2), ValueError, "sample is empty"),
+        (lambda c, x: maxsim(x[..., :4], c), ValueError, "4 dimensions and documents 8"),
+    ],
+)
+def test_bad_input_is_an_error_that_says_what_to_do(make, error, match):
+    x = vectors(0, 4, 2, 8)
+    collection = EmbeddingCollection.from_embeddings(x, ids=list("abcd"))
+    with pytest.raises(error, match=match):
+        make(collection, x)
+    assert collection.ids == list("abcd")
+
+
+def test_a_folder_that_holds_something_is_not_written_to(tmp_path):
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(ValueError, match="not empty"):
+        EmbeddingCollection(2, 8, folder=tmp_path)

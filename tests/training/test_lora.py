@@ -1,0 +1,272 @@
+"""Adapters train the right weights, save what stands on its own, and load whole or not at all, through every door."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_models import picture, save_tiny_backbone
+
+from metaembed import MetaEmbedModel
+from metaembed.sentence_metaembed import to_multi_vector_encoder
+from metaembed.training.lora import lora_config, merge_adapter
+from metaembed.training.losses import CachedMMRLoss
+
+QUERIES = ["red apple", "blue boat and a cat"]
+DOCUMENTS = [picture(0), {"text": "a cat", "image": picture(1, 48, 32)}, "green hat"]
+
+
+def embeddings(model):
+    return torch.cat([model.encode_queries(QUERIES).flatten(), model.encode_documents(DOCUMENTS).flatten()])
+
+
+def trained(backbone, steps=3):
+    """A model with an adapter that was really trained, so that none of its parts is at its first value."""
+    torch.manual_seed(0)
+    model = MetaEmbedModel.from_backbone(backbone, num_query_tokens=4, num_document_tokens=8, embedding_dim=24)
+    model.add_adapter(lora_config(model, r=4, lora_alpha=4))
+    encoder = to_multi_vector_encoder(model, device="cpu").train()
+    loss = CachedMMRLoss(encoder, mini_batch_size=2)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(steps):
+        batch = [encoder.preprocess(QUERIES, task="query"), encoder.preprocess(DOCUMENTS[:2], task="document")]
+        sum(loss(batch).values()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory):
+    return save_tiny_backbone(tmp_path_factory.mktemp("hub") / "tiny-qwen2.5-vl")
+
+
+@pytest.fixture(scope="module")
+def model(backbone):
+    return trained(backbone)
+
+
+@pytest.fixture(scope="module")
+def adapter(model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved") / "adapter"
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_the_recipe_trains_the_language_model_the_meta_tokens_and_the_projection(backbone):
+    model = MetaEmbedModel.from_backbone(backbone, num_query_tokens=4, num_document_tokens=8, embedding_dim=24)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    model = trained(backbone)
+    names = {name for name, p in model.named_parameters() if p.requires_grad}
+    kinds = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    assert {name.split(".lora_")[0].rsplit(".", 1)[-1] for name in names if "lora_" in name} == set(kinds)
+    assert all("visual" not in name for name in names)
+    assert {name for name in names if "lora_" not in name} == {
+        "backbone.language_model.embed_tokens.token_adapter.trainable_tokens_delta.default",
+        "projection.modules_to_save.default.weight",
+        "projection.modules_to_save.default.bias",
+    }
+    merge_adapter(model)
+    after = model.state_dict()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert {name.split(".")[-2] for name in changed} == {*kinds, "embed_tokens", "projection"}
+    rows = (
+        before["backbone.language_model.embed_tokens.weight"] != after["backbone.language_model.embed_tokens.weight"]
+    )
+    ids = model.config.query_token_ids + model.config.document_token_ids
+    assert rows.any(dim=1).nonzero().flatten().tolist() == ids
+
+
+def test_an_adapter_holds_only_what_was_trained(adapter, backbone):
+    assert not (adapter / "model.safetensors").exists()
+    sizes = {name: value.shape for name, value in load_file(adapter / "adapter_model.safetensors").items()}
+    assert all("lora_" in name or "trainable_tokens" in name or "projection" in name for name in sizes)
+    assert sum("lora_" in name for name in sizes) == 2 * 7 * 2  # A and B, seven layers, two blocks
+    assert json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"] == backbone
+
+
+def test_every_loader_gives_equal_embeddings(model, adapter, backbone):
+    from peft import PeftModel
+    from sentence_transformers import MultiVectorEncoder
+    from transformers import AutoModel
+
+    expected = embeddings(model)
+    loaded = {
+        "MetaEmbedModel": MetaEmbedModel.from_pretrained(adapter),
+        "AutoModel": AutoModel.from_pretrained(adapter, trust_remote_code=True),
+    }
+    plain = MetaEmbedModel.from_backbone(backbone, num_query_tokens=4, num_document_tokens=8, embedding_dim=24, seed=7)
+    assert not torch.allclose(embeddings(plain), expected, atol=1e-2)
+    plain.load_adapter(str(adapter))
+    loaded["load_adapter"] = plain
+    wrapped = MetaEmbedModel.from_backbone(
+        backbone, num_query_tokens=4, num_document_tokens=8, embedding_dim=24, seed=8
+    )
+    loaded["PeftModel"] = PeftModel.from_pretrained(wrapped, str(adapter)).eval()
+    for name, other in loaded.items():
+        assert torch.equal(embeddings(other), expected), name
+    encoder = MultiVectorEncoder(str(adapter), trust_remote_code=True, device="cpu")
+    torch.testing.assert_close(torch.stack(encoder.encode_query(QUERIES)), model.encode_queries(QUERIES))
+
+
+def test_merged_equals_unmerged(model, adapter, tmp_path):
+    from peft import PeftModel
+
+    expected = embeddings(model)
+    merged = MetaEmbedModel.from_pretrained(adapter)
+    merge_adapter(merged)
+    torch.testing.assert_close(embeddings(merged), expected, atol=1e-5, rtol=0)
+    merged.save_pretrained(tmp_path / "merged")
+    assert not (tmp_path / "merged" / "adapter_config.json").exists()
+    assert torch.equal(embeddings(MetaEmbedModel.from_pretrained(tmp_path / "merged")), embeddings(merged))
+    by_peft = MetaEmbedModel.from_backbone(
+        model.adapter_base[0], num_query_tokens=4, num_document_tokens=8, embedding_dim=24
+    )
+    by_peft = PeftModel.from_pretrained(by_peft, str(adapter)).merge_and_unload()
+    by_peft.save_pretrained(tmp_path / "by-peft")
+    again = MetaEmbedModel.from_pretrained(tmp_path / "by-peft")
+    torch.testing.assert_close(embeddings(again), expected, atol=1e-5, rtol=0)
+    with pytest.raises(ValueError, match="no adapter to merge"):
+        merge_adapter(again)
+
+
+def test_an_adapter_of_a_finetuned_model_names_that_model(model, adapter, tmp_path):
+    """Not the plain backbone, on which it would give other embeddings."""
+    merged = MetaEmbedModel.from_pretrained(adapter)
+    merge_adapter(merged)
+    merged.save_pretrained(tmp_path / "whole")
+    second = MetaEmbedModel.from_pretrained(tmp_path / "whole")
+    second.add_adapter(lora_config(second, r=2, init_lora_weights=False))
+    second.eval().save_pretrained(tmp_path / "second")
+    saved = json.loads((tmp_path / "second" / "adapter_config.json").read_text())
+    assert saved["base_model_name_or_path"] == str(tmp_path / "whole")
+    assert torch.equal(embeddings(MetaEmbedModel.from_pretrained(tmp_path / "second")), embeddings(second))
+
+
+def test_a_loaded_adapter_trains_on(adapter):
+    frozen = MetaEmbedModel.from_pretrained(adapter)
+    further = MetaEmbedModel.from_pretrained(adapter, is_trainable=True)
+    names = {name for name, p in further.named_parameters() if p.requires_grad}
+    assert len(names) == 2 * 7 * 2 + 3
+    assert not any(p.requires_grad for name, p in frozen.named_parameters() if "lora_" in name)
+
+
+def broken(adapter, tmp_path, change):
+    folder = tmp_path / "broken"
+    shutil.copytree(adapter, folder)
+    weights = load_file(folder / "adapter_model.safetensors")
+    change(weights)
+    save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("part", ["lora_A", "lora_B", "trainable_tokens", "projection"])
+def test_a_missing_part_raises(adapter, tmp_path, part):
+    def change(weights):
+        del weights[next(name for name in weights if part in name)]
+
+    with pytest.raises(ValueError, match="missing from the adapter, so random"):
+        MetaEmbedModel.from_pretrained(broken(adapter, tmp_path, change))
+
+
+@pytest.mark.parametrize("part", ["lora_A", "lora_B"])
+def test_a_missing_part_raises_in_peft_too(adapter, backbone, tmp_path, part):
+    """Which itself only warns of these; where other parts are missing it raises a KeyError."""
+    from peft import PeftModel
+
+    def change(weights):
+        del weights[next(name for name in weights if part in name)]
+
+    folder = broken(adapter, tmp_path, change)
+    plain = MetaEmbedModel.from_backbone(backbone, num_query_tokens=4, num_document_tokens=8, embedding_dim=24)
+    with pytest.raises(ValueError, match=f"missing from what is loaded, so would be random: .*{part}"):
+        PeftModel.from_pretrained(plain, str(folder))
+
+
+def test_a_second_adapter_does_not_need_the_first(model, adapter, backbone):
+    from peft import PeftModel
+
+    plain = MetaEmbedModel.from_backbone(backbone, num_query_tokens=4, num_document_tokens=8, embedding_dim=24)
+    wrapped = PeftModel.from_pretrained(plain, str(adapter), adapter_name="first")
+    wrapped.load_adapter(str(adapter), adapter_name="second")
+    wrapped.set_adapter("second")
+    torch.testing.assert_close(embeddings(wrapped.eval()), embeddings(model))
+
+
+def test_an_adapter_that_peft_saved_says_how_it_loads(backbone, tmp_path):
+    """It knows the base, but not the Meta Tokens; what the error advises is done here."""
+    from peft import get_peft_model
+
+    sizes = dict(num_query_tokens=4, num_document_tokens=8, embedding_dim=24)
+    plain = MetaEmbedModel.from_backbone(backbone, **sizes)
+    wrapped = get_peft_model(plain, lora_config(plain, r=4, init_lora_weights=False))
+    expected = embeddings(wrapped.eval())
+    wrapped.save_pretrained(tmp_path / "peft")
+    saved = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    assert saved["base_model_name_or_path"] == backbone
+    with pytest.raises(ValueError, match=r"holds no config.json, no processor_config.json.* model.load_adapter"):
+        MetaEmbedModel.from_pretrained(tmp_path / "peft")
+    model = MetaEmbedModel.from_backbone(backbone, **sizes)
+    model.load_adapter(str(tmp_path / "peft"))
+    model.save_pretrained(tmp_path / "whole")
+    assert torch.equal(embeddings(MetaEmbedModel.from_pretrained(tmp_path / "whole")), expected)
+
+
+def test_an_adapter_that_names_no_base_raises(adapter, tmp_path):
+    shutil.copytree(adapter, tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": None}))
+    with pytest.raises(ValueError, match="no base_model_name_or_path"):
+        MetaEmbedModel.from_pretrained(tmp_path / "adapter")
+
+
+def test_an_unused_part_raises(adapter, tmp_path):
+    def change(weights):
+        name = next(name for name in weights if "lora_A" in name)
+        weights[name.replace("layers.0", "layers.9")] = weights[name].clone()
+
+    with pytest.raises(ValueError, match="in the adapter but not in the model"):
+        MetaEmbedModel.from_pretrained(broken(adapter, tmp_path, change))
+
+
+def test_what_would_not_load_is_not_saved(model, adapter, backbone, tmp_path):
+    from peft import get_peft_model
+
+    plain = MetaEmbedModel.from_backbone(backbone, num_query_tokens=4, num_document_tokens=8)
+    with pytest.raises(ValueError, match="holds an adapter"):
+        plain.save_pretrained(adapter)
+    plain.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="holds a whole model"):
+        model.save_pretrained(tmp_path)
+    get_peft_model(plain, lora_config(plain))
+    with pytest.raises(ValueError, match="wrapped with get_peft_model"):
+        plain.save_pretrained(tmp_path / "other")
+
+
+def test_an_adapter_of_an_unknown_backbone_is_not_saved(backbone, tmp_path):
+    from tiny_models import tiny_model
+
+    model = tiny_model()
+    model.add_adapter(lora_config(model))
+    with pytest.raises(ValueError, match="must name the model it belongs to"):
+        model.save_pretrained(tmp_path)
+    model.adapter_base = (backbone, None)
+    model.save_pretrained(tmp_path)
+    assert MetaEmbedModel.from_pretrained(tmp_path).adapter_base == (backbone, None)
+
+
+def test_an_adapter_on_a_bfloat16_backbone_trains_in_float32(backbone):
+    """As people do it: the backbone loaded in bfloat16, the adapter's weights in float32, under autocast."""
+    model = MetaEmbedModel.from_backbone(
+        backbone, num_query_tokens=4, num_document_tokens=8, embedding_dim=24, dtype=torch.bfloat16
+    )
+    model.add_adapter(lora_config(model, r=4))
+    dtypes = {p.dtype for p in model.parameters() if p.requires_grad}
+    assert dtypes == {torch.float32}
+    assert embeddings(model).isfinite().all()
+    encoder = to_multi_vector_encoder(model, device="cpu").train()
+    batch = [encoder.preprocess(QUERIES, task="query"), encoder.preprocess(DOCUMENTS[:2], task="document")]
+    sum(CachedMMRLoss(encoder, mini_batch_size=1)(batch).values()).backward()
+    missing = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert not missing

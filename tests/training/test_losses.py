@@ -1,0 +1,302 @@
+"""Plain MMR equals GradCache MMR equals two ranks, in loss and in gradient, whatever a batch holds."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import WORDS, assert_same_gradients, gradients, picture, save_tiny_backbone, tiny_encoder
+from torch.nn.functional import cross_entropy, dropout
+
+from metaembed import MetaEmbedModel
+from metaembed.training.lora import lora_config
+from metaembed.training.losses import CachedMMRLoss, MMRLoss
+
+BATCH = 6  # a third of each kind of document
+
+
+def columns(first=0, count=BATCH, negatives=1):
+    """Queries, positives and hard negatives: text, images of different sizes, none, one and two of them."""
+
+    def document(i):
+        kinds = [
+            {"text": WORDS[i % 16], "image": picture(i, 32 + 16 * (i % 3), 32)},
+            {"image": [picture(i, 48, 32), picture(i + 50, 16, 64)]},
+            {"text": " ".join(WORDS[: i % 7 + 1])},
+        ]
+        return kinds[i % 3]
+
+    rows = range(first, first + count)
+    queries = [{"text": f"{WORDS[i % 16]} {WORDS[(3 * i) % 16]}"} for i in rows]
+    return [queries] + [[document(i + 100 * column) for i in rows] for column in range(1 + negatives)]
+
+
+def features(encoder, *args, **kwargs):
+    batch = columns(*args, **kwargs)
+    return [encoder.preprocess(column, task="document" if i else "query") for i, column in enumerate(batch)]
+
+
+def loss_and_gradients(loss, batch):
+    loss.model.zero_grad()
+    parts = loss(batch)
+    torch.stack(list(parts.values())).sum().backward()
+    return {name: value.detach() for name, value in parts.items()}, gradients(loss.model)
+
+
+def assert_equal_parts(actual, expected):
+    assert actual.keys() == expected.keys()
+    for name in expected:
+        torch.testing.assert_close(actual[name], expected[name], atol=1e-12, rtol=1e-10)
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    return tiny_encoder(double=True).train()
+
+
+@pytest.mark.parametrize("normalize", ["sum", "mean", "sqrt"])
+@pytest.mark.parametrize("negatives", [0, 2])
+def test_the_loss_is_the_formula_written_out(encoder, normalize, negatives):
+    batch = features(encoder, negatives=negatives)
+    loss = MMRLoss(encoder, weights=[1, 0.5, 2], normalize=normalize)
+    actual, _ = loss_and_gradients(loss, [dict(column) for column in batch])
+    queries, *documents = (encoder(dict(f))["token_embeddings"].detach() for f in batch)
+    documents = torch.cat(documents)
+    for (r_q, r_c), weight in zip([(1, 1), (2, 4), (4, 8)], [1, 0.5, 2], strict=True):
+        divisor = {"sum": 1, "mean": r_q, "sqrt": r_q**0.5}[normalize]
+        logits = torch.zeros(len(queries), len(documents), dtype=torch.float64)
+        for q in range(len(queries)):
+            for d in range(len(documents)):
+                similarity = queries[q, :r_q] @ documents[d, :r_c].T
+                logits[q, d] = similarity.max(dim=1).values.sum() / divisor / 0.03
+        expected = weight * cross_entropy(logits, torch.arange(len(queries)))
+        torch.testing.assert_close(actual[f"loss_{r_q}x{r_c}"], expected, atol=1e-10, rtol=1e-10)
+
+
+@pytest.mark.parametrize("mini_batch_size", [1, 4, 100])
+@pytest.mark.parametrize("negatives", [0, 2])
+def test_cached_equals_plain(encoder, mini_batch_size, negatives):
+    batch = features(encoder, negatives=negatives)
+    expected = loss_and_gradients(MMRLoss(encoder), batch)
+    actual = loss_and_gradients(CachedMMRLoss(encoder, mini_batch_size=mini_batch_size), batch)
+    assert_equal_parts(actual[0], expected[0])
+    assert_same_gradients(actual[1], expected[1])
+
+
+def test_cached_by_tokens_equals_plain(encoder):
+    batch = features(encoder)
+    expected = loss_and_gradients(MMRLoss(encoder), batch)
+    actual = loss_and_gradients(CachedMMRLoss(encoder, mini_batch_num_tokens=60), batch)
+    assert_equal_parts(actual[0], expected[0])
+    assert_same_gradients(actual[1], expected[1])
+
+
+def test_cached_equals_plain_where_images_may_not_mix():
+    """Batches that the backbone must see in groups are cut into mini-batches too."""
+    encoder = tiny_encoder(double=True).train()
+    whole = loss_and_gradients(MMRLoss(encoder), features(encoder))
+    encoder[0].model.config.traits.mixes_images = False
+    batch = features(encoder)
+    assert "groups" in batch[1]
+    plain = loss_and_gradients(MMRLoss(encoder), batch)
+    cached = loss_and_gradients(CachedMMRLoss(encoder, mini_batch_size=2), batch)
+    for actual in (plain, cached):
+        assert_equal_parts(actual[0], whole[0])
+        assert_same_gradients(actual[1], whole[1])
+
+
+@pytest.mark.parametrize("score_mini_batch_size", [1, 4])
+def test_scoring_in_chunks_changes_nothing(encoder, score_mini_batch_size):
+    batch = features(encoder)
+    expected = loss_and_gradients(MMRLoss(encoder), batch)
+    for kind in (MMRLoss, CachedMMRLoss):
+        actual = loss_and_gradients(kind(encoder, score_mini_batch_size=score_mini_batch_size), batch)
+        assert_equal_parts(actual[0], expected[0])
+        assert_same_gradients(actual[1], expected[1])
+
+
+@pytest.mark.parametrize("mixes_images", [True, False])
+def test_the_cached_loss_replays_its_dropout(mixes_images):
+    """The second pass draws the masks of the first: the gradient belongs to the loss that was computed."""
+    encoder = tiny_encoder(double=True).train()
+    encoder[0].model.config.traits.mixes_images = mixes_images
+    embedding = encoder[0].model.get_input_embeddings()
+    embedding.register_forward_hook(lambda module, args, output: dropout(output, 0.5))
+    batch, row = features(encoder, count=3), encoder[0].model.config.query_token_ids[0]
+    loss = CachedMMRLoss(encoder, mini_batch_size=2, temperature=1.0)
+
+    def value(shift):
+        torch.manual_seed(3)
+        with torch.no_grad():
+            embedding.weight[row, 0] += shift
+            total = sum(loss(batch).values())
+            embedding.weight[row, 0] -= shift
+        return float(total)
+
+    torch.manual_seed(3)
+    loss_and_gradients(loss, batch)
+    slope = (value(1e-6) - value(-1e-6)) / 2e-6
+    assert float(embedding.weight.grad[row, 0]) == pytest.approx(slope, rel=1e-5)
+
+
+def test_scores_stay_float32_under_autocast():
+    encoder = tiny_encoder()
+    queries = torch.nn.functional.normalize(torch.randn(4, 4, 32), dim=-1)
+    documents = torch.nn.functional.normalize(torch.randn(4, 8, 32), dim=-1)
+    loss = MMRLoss(encoder)
+    expected = loss.losses(queries, documents, torch.arange(4))
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = loss.losses(queries, documents, torch.arange(4))
+    assert {name: float(value) for name, value in actual.items()} == {
+        name: float(value) for name, value in expected.items()
+    }
+
+
+def test_no_gradients_are_kept_in_evaluation(encoder):
+    batch = features(encoder)
+    expected, _ = loss_and_gradients(MMRLoss(encoder), batch)
+    with torch.no_grad():
+        assert_equal_parts(CachedMMRLoss(encoder, mini_batch_size=2)(batch), expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(mini_batch_size=0), "mini_batch_size must be between"),
+        (dict(mini_batch_num_tokens=0), "mini_batch_num_tokens"),
+        (dict(score_mini_batch_size=0), "score_mini_batch_size must be between"),
+        (dict(temperature=0), "temperature must be above 0"),
+        (dict(normalize="max"), "normalize must be"),
+        (dict(weights=[1, 1]), "weights must be 3 numbers"),
+        (dict(budgets=[(2, 1), (1, 4), (2, 4)]), "not nested"),
+        (dict(budgets=[(1, 1), (16, 64)]), "between 1 and 4"),
+    ],
+)
+def test_bad_settings_are_named(encoder, options, message):
+    with pytest.raises(ValueError, match=message):
+        CachedMMRLoss(encoder, **options)
+
+
+def test_too_few_vectors_are_named(encoder):
+    batch = [encoder.preprocess(["a"], task="query", num_meta=2), encoder.preprocess(["b"], task="document")]
+    with pytest.raises(ValueError, match=r"training at \(4, 8\) needs as many vectors"):
+        CachedMMRLoss(encoder)(batch)
+
+
+RANK = """
+import sys, sentence_transformers, torch, torch.distributed as dist
+from packaging.version import Version
+sys.path.insert(0, sys.argv[1])
+from test_training import columns, features, loss_and_gradients, BATCH
+from tiny_models import tiny_encoder
+from metaembed.training.losses import CachedMMRLoss, MMRLoss
+from torch.nn.parallel import DistributedDataParallel
+
+torch.set_num_threads(1)
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+encoder = tiny_encoder(double=True).train()
+batch = features(encoder, first=rank * BATCH // 2, count=BATCH // 2)
+# Before 6.2, sentence-transformers' cached losses go backward through DDP with each mini-batch: some have no images.
+old = Version(sentence_transformers.__version__) < Version("6.2")
+wrapped = DistributedDataParallel(encoder, find_unused_parameters=old)
+results = {}
+for kind, options in ((MMRLoss, {}), (CachedMMRLoss, dict(mini_batch_size=2))):
+    loss = kind(encoder, gather_across_devices=True, **options)
+    loss.model = wrapped
+    parts, grads = loss_and_gradients(loss, batch)
+    results[kind.__name__] = parts, {name.removeprefix("module."): value for name, value in grads.items()}
+torch.save(results, f"{sys.argv[2]}/rank{rank}.pt")
+try:
+    MMRLoss(encoder, gather_across_devices=True)(features(encoder, count=2 + rank))
+except ValueError as error:
+    assert "as many documents on every rank" in str(error), error
+else:
+    raise AssertionError("unequal ranks were accepted")
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_two_ranks_equal_one(encoder, tmp_path):
+    """Two processes with half a batch each, under DDP: the mean loss and the gradients of one with the whole."""
+    script = tmp_path / "rank.py"
+    script.write_text(RANK)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, str(Path(__file__).parent.parent), tmp_path], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    expected = loss_and_gradients(MMRLoss(encoder), features(encoder))
+    ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
+    for kind in ("MMRLoss", "CachedMMRLoss"):
+        parts = [rank[kind][0] for rank in ranks]
+        assert_equal_parts({name: (parts[0][name] + parts[1][name]) / 2 for name in parts[0]}, expected[0])
+        for rank in ranks:
+            assert_same_gradients(rank[kind][1], expected[1])
+
+
+def an_encoder_to_train(backbone, adapter):
+    encoder = tiny_encoder(double=True)
+    if adapter:
+        model = encoder[0].model
+        model.adapter_base = (str(backbone), None)
+        torch.manual_seed(0)
+        model.add_adapter(lora_config(model, r=4, lora_dropout=0.0, init_lora_weights=False))
+        model.double()
+    return encoder.train()
+
+
+def take_a_step(loss, batches):
+    """Take a step down the mean loss of the batches of this process."""
+    optimizer = torch.optim.SGD([p for p in loss.parameters() if p.requires_grad], lr=0.1)
+    (sum(sum(loss(batch).values()) for batch in batches) / len(batches)).backward()
+    optimizer.step()
+
+
+SHARDED = """
+import sys, torch, torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.device_mesh import init_device_mesh
+sys.path.insert(0, sys.argv[1])
+from test_training import BATCH, an_encoder_to_train, features, take_a_step
+from metaembed.training.losses import MMRLoss
+
+torch.set_num_threads(1)
+dist.init_process_group("gloo")
+rank, mesh = dist.get_rank(), init_device_mesh("cpu", (2,))
+for adapter in (False, True):
+    encoder = an_encoder_to_train(f"{sys.argv[2]}/backbone", adapter)
+    for layer in encoder[0].model.backbone.language_model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(encoder, mesh=mesh)
+    take_a_step(MMRLoss(encoder), [features(encoder, first=rank * BATCH // 2, count=BATCH // 2)])
+    encoder.encode_query(["cat"])  # leaves some weights whole for the moment
+    encoder.save_pretrained(f"{sys.argv[2]}/{adapter}")
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_a_sharded_model_is_saved_whole(tmp_path):
+    """Two processes with half a batch and half the weights each (FSDP2) save what one with all of both does."""
+    save_tiny_backbone(tmp_path / "backbone")
+    script = tmp_path / "rank.py"
+    script.write_text(SHARDED)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, str(Path(__file__).parent.parent), tmp_path], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    for adapter in (False, True):
+        encoder = an_encoder_to_train(tmp_path / "backbone", adapter)
+        before = encoder[0].model.encode_documents(picture(0))
+        take_a_step(MMRLoss(encoder), [features(encoder, first=first, count=BATCH // 2) for first in (0, BATCH // 2)])
+        expected = encoder.eval()[0].model.encode_documents(picture(0))
+        saved = MetaEmbedModel.from_pretrained(tmp_path / str(adapter), dtype=torch.float64).double()
+        torch.testing.assert_close(saved.encode_documents(picture(0)), expected, atol=1e-6, rtol=0)
+        assert (expected - before).abs().max() > 1e-3

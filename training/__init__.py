@@ -1,0 +1,1 @@
+"""Losses, LoRA, data and helpers of training."""
