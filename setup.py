@@ -75,8 +75,8 @@ setup(
     install_requires=[
         "torch>=2.8.0",  # has the storage that transformers 5.20 imports
         "torchvision>=0.23.0",  # the Qwen processors need its video backend; the torchvision of torch 2.8
-        # Releases before 5.20 ignore `max_pixels` and lose texts after images. 5.24.0 asks for peft>=0.22.0, which does
-        # not exist, so no adapter can be added, and its llama4 does not run.
+        # Releases before 5.20 ignore `max_pixels` and lose texts after images. 5.24.0 asks for peft>=0.22.0, which
+        # does not exist, so no adapter can be added, and its llama4 does not run.
         "transformers>=5.20.0,!=5.24.0",
         "sentence-transformers>=6.0.0",  # the first with MultiVectorEncoder; 6.2 checkpoints gradients
         "safetensors>=0.8.0",  # what transformers 5.20 asks for
