@@ -45,6 +45,10 @@ def metadata(wheel):
         return archive.read(next(name for name in archive.namelist() if name.endswith("/METADATA"))).decode()
 
 
+def requires(wheel):
+    return re.findall(r"^Requires-Dist: (.+)$", metadata(wheel), re.MULTILINE)
+
+
 def files(folder):
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
@@ -113,12 +117,25 @@ def test_the_lock_names_versions_and_no_place():
 
 def test_the_lock_holds_what_setup_asks_for(wheel):
     """`make lock` was run since setup.py last changed."""
-    asked = re.findall(r"^Requires-Dist: (.+)$", metadata(wheel), re.MULTILINE)
     pins = [Requirement(line) for line in (ROOT / "constraints.txt").read_text().splitlines() if line[0] != "#"]
     versions = {}
     for requirement in pins:
         versions.setdefault(requirement.name, []).append(next(iter(requirement.specifier)).version)
-    for requirement in map(Requirement, asked):
+    for requirement in map(Requirement, requires(wheel)):
         locked = versions.get(canonicalize_name(requirement.name), [])
         assert locked, f"{requirement.name} is not in constraints.txt: run `make lock`"
         assert all(map(requirement.specifier.contains, locked)), f"{requirement}, locked {locked}: run `make lock`"
+
+
+def test_the_document_states_every_floor_and_exclusion(wheel):
+    text = (ROOT / "docs" / "versions.md").read_text(encoding="utf-8")
+    rows = {tuple(cell.strip() for cell in line.split("|")[1:3]) for line in text.splitlines() if line.startswith("|")}
+    tools = {"pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "ruff", "mypy", "setuptools", "num2words"}
+    for requirement in map(Requirement, requires(wheel)):
+        for bound in requirement.specifier if requirement.name not in tools else ():
+            row = (
+                (requirement.name, bound.version)
+                if bound.operator == ">="
+                else (f"{requirement.name} {bound.version}",)
+            )
+            assert any(known[: len(row)] == row for known in rows), f"{requirement.name}{bound} is not in versions.md"
