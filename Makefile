@@ -2,14 +2,19 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# Pass on what follows the target in ARGS: `make test ARGS='-x tests/test_model.py'`.
+WORKERS ?= 2
+PYTEST := -m pytest -n $(WORKERS) --dist loadscope
+# The lock takes torch and torchvision from here, as a pair: a new one is chosen by hand (docs/versions.md).
+TORCH := torch==2.14.1 torchvision==0.29.1
 
-.PHONY: quickstart test test-floor lint backbones benchmark benchmark-encode benchmark-training clean
+.PHONY: quickstart test test-latest test-floor lint lock backbones benchmark benchmark-encode benchmark-training clean
 
 quickstart: $(VENV)/.ready
 	$(BIN)/python examples/quickstart.py $(ARGS)
 
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python $(PYTEST) $(ARGS)
 
 backbones: $(VENV)/.ready
 	$(BIN)/python benchmarks/backbones.py $(ARGS)
@@ -24,9 +29,13 @@ benchmark-training: $(VENV)/.ready
 benchmark: $(VENV)/.ready
 	$(BIN)/python benchmarks/scoring.py $(ARGS)
 
-# The tests on the lowest versions that setup.py states.
+# The tests on the newest versions that setup.py allows, whatever the lock says.
+test-latest: $(VENV)-latest/.ready
+	$(VENV)-latest/bin/python $(PYTEST) $(ARGS)
+
+# The tests on the lowest versions that setup.py states. Python 3.14 is too new for them.
 test-floor: $(VENV)-floor/.ready
-	$(VENV)-floor/bin/python -m pytest $(ARGS)
+	$(VENV)-floor/bin/python $(PYTEST) $(ARGS)
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
@@ -34,19 +43,39 @@ lint: $(VENV)/.ready
 	mkdir -p $(VENV)/src && ln -sfn $(CURDIR) $(VENV)/src/metaembed  # mypy wants a package's name, whatever the clone's is
 	cd $(VENV)/src && $(abspath $(BIN))/mypy --config-file metaembed/pyproject.toml metaembed/__init__.py metaembed/*_metaembed.py
 
+# What is installed above, of every package, for every Python and platform. Adds what setup.py newly asks for and leaves
+# the rest; `make lock ARGS=--upgrade` takes the newest of everything, `ARGS='--upgrade-package peft'` of one.
+lock: $(VENV)-lock/.ready
+	printf '%s\n' $(TORCH) > $(VENV)-lock/torch.txt
+	$(VENV)-lock/bin/uv pip compile setup.py --all-extras --universal --python-version 3.11 --quiet --no-emit-index-url \
+		--constraint $(VENV)-lock/torch.txt --no-annotate --custom-compile-command 'make lock' \
+		--output-file constraints.txt $(ARGS)
+
 # torch and torchvision first and together, so that both come from the same place.
-$(VENV)/.ready: setup.py
+$(VENV)/.ready: setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet torch torchvision
-	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch torchvision
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
 	touch $@
 
+$(VENV)-latest/.ready: setup.py
+	$(PYTHON) -m venv $(VENV)-latest
+	$(VENV)-latest/bin/python -m pip install --quiet --upgrade torch torchvision
+	$(VENV)-latest/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager --editable '.[test]'
+	touch $@
+
+# `name>=1.2` and `name>=1.2,!=1.3` become `name==1.2`.
 $(VENV)-floor/.ready: setup.py
 	$(PYTHON) -m venv $(VENV)-floor
-	sed -n 's/^ *"\([A-Za-z_-]*\)>=\([0-9.]*\)".*/\1==\2/p' setup.py > $(VENV)-floor/floor.txt
-	$(VENV)-floor/bin/python -m pip install --quiet --requirement $(VENV)-floor/floor.txt
+	sed -n 's/^ *"\([A-Za-z_-]*\)>=\([0-9.]*\)[",].*/\1==\2/p' setup.py > $(VENV)-floor/floor.txt
+	$(VENV)-floor/bin/python -m pip install --quiet --constraint $(VENV)-floor/floor.txt torch torchvision
 	$(VENV)-floor/bin/python -m pip install --quiet --constraint $(VENV)-floor/floor.txt --editable '.[test]'
 	touch $@
 
+$(VENV)-lock/.ready:
+	$(PYTHON) -m venv $(VENV)-lock
+	$(VENV)-lock/bin/python -m pip install --quiet uv
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(VENV)-floor outputs build *.egg-info
+	rm -rf $(VENV) $(VENV)-floor $(VENV)-latest $(VENV)-lock outputs build dist *.egg-info

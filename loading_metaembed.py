@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import re
 import shutil
@@ -10,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
+import transformers.integrations.peft
+from packaging.version import Version
 from safetensors.torch import load_file
 from torch import nn
 from transformers import (
@@ -239,11 +241,24 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
 def import_peft() -> Any:
-    """Return the module `peft`, which users without adapters need not have."""
+    """Return the module `peft`, which users without adapters do not need.
+
+    Raises:
+        ImportError: If it is not installed, or older than the installed transformers asks for.
+    """
+    needed = getattr(transformers.integrations.peft, "MIN_PEFT_VERSION", "0")
     try:
-        import peft
-    except ImportError as error:
-        raise ImportError("adapters need peft: pip install 'peft>=0.20'") from error
+        installed = importlib.metadata.version("peft")
+    except importlib.metadata.PackageNotFoundError:
+        raise ImportError(f"adapters need peft: pip install 'peft>={needed}'") from None
+    if Version(installed) < Version(needed):
+        raise ImportError(
+            f"transformers {transformers.__version__} needs peft>={needed}, but peft {installed} is installed. Run "
+            f"pip install --upgrade 'peft>={needed}' or, if there is no such release yet, "
+            f"pip install 'transformers<{transformers.__version__}'"
+        )
+    import peft
+
     return peft
 
 

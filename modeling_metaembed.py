@@ -32,6 +32,7 @@ from .loading_metaembed import (
     fill_adapter,
     find_adapter,
     gather_weights,
+    import_peft,
     lasting_name,
     load_with_adapter,
     name_base,
@@ -215,6 +216,7 @@ class MetaEmbedModel(PreTrainedModel):
 
     def add_adapter(self, adapter_config: Any, adapter_name: str | None = None) -> None:
         """Add a fresh adapter to train, such as [`lora_config`]'s. Its weights are in float32 at least."""
+        import_peft()  # says what to install where transformers and peft do not fit
         super().add_adapter(adapter_config, adapter_name)
         upcast_adapter(self)
 
@@ -224,6 +226,7 @@ class MetaEmbedModel(PreTrainedModel):
         Raises:
             ValueError: If a trained part is missing from the adapter, or not in the model.
         """
+        import_peft()
         conversions = self.__dict__.get("_weight_conversions")
         info = super().load_adapter(peft_model_id, adapter_name, *args, **kwargs)
         self._weight_conversions = conversions  # else a model saved after merging would get the adapter's names

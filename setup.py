@@ -1,13 +1,31 @@
 """The repository root is the package `metaembed`, and is what a Hub model repository carries.
 
-Every bound below is a floor with its reason; nothing is pinned.
+Every bound below is a floor, or excludes a release that is known to be broken, with its reason. The versions that are
+tested, of everything, are in constraints.txt; docs/versions.md says how they are chosen.
 """
 
+import re
 from pathlib import Path
 
 from setuptools import setup
+from setuptools.command.build_py import build_py
 
 HERE = Path(__file__).parent
+HOME = "https://github.com/metaembed/metaembed"
+
+
+class BuildWithoutSetup(build_py):
+    """Leave this file out of the wheel, although it lies in the folder of the package."""
+
+    def find_package_modules(self, package, package_dir):
+        modules = super().find_package_modules(package, package_dir)
+        return [module for module in modules if module[:2] != ("metaembed", "setup")]
+
+
+def version():
+    """Return the version that `__init__.py` states, read as text: importing it would import torch."""
+    return re.search(r'^__version__ = "(.+)"$', (HERE / "__init__.py").read_text(encoding="utf-8"), re.MULTILINE)[1]
+
 
 TRAIN = [
     "peft>=0.20.0",  # the lowest that transformers 5.20 takes
@@ -20,10 +38,11 @@ EVALUATE = [
 TEST = [
     "pytest>=8",
     "pytest-timeout>=2.3.1",
+    "pytest-xdist>=3.6",
     "hypothesis>=6",
     "ruff>=0.8",
     "mypy>=1.13",
-    "numpy>=2.0",
+    "setuptools>=77.0.3",  # builds the wheel that a test looks into; Python 3.12 and later come without it
     "num2words>=0.5",  # what the processor of SmolVLM asks for
 ]
 EXAMPLES = [
@@ -39,11 +58,18 @@ CUDA = [
 
 setup(
     name="metaembed",
-    version="0.1.0",
+    version=version(),
     description="Multimodal retrieval as a dial: choose the number of vectors of queries and documents at search time",
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
+    url=HOME,
+    project_urls={
+        "Documentation": f"{HOME}/tree/main/docs",
+        "Changelog": f"{HOME}/blob/main/CHANGELOG.md",
+        "Issues": f"{HOME}/issues",
+    },
+    cmdclass={"build_py": BuildWithoutSetup},
     python_requires=">=3.11",
     package_dir={"metaembed": "."},
     packages=["metaembed", *(f"metaembed.{folder}" for folder in FOLDERS)],
@@ -55,11 +81,16 @@ setup(
     install_requires=[
         "torch>=2.8.0",  # has the storage that transformers 5.20 imports
         "torchvision>=0.23.0",  # the Qwen processors need its video backend; the torchvision of torch 2.8
-        "transformers>=5.20.0",  # earlier ones pass over a `max_pixels`, and lose texts after images
+        # Releases before 5.20 ignore `max_pixels` and lose texts after images. 5.24.0 asks for peft>=0.22.0, which
+        # does not exist, so no adapter can be added, and its llama4 does not run.
+        "transformers>=5.20.0,!=5.24.0",
         "sentence-transformers>=6.0.0",  # the first with MultiVectorEncoder; 6.2 checkpoints gradients
         "safetensors>=0.8.0",  # what transformers 5.20 asks for
         "huggingface_hub>=1.31.0",  # what transformers 5.20 asks for
+        "numpy>=2.0.0",  # what today's pyarrow is built for
+        "tqdm>=4.66.3",  # what datasets 5.2 asks for
         "pillow>=10.1.0",  # draws colour fonts of the kind the quickstart uses
+        "filelock>=3.13.0",  # one writer at a time in an index; 3.13 has `is_singleton`, for its threads
     ],
     extras_require={
         "train": TRAIN,
@@ -74,6 +105,7 @@ setup(
         "Programming Language :: Python :: 3.11",
         "Programming Language :: Python :: 3.12",
         "Programming Language :: Python :: 3.13",
+        "Programming Language :: Python :: 3.14",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
 )

@@ -1,5 +1,6 @@
 """Adapters train the right weights, save what stands on its own, and load whole or not at all, through every door."""
 
+import importlib.metadata
 import json
 import shutil
 
@@ -270,3 +271,28 @@ def test_an_adapter_on_a_bfloat16_backbone_trains_in_float32(backbone):
     sum(CachedMMRLoss(encoder, mini_batch_size=1)(batch).values()).backward()
     missing = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
     assert not missing
+
+
+@pytest.mark.parametrize("use", ["lora_config", "add_adapter", "load_adapter"])
+def test_a_peft_that_is_too_old_for_transformers_says_what_to_install(backbone, model, adapter, monkeypatch, use):
+    plain = MetaEmbedModel.from_backbone(backbone, num_query_tokens=4, num_document_tokens=8, embedding_dim=24)
+    config = lora_config(plain)
+    monkeypatch.setattr("transformers.integrations.peft.MIN_PEFT_VERSION", "99.0")
+    monkeypatch.setattr("transformers.__version__", "98.0")
+    call = {
+        "lora_config": lambda: lora_config(plain),
+        "add_adapter": lambda: plain.add_adapter(config),
+        "load_adapter": lambda: plain.load_adapter(str(adapter)),
+    }[use]
+    advice = r"98\.0 needs peft>=99\.0, but peft .* pip install --upgrade 'peft>=99\.0' .* 'transformers<98\.0'"
+    with pytest.raises(ImportError, match=advice):
+        call()
+
+
+def test_no_peft_says_what_to_install(model, monkeypatch):
+    def absent(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr("importlib.metadata.version", absent)
+    with pytest.raises(ImportError, match=r"adapters need peft: pip install 'peft>=0\.20"):
+        lora_config(model)
