@@ -65,8 +65,8 @@ def from_backbone(
     """Create a model from a plain backbone: [`MetaEmbedModel.from_backbone`] documents arguments and errors.
 
     Args:
-        cls: Class of the model. The one in a checkpoint's own Python files stands for [`MetaEmbedModel`] itself: it may
-            be of another version than this code.
+        cls: Class of the model. For the one in a checkpoint's own Python files, which may be of another version than
+            this code, the result is of the installed [`MetaEmbedModel`].
         backbone: Hub id, folder or loaded model.
         processor: The backbone's processor. None: the one loaded with it.
         seed: Seed of the new weights.
@@ -115,8 +115,8 @@ def check_loaded(backbone: Any, processor: Any, loading: dict[str, Any]) -> None
         raise TypeError(f"backbone must be a Hub id, a folder or a loaded model, got {type(backbone).__name__}.")
     if loading:
         raise TypeError(
-            f"from_backbone takes no keywords {', '.join(sorted(loading))} with a loaded backbone, which is not loaded "
-            "again. Load the backbone with them, or pass its Hub id or folder."
+            f"from_backbone has no parameters {', '.join(sorted(loading))}, and loads nothing with a loaded backbone. "
+            "Load the backbone with them, or pass its Hub id or folder."
         )
     if processor is None:
         raise ValueError("a loaded backbone comes without its processor: pass it as `processor`.")

@@ -163,8 +163,8 @@ def options_for(probe: Probe, item: dict) -> dict[str, Any]:
 def sees_nothing_later(probe: Probe) -> bool:
     """Whether no Meta Token sees a later one.
 
-    Runs twice at the same shapes with the last Meta Token swapped for the first: in a causal backbone, and in no other,
-    the rows before it are the same to the last bit.
+    Runs twice at the same shapes, the second time with the first Meta Token in place of the last: in a causal
+    backbone, and in no other, the rows before it are the same to the last bit.
     """
     ids = probe.model.config.document_token_ids
 
