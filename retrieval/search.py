@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..scoring_metaembed import Budget, as_stack, check_finite, cut_queries, torch_scores
-from .kernels import Kernel, choose_kernel, kernel_name
+from .kernels import Kernel, SelectingKernel, choose_kernel, kernel_name
 from .quantization import decode, round_queries
 
 Positions: TypeAlias = "Tensor | Sequence[int]"  # of documents: whole numbers, or a bool for every document
@@ -162,9 +162,8 @@ def search(
         index = None
         if allowed is not None:
             index = allowed[(allowed >= start) & (allowed < start + len(store))] - start
-        for part, scores in _blocks(q, store, kernel, index):
-            values, found = top_k(scores, k)
-            found = found + part.start if index is None else index.to(q.device)[part][found]
+        for values, found in _best_of_blocks(q, store, kernel, index, k):
+            found = found if index is None else index.to(q.device)[found]
             best = merge_top_k(best, (values, found + start), k)
         start += len(store)
     return SearchResult(*best, backend=name)
@@ -295,6 +294,19 @@ def _blocks(
         else:
             slabs = [(slab.stored, slab.scales) for slab in some.slabs]
             yield part, kernel.scores(slabs, queries, store.quantization, at, check=not store.checked)
+
+
+def _best_of_blocks(
+    queries: Tensor, store: Store, kernel: Kernel | None, index: Tensor | None, k: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield what `top_k` returns, of parts of the documents (or of the index) one after another."""
+    if isinstance(kernel, SelectingKernel):  # which holds no scores: no need for parts
+        slabs = [(slab.stored, slab.scales) for slab in store.slabs]
+        yield kernel.top_k(slabs, queries, store.quantization, k, index, check=not store.checked)
+        return
+    for part, scores in _blocks(queries, store, kernel, index):
+        values, found = top_k(scores, k)
+        yield values, found + part.start
 
 
 def _torch_scores(queries: Tensor, store: Store, index: Tensor | None) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -44,6 +44,27 @@ class Kernel(Protocol):
         """
 
 
+@runtime_checkable
+class SelectingKernel(Kernel, Protocol):
+    """A kernel that also selects the best documents while it scores them."""
+
+    def top_k(
+        self,
+        slabs: Sequence[tuple[Tensor, Tensor | None]],
+        queries: Tensor,
+        quantization: str,
+        k: int,
+        index: Tensor | None = None,
+        check: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """Find the `k` best documents of every query; arguments and errors are those of `scores`.
+
+        Returns:
+            Scores and places among the documents (with an index: places in the index), each `[Q, min(k, n)]`, best
+            first, equal scores by place.
+        """
+
+
 def kernel_name(device: torch.device) -> str:
     """Return the name of the backend that a device's kernel has, or an empty string if it has none."""
     return _KERNELS.get(device.type, ("", ""))[0]
@@ -62,7 +83,10 @@ def choose_kernel(device: torch.device, stored: Sequence[Tensor], r_q: int, dim:
         return "kernels are switched off by METAEMBED_KERNELS=0"
     if device.type not in _KERNELS:
         return f"there is none for {device.type}"
-    module = importlib.import_module(_KERNELS[device.type][1], __package__)
-    if not all(module.takes(slab, r_q) for slab in stored):
-        return module.LIMITS
-    return module.find_kernel(device, dim)
+    try:
+        module = importlib.import_module(_KERNELS[device.type][1], __package__)
+        if not all(module.takes(slab, r_q, dim) for slab in stored):
+            return module.LIMITS
+        return module.find_kernel(device, dim)
+    except Exception as error:  # torch scores as well
+        return f"{type(error).__name__}: {error}"

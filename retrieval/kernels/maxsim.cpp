@@ -15,6 +15,7 @@
 #include <cmath>
 #include <limits>
 #include <new>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -23,6 +24,7 @@ namespace {
 constexpr int64_t GROUP = 512;       // query vectors scored in one pass over a block of documents
 constexpr int64_t FEW = 8;           // query vectors that are multiplied along the rows; twice as many,
 constexpr int64_t CROWD = 2048;      // if rows are a multiple of so many bytes: side by side they crowd few sets of the cache
+constexpr float LARGEST = 1e15f;     // a score beyond this is an overflow, not a number
 constexpr int64_t STRIP = 96;        // document rows multiplied before their maxima are taken; all kernels' rows divide it
 
 enum Kind { FLOAT32 = 0, BFLOAT16 = 1, INT8 = 2, INT4 = 3, BINARY = 4 };
@@ -36,6 +38,33 @@ struct Slab {  // some of the vectors of every document
     int64_t vector;        // bytes from one vector to the next
     int64_t scale_document;  // scales from one document to the next
     int64_t used;          // vectors of it that the budget takes
+};
+
+struct Hit {
+    float score;
+    int64_t position;
+    bool operator<(const Hit& other) const {  // better ones first, equal ones by position
+        return score != other.score ? score > other.score : position < other.position;
+    }
+};
+
+// The best `k` of what is offered in ascending order of positions. Hits are gathered and now and then cut to `k`, which
+// costs less than to keep a heap in order.
+struct Best {
+    std::vector<Hit> hits;
+    float least = -std::numeric_limits<float>::infinity();  // what a score must exceed to matter
+
+    void offer(float score, int64_t position, size_t k) {
+        if (!(score > least) && hits.size() >= k) return;
+        hits.push_back({score, position});
+        if (hits.size() >= 2 * k + 64) cut(k);
+    }
+    void cut(size_t k) {
+        if (hits.size() <= k) return;
+        std::nth_element(hits.begin(), hits.begin() + (k - 1), hits.end());
+        hits.resize(k);
+        least = hits[k - 1].score;
+    }
 };
 
 struct Job {
@@ -56,9 +85,11 @@ struct Job {
     float* out;            // [count, out_stride]
     int64_t out_stride;
     int64_t block;         // documents that a thread takes at a time
-    bool check;            // look for NaN and infinity
-    std::atomic<int64_t> next{0};
-    std::atomic<bool> bad{false};
+    bool check;            // look for NaN and infinity in the documents
+    int64_t k;             // keep only the best so many of every query, or 0: all scores go to `out`
+    std::atomic<int64_t> next{0}, workers{0};
+    std::atomic<bool> bad{false}, overflow{false};
+    std::vector<std::vector<Best>> best;  // with k: [threads][count]
 
     int64_t which(int64_t d) const { return index ? index[d] : d; }
     int64_t group() const { return std::min(count, GROUP / r_q); }                  // queries scored in one pass
@@ -203,9 +234,25 @@ float add_up(const float* best, const float* scales, int64_t r_q) {
     return sum;
 }
 
+// Whether so many sums, a multiple of LANES, are all finite.
+inline bool all_finite(const float* sums, int64_t count) {
+    Floats poison{};  // NaN once one of them is not finite
+    for (int64_t i = 0; i < count; i += LANES) {
+        Floats some;
+        std::memcpy(&some, sums + i, sizeof some);
+        poison += some * 0.0f;
+    }
+    bool finite = true;
+    for (int64_t l = 0; l < LANES; ++l) finite &= poison[l] == 0;
+    return finite;
+}
+inline bool all_finite(const int32_t*, int64_t) { return true; }
+
 template <class One, class Two>
 void work(Job& job) {
     typedef typename One::Sum Sum;
+    std::vector<Best>* kept = job.k ? &job.best[job.workers.fetch_add(1)] : nullptr;
+    bool finite = true, fits = true;
     static_assert(STRIP % One::rows == 0 && STRIP % Two::rows == 0, "strips are whole tiles");
     const int64_t row_bytes = job.depth * 4, lanes = job.lanes();
     // Whole tiles, and not too many a power of two: that would crowd a few sets of the cache.
@@ -237,14 +284,15 @@ void work(Job& job) {
                         stride = row_bytes;
                     }
                     multiply_strip<One, Two>(job, packed, from, stride, flat && stride < FAR, count, sums, width);
-                    if (job.check && q0 == 0)  // a value that is not finite shows in the product with any query vector
-                        for (int64_t r = 0; r < count; ++r)
-                            if (!std::isfinite(float(sums[r * width]))) job.bad = true;
+                    // A value that is not finite shows in every product with its row, an overflow only in some: all are looked at.
+                    if (job.check) finite &= all_finite(sums, count * width);
                     int64_t document = at / slab.used, vector = at % slab.used;
                     for (int64_t r = 0, together; r < count; r += together, ++document, vector = 0) {
                         together = std::min(slab.used - vector, count - r);
                         const float* scales = slab.scales;
                         if (scales) scales += job.which(start + document) * slab.scale_document + vector;
+                        if (scales && job.check)
+                            for (int64_t i = 0; i < together; ++i) finite &= bool(std::isfinite(scales[i]));
                         take_maxima(sums + r * width, width, together, job.corrections + group * lanes, scales, lanes,
                                     best + document * width);
                     }
@@ -252,11 +300,18 @@ void work(Job& job) {
             }
             for (int64_t q = 0; q < queries; ++q) {
                 const float* scales = job.query_scales ? job.query_scales + (q0 + q) * job.r_q : nullptr;
-                float* to = job.out + (q0 + q) * job.out_stride + start;
-                for (int64_t d = 0; d < documents; ++d) to[d] = add_up(best + d * width + q * job.r_q, scales, job.r_q);
+                float* to = kept ? nullptr : job.out + (q0 + q) * job.out_stride + start;
+                for (int64_t d = 0; d < documents; ++d) {
+                    const float score = add_up(best + d * width + q * job.r_q, scales, job.r_q);
+                    fits &= std::fabs(score) <= LARGEST;
+                    if (kept) (*kept)[q0 + q].offer(score, start + d, job.k);
+                    else to[d] = score;
+                }
             }
         }
     }
+    if (!finite) job.bad = true;
+    if (!fits) job.overflow = true;
 }
 
 struct Choice {
@@ -325,7 +380,7 @@ void pack(const Job& job, bool along, const float* queries, uint8_t* packed, int
     for (int64_t v = 0; v < job.count * job.r_q; ++v) {
         const int64_t in_group = job.group() * job.r_q, lane = v / in_group * lanes + v % in_group;
         uint8_t* first = packed + (along ? lane * job.pitch : lane / LANES * LANES * job.pitch + lane % LANES * 4);
-        int32_t total = 0;
+        int32_t total = 0;  // within range: callers see to it that dim * 127 * 128 fits
         for (int64_t k = 0; k < job.dim; ++k) {
             const float x = queries[v * job.dim + k];
             uint8_t* to = first + k / per * next + k % per * (4 / per);
@@ -345,6 +400,48 @@ void pack(const Job& job, bool along, const float* queries, uint8_t* packed, int
     }
 }
 
+// Run `work` on so many threads, or on as many as the system grants. Returns false if one of them ran out of memory.
+template <class Work>
+bool on_threads(int64_t threads, Work work) {
+    std::atomic<bool> failed{false};
+    auto run = [&] {
+        try {
+            work();
+        } catch (...) {
+            failed = true;
+        }
+    };
+    std::vector<std::thread> helpers;
+    helpers.reserve(std::max<int64_t>(threads, 1));
+    for (int64_t t = 1; t < threads; ++t) {
+        try {
+            helpers.emplace_back(run);
+        } catch (const std::system_error&) {
+            break;  // a limit on threads: the others do the work
+        }
+    }
+    run();
+    for (auto& helper : helpers) helper.join();
+    return !failed;
+}
+
+// The best k of all threads' hits: into scores and positions [count, k].
+bool merge(Job& job, int64_t threads, float* scores, int64_t* positions) {
+    std::atomic<int64_t> next{0};
+    return on_threads(std::min(threads, job.count), [&] {
+        for (int64_t q; (q = next.fetch_add(1)) < job.count;) {
+            Best all;
+            for (auto& thread : job.best) all.hits.insert(all.hits.end(), thread[q].hits.begin(), thread[q].hits.end());
+            all.cut(job.k);
+            std::sort(all.hits.begin(), all.hits.end());
+            for (size_t i = 0; i < all.hits.size(); ++i) {
+                scores[q * job.k + i] = all.hits[i].score;
+                positions[q * job.k + i] = all.hits[i].position;
+            }
+        }
+    });
+}
+
 }  // namespace
 
 extern "C" {
@@ -352,11 +449,12 @@ extern "C" {
 // The instructions that documents of a kind are multiplied with.
 const char* metaembed_instructions(int32_t kind) { return choose(Kind(kind), 1, 1).name; }
 
-// Scores of `count` queries against `n` documents into out [count, out_stride]. Returns 0, or 1 when `check` found a value
-// that is not finite, or 2 when memory ran out.
+// Scores of `count` queries against `n` documents into out [count, out_stride]; or, with k > 0, the best k <= n of every query
+// into out and positions [count, k]: places among the n, equal scores by place. Returns 0, or 1 when `check` found a value that
+// is not finite, or 2 when memory ran out, or 3 when a score overflowed.
 int32_t metaembed_scores(const Slab* slabs, int64_t slab_count, const int64_t* index, int64_t n, int64_t dim, int32_t kind,
                          const float* queries, const float* query_scales, int64_t count, int64_t r_q, float* out,
-                         int64_t out_stride, int32_t check, int32_t threads) try {
+                         int64_t out_stride, int32_t check, int32_t threads, int64_t k, int64_t* positions) try {
     const int64_t bits[] = {32, 16, 8, 4, 1}, stored_bytes = (dim * bits[kind] + 7) / 8;
     const Choice choice = choose(Kind(kind), stored_bytes, count * r_q);
     Job job;
@@ -367,7 +465,7 @@ int32_t metaembed_scores(const Slab* slabs, int64_t slab_count, const int64_t* i
     job.depth = ((dim + per - 1) / per + choice.multiple - 1) / choice.multiple * choice.multiple;
     job.query_scales = query_scales, job.count = count, job.r_q = r_q, job.whole = choice.whole;
     job.pitch = (job.depth + (choice.along ? LINE : 0)) * 4;  // not a power of two, which would crowd a few sets of the cache
-    job.out = out, job.out_stride = out_stride, job.check = check;
+    job.out = out, job.out_stride = out_stride, job.check = check, job.k = k;
     job.block = n >= 8 * STRIP * threads ? STRIP : std::max<int64_t>(8, STRIP / 4);
     const int64_t groups = (count + job.group() - 1) / job.group(), lanes = groups * job.lanes();
     Buffer packed(lanes * job.pitch);
@@ -375,19 +473,12 @@ int32_t metaembed_scores(const Slab* slabs, int64_t slab_count, const int64_t* i
     pack(job, choice.along, queries, packed.data, corrections.data());
     job.queries = packed.data, job.corrections = corrections.data();
 
-    std::atomic<bool> failed{false};
-    auto run = [&] {
-        try {
-            choice.worker(job);
-        } catch (...) {
-            failed = true;
-        }
-    };
-    std::vector<std::thread> helpers;
-    for (int64_t t = 1; t < std::min<int64_t>(threads, (n + job.block - 1) / job.block); ++t) helpers.emplace_back(run);
-    run();
-    for (auto& helper : helpers) helper.join();
-    return failed ? 2 : job.bad ? 1 : 0;
+    const int64_t useful = std::max<int64_t>(1, std::min<int64_t>(threads, (n + job.block - 1) / job.block));
+    if (k) job.best.assign(useful, std::vector<Best>(count));
+    if (!on_threads(useful, [&] { choice.worker(job); })) return 2;
+    if (job.bad) return 1;
+    if (job.overflow) return 3;
+    return k && !merge(job, threads, out, positions) ? 2 : 0;
 } catch (...) {
     return 2;
 }
