@@ -140,9 +140,9 @@ def test_the_package_adds_speed_and_no_numbers(monkeypatch):
     index = EmbeddingCollection.from_embeddings(documents)
     monkeypatch.setitem(sys.modules, "metaembed.retrieval.search", None)
     torch.testing.assert_close(maxsim(queries, documents, (2, 5)), expected, atol=1e-6, rtol=0)
-    for documents, backend in ((documents, "compiled"), (index, "auto")):
+    for side, backend in ((documents, "compiled"), (index, "auto")):
         with pytest.raises(RuntimeError, match="pip install metaembed"):
-            maxsim(queries, documents, backend=backend)
+            maxsim(queries, side, backend=backend)
 
 
 @pytest.mark.parametrize("backend", ["torch", "compiled"])
