@@ -13,6 +13,9 @@ from torch import Tensor
 _KERNELS = {"cpu": ("compiled", ".cpu"), "cuda": ("fused", ".cuda")}  # the backend's name, and the module
 
 
+Slabs = Sequence[tuple[Tensor, Tensor | None]]  # stored vectors and their scales
+
+
 class Kernel(Protocol):
     """What scores documents as torch does, faster."""
 
@@ -20,7 +23,7 @@ class Kernel(Protocol):
 
     def scores(
         self,
-        slabs: Sequence[tuple[Tensor, Tensor | None]],
+        slabs: Slabs,
         queries: Tensor,
         quantization: str,
         index: Tensor | None = None,
@@ -50,18 +53,52 @@ class SelectingKernel(Kernel, Protocol):
 
     def top_k(
         self,
-        slabs: Sequence[tuple[Tensor, Tensor | None]],
+        segments: Sequence[Slabs],
         queries: Tensor,
         quantization: str,
         k: int,
         index: Tensor | None = None,
         check: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """Find the `k` best documents of every query; arguments and errors are those of `scores`.
+        """Find the `k` best documents of every query.
+
+        Args:
+            segments: Documents, as the slabs of some, the slabs of the next ones, and so on.
+            queries: As in `scores`.
+            quantization: As in `scores`.
+            k: How many to find.
+            index: `[m]` int64, ascending: score only these documents.
+            check: As in `scores`.
 
         Returns:
             Scores and places among the documents (with an index: places in the index), each `[Q, min(k, n)]`, best
             first, equal scores by place.
+        """
+
+    def rescore(
+        self,
+        segments: Sequence[Slabs],
+        queries: Tensor,
+        quantization: str,
+        candidates: Tensor,
+        counts: Tensor,
+        k: int,
+        check: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """Find the `k` best of every query's own candidates.
+
+        Args:
+            segments: As in `top_k`.
+            queries: As in `scores`.
+            quantization: As in `scores`.
+            candidates: `[Q, m]` int64, positions of documents; as many of a row as count are ascending.
+            counts: `[Q]` int64, how many of a row count, from the first.
+            k: How many to find.
+            check: As in `scores`.
+
+        Returns:
+            Scores and positions, each `[Q, min(k, m)]`, best first, equal scores by position; a query with fewer
+            candidates has -inf and -1 after them.
         """
 
 

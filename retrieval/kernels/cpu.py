@@ -12,6 +12,7 @@ import contextlib
 import ctypes
 import functools
 import hashlib
+import itertools
 import os
 import platform
 import shlex
@@ -30,8 +31,7 @@ import torch
 from torch import Tensor
 
 from ..quantization import QUANTIZATIONS, decode, encode, query_levels, round_queries
-
-Slabs = Sequence[tuple[Tensor, Tensor | None]]
+from . import Slabs
 
 _MOST_QUERY_VECTORS = 512
 _MOST_INTEGER_DIMENSIONS = 1 << 16  # 255 * 127 * this fits the 32 bits in which integers are summed
@@ -90,11 +90,14 @@ class CpuKernel:
         p, i64, i32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
         try:
             loaded = ctypes.CDLL(str(library))
-            self._scores, instructions = loaded.metaembed_scores, loaded.metaembed_instructions
+            self._scores, self._rescore = loaded.metaembed_scores, loaded.metaembed_rescore
+            instructions = loaded.metaembed_instructions
         except (OSError, AttributeError) as error:
             hint = "set XDG_CACHE_HOME to a folder of a file system from which programs may be run (not noexec)"
             raise KernelUnavailable(f"{library} cannot be loaded ({error}); {hint}") from error
-        self._scores.argtypes = [p, i64, p, i64, i64, i32, p, p, i64, i64, p, i64, i32, i32, i64, p]
+        documents, queries, end = [p, i64, p, i64], [i64, i32, p, p, i64, i64], [i32, i32, i64, p]
+        self._scores.argtypes = [*documents, p, i64, *queries, p, i64, *end]
+        self._rescore.argtypes = [*documents, p, p, i64, *queries, p, *end]
         instructions.restype = ctypes.c_char_p
         self.instructions = {name: instructions(kind).decode() for kind, name in enumerate(QUANTIZATIONS)}
 
@@ -107,72 +110,88 @@ class CpuKernel:
         check: bool = False,
     ) -> Tensor:
         """See `Kernel.scores`. Documents are on the CPU, the last dimension contiguous."""
-        out = torch.empty(len(queries), len(slabs[0][0]) if index is None else len(index))
+        n = len(slabs[0][0]) if index is None else len(index)
+        out = torch.empty(len(queries), n)
         if out.numel():
-            self._run(slabs, queries, quantization, index, check, out, None)
+            call = _Call([slabs], queries, quantization, check)
+            index = None if index is None else index.contiguous()
+            _raise(self._scores(*call.documents, _address(index), n, *call.queries, *_to(out), *call.options, 0, None))
         return out
 
     def top_k(
         self,
-        slabs: Slabs,
+        segments: Sequence[Slabs],
         queries: Tensor,
         quantization: str,
         k: int,
         index: Tensor | None = None,
         check: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """See `Kernel.top_k`."""
-        n = len(slabs[0][0]) if index is None else len(index)
+        """See `SelectingKernel.top_k`."""
+        n = sum(len(slabs[0][0]) for slabs in segments) if index is None else len(index)
         k = min(k, n)
-        values, positions = torch.empty(len(queries), k), torch.empty(len(queries), k, dtype=torch.int64)
+        values, places = torch.empty(len(queries), k), torch.empty(len(queries), k, dtype=torch.int64)
+        index = None if index is None else index.contiguous()
         step = max(1, _MOST_HITS // max(1, k))
         for start in range(0, len(queries) if k else 0, step):
             part = slice(start, start + step)
-            self._run(slabs, queries[part], quantization, index, check, values[part], positions[part])
-        return values, positions
+            call = _Call(segments, queries[part], quantization, check)
+            into = _to(values[part]), call.options, (k, places[part].data_ptr())
+            _raise(self._scores(*call.documents, _address(index), n, *call.queries, *itertools.chain(*into)))
+        return values, places
 
-    def _run(
+    def rescore(
         self,
-        slabs: Slabs,
+        segments: Sequence[Slabs],
         queries: Tensor,
         quantization: str,
-        index: Tensor | None,
-        check: bool,
-        out: Tensor,
-        positions: Tensor | None,
-    ) -> None:
+        candidates: Tensor,
+        counts: Tensor,
+        k: int,
+        check: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """See `SelectingKernel.rescore`."""
+        k = min(k, candidates.shape[1])
+        values = torch.full((len(queries), k), -torch.inf)
+        positions = torch.full((len(queries), k), -1)
+        if values.numel():
+            call = _Call(segments, queries, quantization, check)
+            candidates, counts = candidates.contiguous(), counts.contiguous()
+            of = candidates.data_ptr(), counts.data_ptr(), candidates.shape[1]
+            into = values.data_ptr(), *call.options, k, positions.data_ptr()
+            _raise(self._rescore(*call.documents, *of, *call.queries, *into))
+        return values, positions
+
+
+class _Call:
+    """Arguments that the functions of the library share; it keeps alive what they point to."""
+
+    def __init__(self, segments: Sequence[Slabs], queries: Tensor, quantization: str, check: bool):
         count, r_q, dim = queries.shape
-        scales = None
+        self._scales = None
         if quantization in ("float32", "bfloat16"):
-            values = round_queries(queries, quantization).contiguous()
+            self._values = round_queries(queries, quantization).contiguous()
         else:
-            values, scales = (x.contiguous() for x in query_levels(queries))
-        described = (_Slab * len(slabs))(*(_describe(stored, of) for stored, of in slabs))
-        index = None if index is None else index.contiguous()
-        status = self._scores(
-            described,
-            len(slabs),
-            _address(index),
-            len(slabs[0][0]) if index is None else len(index),
-            dim,
-            QUANTIZATIONS.index(quantization),
-            _address(values),
-            _address(scales),
-            count,
-            r_q,
-            out.data_ptr(),
-            out.shape[1],
-            check,
-            torch.get_num_threads(),
-            0 if positions is None else out.shape[1],
-            _address(positions),
-        )
-        if status == 1:
-            raise ValueError("documents hold NaN or infinity, or values too large: look for an overflow")
-        if status == 3:
-            raise ValueError("scores hold NaN or infinity, or values beyond 1e+15: look for an overflow")
-        if status:
-            raise MemoryError("the compiled kernel ran out of memory; score fewer queries at a time")
+            self._values, self._scales = (x.contiguous() for x in query_levels(queries))
+        described = [_describe(stored, scales) for slabs in segments for stored, scales in slabs]
+        self._sizes = (ctypes.c_int64 * len(segments))(*(len(slabs[0][0]) for slabs in segments))
+        self.documents = (_Slab * len(described))(*described), len(segments[0]), self._sizes, len(segments)
+        of_queries = self._values.data_ptr(), _address(self._scales), count, r_q
+        self.queries = dim, QUANTIZATIONS.index(quantization), *of_queries
+        self.options = check, torch.get_num_threads()
+
+
+def _to(out: Tensor) -> tuple[int, int]:
+    return out.data_ptr(), out.shape[1]
+
+
+def _raise(status: int) -> None:
+    if status == 1:
+        raise ValueError("documents hold NaN or infinity, or values too large: look for an overflow")
+    if status == 3:
+        raise ValueError("scores hold NaN or infinity, or values beyond 1e+15: look for an overflow")
+    if status:
+        raise MemoryError("the compiled kernel ran out of memory; score fewer queries at a time")
 
 
 @functools.cache
@@ -231,7 +250,7 @@ def _disagreement(kernel: CpuKernel, quantization: str) -> float:
         for at in (None, index):
             got = kernel.scores([(stored, scales)], queries, quantization, at)
             wanted = expected if at is None else expected[:, at]
-            values, places = kernel.top_k([(stored, scales)], queries, quantization, 3, at)
+            values, places = kernel.top_k([[(stored, scales)]], queries, quantization, 3, at)
             error = (got - wanted).abs().max() + (got.gather(1, places) - values).abs().max()
             error += (values - got.topk(min(3, got.shape[1])).values).abs().max()
             worst = max(worst, error.nan_to_num(float("inf")).item())

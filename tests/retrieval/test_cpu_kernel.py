@@ -82,7 +82,7 @@ def test_the_kernel_selects_what_torch_selects_ties_included(count, n, k, thread
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(threads)
-        values, places = load_kernel().top_k([(documents, None)], queries, "float32", k, index)
+        values, places = load_kernel().top_k([[(documents, None)]], queries, "float32", k, index)
     finally:
         torch.set_num_threads(before)
     expected = top_k(load_kernel().scores([(documents, None)], queries, "float32", index), k)
@@ -93,7 +93,7 @@ def test_many_queries_that_keep_much_are_selected_in_parts(monkeypatch):
     monkeypatch.setattr(cpu, "_MOST_HITS", 50)
     generator = torch.Generator().manual_seed(0)
     queries, documents = (torch.randint(-9, 10, (n, 3, 8), generator=generator).float() for n in (11, 99))
-    values, places = load_kernel().top_k([(documents, None)], queries, "float32", 20)
+    values, places = load_kernel().top_k([[(documents, None)]], queries, "float32", 20)
     expected = top_k(load_kernel().scores([(documents, None)], queries, "float32"), 20)
     assert torch.equal(values, expected[0]) and torch.equal(places, expected[1])
 
