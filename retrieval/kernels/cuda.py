@@ -26,8 +26,8 @@ _PACKAGE = "late-interaction-kernels"
 MaxSim = Callable[[Tensor, Tensor], Tensor]  # of queries [Q, r_q, D] and documents [n, r_c, D]: scores [Q, n]
 
 
-def takes(stored: Tensor, r_q: int) -> bool:
-    """Whether documents kept like this, and queries of so many vectors, can be scored."""
+def takes(stored: Tensor, r_q: int, dim: int) -> bool:
+    """Return whether documents stored like this can be scored with queries of so many vectors and dimensions."""
     return stored.dtype == torch.bfloat16
 
 
@@ -47,26 +47,12 @@ class FusedKernel:
         self,
         slabs: Sequence[tuple[Tensor, Tensor | None]],
         queries: Tensor,
-        precision: str,
+        quantization: str,
         index: Tensor | None = None,
         check: bool = False,
     ) -> Tensor:
-        """Score queries against documents.
-
-        Args:
-            slabs: Of all documents, `(stored [n, used, D] bfloat16, None)`.
-            queries: `[Q, r_q, D]` float32, not rounded yet.
-            precision: "bfloat16".
-            index: `[m]` int64: score only these documents.
-            check: Look for NaN and infinity in the documents.
-
-        Returns:
-            `[Q, n]`, or `[Q, m]` with an index, float32.
-
-        Raises:
-            ValueError: if `check` finds NaN or infinity.
-        """
-        q = round_queries(queries, precision).bfloat16()
+        """See `Kernel.scores`. Documents are bfloat16, without scales."""
+        q = round_queries(queries, quantization).bfloat16()
         n = len(slabs[0][0]) if index is None else len(index)
         out = torch.empty(len(q), n, device=q.device)
         step = max(1, _COPIED // (sum(stored.shape[1] for stored, _ in slabs) * q.shape[2]))
@@ -78,7 +64,7 @@ class FusedKernel:
             if check:
                 check_finite(documents, "documents")
             out[:, part] = self._maxsim(q, documents)
-        return out
+        return check_finite(out, "scores")
 
 
 @functools.cache
@@ -95,15 +81,15 @@ def load_fused(device: torch.device, dim: int) -> FusedKernel:
     return kernel
 
 
-def find_kernel(device: torch.device, dim: int) -> tuple[FusedKernel | None, str]:
-    """The fused kernel, or `None` and the reason. Warns if there is one that fails or that torch disagrees with."""
+def find_kernel(device: torch.device, dim: int) -> FusedKernel | str:
+    """Return the fused kernel, or the reason why there is none. Warns if it fails or torch disagrees with it."""
     try:
-        return load_fused(device, dim), ""
+        return load_fused(device, dim)
     except ImportError as error:
-        return None, f"{_PACKAGE} cannot be imported ({error})"
+        return f"{_PACKAGE} cannot be imported ({error})"
     except Exception as error:  # whatever a GPU's compiler may say
         warnings.warn(f"{_PACKAGE} is not used: {error}; torch is used instead", RuntimeWarning, stacklevel=2)
-        return None, str(error)
+        return str(error)
 
 
 def check_fused(kernel: FusedKernel, device: torch.device, dim: int) -> None:
