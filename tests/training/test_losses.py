@@ -189,7 +189,7 @@ RANK = """
 import sys, sentence_transformers, torch, torch.distributed as dist
 from packaging.version import Version
 sys.path.insert(0, sys.argv[1])
-from test_training import columns, features, loss_and_gradients, BATCH
+from test_losses import columns, features, loss_and_gradients, BATCH
 from tiny_models import tiny_encoder
 from metaembed.training.losses import CachedMMRLoss, MMRLoss
 from torch.nn.parallel import DistributedDataParallel
@@ -262,7 +262,7 @@ import sys, torch, torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.device_mesh import init_device_mesh
 sys.path.insert(0, sys.argv[1])
-from test_training import BATCH, an_encoder_to_train, features, take_a_step
+from test_losses import BATCH, an_encoder_to_train, features, take_a_step
 from metaembed.training.losses import MMRLoss
 
 torch.set_num_threads(1)
