@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,22 @@ from transformers.utils.hub import extract_commit_hash
 from .processing_metaembed import PROCESSOR_FILE, MetaEmbedProcessor
 
 logger = logging.get_logger(__name__)
+
+# The files that travel with a checkpoint, and all that a person who trusts its code must read.
+TRAVELLING = tuple(
+    f"{name}_metaembed.py"
+    for name in ("configuration", "inputs", "processing", "modeling", "loading", "scoring", "sentence")
+)
+
+# What sentence-transformers reads.
+MODULES = [{"idx": 0, "name": "0", "path": "", "type": "sentence_metaembed.MetaEmbedTransformer"}]
+SENTENCE_CONFIG = {
+    "model_type": "MultiVectorEncoder",
+    "similarity_fn_name": "maxsim",
+    "prompts": {"query": None, "document": None},
+    "default_prompt_name": None,
+    "requirements": {"sentence-transformers": ">=6.0.0", "transformers": ">=5.20.0"},
+}
 
 # Arguments of `from_pretrained` that say where from, and hold for the model and for its processor.
 HUB_ARGUMENTS = ("revision", "cache_dir", "token", "local_files_only", "force_download", "subfolder")
@@ -442,3 +459,25 @@ def check_saves_whole(model: PreTrainedModel, folder: Path) -> None:
     if (folder / other).is_file():
         what, held = ("an adapter", "a whole model") if adapter else ("a whole model", "an adapter")
         raise ValueError(f"{folder} holds {held} ({other}); {what} saved beside it would not load. Save elsewhere.")
+
+
+def write_repository_files(folder: Path, config: Any) -> None:
+    """Add to a saved model the Python files and what sentence-transformers reads.
+
+    Settings of sentence-transformers that are there already are kept, except prompts that differ from the
+    configuration's instructions.
+
+    Args:
+        folder: Where the model was saved.
+        config: Its configuration.
+    """
+    for name in TRAVELLING:
+        shutil.copyfile(Path(__file__).with_name(name), folder / name)
+    path = folder / "config_sentence_transformers.json"
+    settings = {**SENTENCE_CONFIG, **(json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {})}
+    instructions = {"query": config.query_instruction, "document": config.document_instruction}
+    settings["prompts"] = {
+        name: instructions.get(name, text) if text else text for name, text in settings["prompts"].items()
+    }
+    path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    (folder / "modules.json").write_text(json.dumps(MODULES, indent=2) + "\n", encoding="utf-8")

@@ -2,14 +2,12 @@
 
 The Meta Tokens are ordinary tokens of the vocabulary. The backbone runs untouched on ordinary `input_ids`, and the
 embedding is what its last layer says where the ids are Meta Tokens.
-
-transformers carries a checkpoint's files along by lines such as the next one, wherever they stand:
-from .sentence_metaembed import MetaEmbedTransformer
 """
 
 from __future__ import annotations
 
 import inspect
+import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +21,6 @@ from tqdm.auto import tqdm
 from transformers import AutoModel, PreTrainedModel
 from transformers.utils import ModelOutput, cached_file, logging
 
-from .cards.card import is_ours, write_repository_files
 from .configuration_metaembed import MetaEmbedConfig, check_count
 from .inputs_metaembed import as_batch, count_images, is_single, text_length
 from .loading_metaembed import (
@@ -39,6 +36,7 @@ from .loading_metaembed import (
     load_with_adapter,
     name_base,
     upcast_adapter,
+    write_repository_files,
 )
 from .processing_metaembed import MetaEmbedProcessor
 from .scoring_metaembed import maxsim
@@ -145,8 +143,10 @@ class MetaEmbedModel(PreTrainedModel):
         Example:
             >>> model = MetaEmbedModel.from_backbone("Qwen/Qwen2.5-VL-3B-Instruct", dtype=torch.bfloat16)
         """
-        from .backbones.create import from_backbone
-
+        try:
+            from metaembed.backbones.create import from_backbone
+        except ImportError as error:
+            raise ImportError("making a model of a backbone needs the package: pip install metaembed") from error
         return from_backbone(
             cls,
             backbone,
@@ -182,8 +182,10 @@ class MetaEmbedModel(PreTrainedModel):
         Example:
             >>> model = MetaEmbedModel.from_authors_checkpoint("their/adapter", base="Qwen/Qwen2.5-VL-3B-Instruct")
         """
-        from .backbones.paper_checkpoint import convert
-
+        try:
+            from metaembed.backbones.paper_checkpoint import convert
+        except ImportError as error:
+            raise ImportError("converting the paper's weights needs the package: pip install metaembed") from error
         return convert(cls, checkpoint, **kwargs)
 
     @classmethod
@@ -300,9 +302,17 @@ class MetaEmbedModel(PreTrainedModel):
                 self.config.save_pretrained(folder)
                 name_base(folder, self.adapter_base)
             self.processor.save_pretrained(folder)
-            write_repository_files(folder, self, repository=name if model_card else None)
+            write_repository_files(folder, self.config)
+            if model_card:
+                write_card(self, folder, name)
         if push and first:
             self.push_to_hub(name, token=kwargs.get("token"), state_dict=kwargs["state_dict"], **hub)
+
+    def to_sentence_transformers(self, **kwargs: Any) -> Any:
+        """Return this model as a sentence-transformers `MultiVectorEncoder`: see `to_multi_vector_encoder`."""
+        from .sentence_metaembed import to_multi_vector_encoder
+
+        return to_multi_vector_encoder(self, **kwargs)
 
     def push_to_hub(
         self,
@@ -335,16 +345,14 @@ class MetaEmbedModel(PreTrainedModel):
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision is not None and not create_pr and not revision.startswith("refs/"):
             api.create_branch(repo_id, branch=revision, exist_ok=True)
-        keep = None
-        if api.file_exists(repo_id, "README.md", revision=revision):
-            card = Path(api.hf_hub_download(repo_id, "README.md", revision=revision))
-            keep = None if is_ours(card.read_text(encoding="utf-8")) else ["README.md"]
         with tempfile.TemporaryDirectory() as folder:
+            if api.file_exists(repo_id, "README.md", revision=revision):  # saving keeps what a person wrote
+                shutil.copy(api.hf_hub_download(repo_id, "README.md", revision=revision), folder)
             self.save_pretrained(folder, repo_id=repo_id, **kwargs)
             return api.upload_folder(
                 repo_id=repo_id,
                 folder_path=folder,
-                ignore_patterns=keep,
+                delete_patterns=["*_metaembed.py", "kernels_metaembed.*"],  # those that this version has no more
                 revision=revision,
                 create_pr=create_pr,
                 commit_message=commit_message or f"Upload {type(self).__name__}",
@@ -520,6 +528,15 @@ class MetaEmbedModel(PreTrainedModel):
                 yield [chunk[i] for i in group]
 
     score = staticmethod(maxsim)
+
+
+def write_card(model: MetaEmbedModel, folder: Path, repository: str) -> None:
+    """Write the model card where the package is installed; without it, the card that is there stays."""
+    try:
+        from metaembed.cards import write_card
+    except ImportError:
+        return
+    write_card(model, folder, repository)
 
 
 def last_hidden_state(backbone: PreTrainedModel, input_ids: Tensor, **inputs: Any) -> Tensor:

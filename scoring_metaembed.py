@@ -14,7 +14,18 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from .retrieval.quantization import decode, round_queries
+try:  # the file travels with checkpoints, and its folders do not
+    from metaembed.retrieval.quantization import decode, round_queries
+except ImportError:  # without the package, documents are floats
+
+    def decode(stored: Tensor, *_: Any) -> Tensor:
+        """Return float vectors as they are."""
+        return stored
+
+    def round_queries(queries: Tensor, *_: Any) -> Tensor:
+        """Return float vectors as they are."""
+        return queries
+
 
 Budget = tuple[int, int]  # (query vectors, document vectors)
 Positions: TypeAlias = "Tensor | Sequence[int]"  # of documents: whole numbers, or a bool for every document

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-from .cards.sentence_card import adopt_card
 from .configuration_metaembed import SIDES
 from .inputs_metaembed import as_batch, count_images
 from .modeling_metaembed import MetaEmbedModel
@@ -168,6 +167,10 @@ class MetaEmbedTransformer(InputModule):
 
     def on_model_ready(self, model: MultiVectorEncoder) -> None:
         """Let the encoder that this is a module of write our card."""
+        try:
+            from metaembed.cards import adopt_card
+        except ImportError:
+            return
         adopt_card(model)
 
     def save(self, output_path: str, *args: Any, **kwargs: Any) -> None:
