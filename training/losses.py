@@ -133,18 +133,18 @@ def encoder_config(encoder: Any) -> MetaEmbedConfig:
     Raises:
         TypeError: If it is not a MetaEmbed encoder, or is the model itself.
     """
-    if is_metaembed(encoder):
+    modules = list(encoder) if isinstance(encoder, Iterable) else []
+    if not modules and is_metaembed(encoder):
         raise TypeError(
-            "the loss trains an encoder, got the model inside one. Make the encoder first and train that: "
+            "the loss trains an encoder, got the model inside one. Make the encoder first, and train that: "
             "encoder = to_multi_vector_encoder(model); MMRLoss(encoder)."
         )
-    modules = list(encoder) if isinstance(encoder, Iterable) else []
     model = getattr(modules[0], "model", None) if modules else None
     if not is_metaembed(model):
-        kind = f"one of {type(modules[0]).__name__}" if modules else f"a {type(encoder).__name__}"
+        kind = type(modules[0] if modules else encoder).__name__
         raise TypeError(
-            f"the loss trains MetaEmbed encoders, got {kind}. Make one with to_multi_vector_encoder(model), or load "
-            "one with MultiVectorEncoder(...)."
+            f"the loss trains MetaEmbed encoders, got one of {kind}. Make one with to_multi_vector_encoder(model), or "
+            "load one with MultiVectorEncoder(...)."
         )
     return model.config
 
