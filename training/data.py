@@ -178,9 +178,16 @@ def check_paths(rows: Dataset, folder: Path) -> None:
     for name, feature in rows.features.items():
         if name.endswith("_image") and "string" in str(feature):
             for index, value in enumerate(rows[name]):
-                for path in value if isinstance(value, list) else [value]:
-                    if path is not None and not (folder / path).is_file():
+                for path in flatten(value):
+                    if not (folder / path).is_file():
                         raise FileNotFoundError(f"row {index} names {path!r} in {name!r}, which is not in {folder}.")
+
+
+def flatten(value: Any) -> list[str]:
+    """Return the strings in a string, in None, or in lists of these."""
+    if isinstance(value, list):
+        return [path for item in value for path in flatten(item)]
+    return [] if value is None else [value]
 
 
 def split_negatives(rows: dict[str, list]) -> dict[str, list]:
