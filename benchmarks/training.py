@@ -3,8 +3,8 @@
     make benchmark-training                              writes a section of docs/performance.md
     python benchmarks/training.py --print                prints only
 
-The same step (forward, backward, optimiser) with the loss at (16, 64) only and at all five budgets, alternately, so
-that a machine that slows down slows both: the medians, and the loss on its own.
+Runs the same step (forward, backward, optimizer) with the loss at (16, 64) only and at all five budgets, alternately,
+so that a machine that slows down slows both. Reports the medians, also of the loss alone.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ def main() -> None:
     parser.add_argument("--hidden-size", type=int, default=64)
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--side", type=int, default=48, help="of the pictures, in pixels")
+    parser.add_argument("--side", type=int, default=48, help="side of the pictures in pixels")
     parser.add_argument("--mini-batch-size", type=int, help="GradCache; default: the plain loss")
-    parser.add_argument("--print", action="store_true", help="leave docs/performance.md as it is")
+    parser.add_argument("--print", action="store_true", help="do not write docs/performance.md")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
 
@@ -88,14 +88,16 @@ def main() -> None:
             seconds[name, "step"].append(timed(lambda loss=loss: step(loss)))
             seconds[name, "loss alone"].append(timed(lambda loss=loss: score(loss)))
     median = {key: 1000 * statistics.median(values[2:]) for key, values in seconds.items()}
-    kind = f"GradCache in parts of {arguments.mini_batch_size}" if arguments.mini_batch_size else "the plain loss"
+    kind = (
+        f"GradCache, {arguments.mini_batch_size} inputs at a time," if arguments.mini_batch_size else "the plain loss"
+    )
     lines = [
         "## Training",
         "",
         f"{describe_machine()}.",
-        f"A step of a Qwen2.5-VL with random weights, hidden size {arguments.hidden_size}, {arguments.layers} layers, "
-        f"one thread, {arguments.batch_size} queries and pictures of {arguments.side} x {arguments.side}, {kind}: "
-        f"medians of {arguments.steps} turns.",
+        f"A training step of a Qwen2.5-VL with random weights, hidden size {arguments.hidden_size} and "
+        f"{arguments.layers} layers, on one thread, with {arguments.batch_size} queries and pictures of "
+        f"{arguments.side} x {arguments.side} and {kind}: medians of {arguments.steps} steps each.",
         "",
         "| | (16, 64) only | five budgets | five over one |",
         "|---|---|---|---|",

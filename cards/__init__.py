@@ -1,30 +1,23 @@
-"""The model card of a saved checkpoint."""
+"""The model card of a saved checkpoint: a template, and what fills it."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from .card import is_ours, model_card
+from .card import is_ours, write_card
+
+if TYPE_CHECKING:
+    from sentence_transformers import MultiVectorEncoder
 
 __all__ = ["adopt_card", "is_ours", "write_card"]
 
 
-def write_card(model: Any, folder: Path, repository: str) -> None:
-    """Write the model card of a saved model, unless a person wrote the one that is there.
+def adopt_card(encoder: MultiVectorEncoder) -> None:
+    """Let `encoder` write our model card when it is saved, whatever class loaded it. A second call changes nothing.
 
     Args:
-        model: The `MetaEmbedModel`.
-        folder: Where it was saved.
-        repository: What the card calls it.
+        encoder: The encoder, whose one module holds the `MetaEmbedModel`.
     """
-    card = folder / "README.md"
-    if not card.is_file() or is_ours(card.read_text(encoding="utf-8")):
-        model_card(model, repository, folder).save(card)
-
-
-def adopt_card(encoder: Any) -> None:
-    """Let a `MultiVectorEncoder` write our card when it is saved: see `sentence_card.adopt_card`."""
-    from .sentence_card import adopt_card
+    from .sentence_card import adopt_card  # imports sentence-transformers, which saving a model does without
 
     adopt_card(encoder)

@@ -1,230 +1,149 @@
-"""What makes a saved folder a Hub repository: the files of sentence-transformers, a model card, evaluation results."""
+"""The model card: what fills the template, and what an earlier card says that still holds."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import re
-import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id, yaml_dump
+from torch import Tensor, nn
+from transformers.utils import cached_file
 
-from ..configuration_metaembed import MetaEmbedConfig
+from ..configuration_metaembed import SIDES
+from ..evaluation.tables import markdown_table
 
-SENTENCE_MODULE = "sentence_metaembed"
-SENTENCE_CARD = "sentence_card_metaembed"
-
-MODULES = [{"idx": 0, "name": "0", "path": "", "type": f"{SENTENCE_MODULE}.MetaEmbedTransformer"}]
-
-SENTENCE_CONFIG = {
-    "model_type": "MultiVectorEncoder",
-    "similarity_fn_name": "maxsim",
-    "prompts": {"query": None, "document": None},
-    "default_prompt_name": None,
-    "requirements": {"sentence-transformers": ">=6.0.0", "transformers": ">=5.20.0"},
-}
+TEMPLATE = Path(__file__).with_name("template.md")
 
 LIBRARY = "sentence-transformers"
 PIPELINE_TAG = "visual-document-retrieval"
 TAGS = ["metaembed", "multi-vector", "late-interaction", "matryoshka", "sentence-transformers"]
 
-# Tells our cards, which would be wrong of the next model that is saved there, from those that people write.
+# Tells our cards, which are rewritten at every save, from those that people write, which are kept. It never changes,
+# since saved cards hold it.
 MARK = "<!-- Written by metaembed, anew at every save. Delete this line to keep what you change. -->"
 
-# Of our own saving, and of sentence-transformers': that adds what it knows of training and evaluation.
-CARD = """\
----
-{{ card_data }}
----
-
-{{ mark }}
-{% if weights %}<!-- Of the weights {{ weights }} -->{% endif %}
-
-# {{ title }}
-
-A multi-vector retriever whose cost is chosen at search time. A query is encoded as 1 to {{ num_query_tokens }} vectors
-and a document as 1 to {{ num_document_tokens }}, of {{ dim }} dimensions each; any prefix of them can be scored with
-MaxSim. It is a [MetaEmbed](https://arxiv.org/abs/2509.18095) model
-{%- if base %} based on [{{ base }}](https://huggingface.co/{{ base }}){% endif %}, for
-{{ "text and images" if takes_images else "text" }}.
-{%- if is_adapter %} This repository is an adapter: its loaders fetch what it is based on too.{% endif %}
-
-## Use
-
-With sentence-transformers:
-
-```python
-from sentence_transformers import MultiVectorEncoder
-
-model = MultiVectorEncoder("{{ repository }}", trust_remote_code=True)
-queries = model.encode_query(["a red apple"], num_meta={{ small_query }})
-documents = model.encode_document(["An apple is a fruit."], num_meta={{ small_document }})
-model.similarity(queries, documents)
-```
-
-With transformers:
-
-```python
-{% if is_adapter -%}
-from huggingface_hub import snapshot_download
-{% endif -%}
-from transformers import AutoModel
-
-{% if is_adapter -%}
-folder = snapshot_download("{{ repository }}", local_dir="{{ repository.split("/")[-1] }}")
-model = AutoModel.from_pretrained(folder, trust_remote_code=True)
-{% else -%}
-model = AutoModel.from_pretrained("{{ repository }}", trust_remote_code=True)
-{% endif -%}
-queries = model.encode_queries(["a red apple"], num_meta={{ small_query }})  # [1, {{ small_query }}, {{ dim }}]
-documents = model.encode_documents(["An apple is a fruit."], num_meta={{ small_document }})
-model.score(queries, documents)  # [1, 1]
-```
-
-{% if takes_images -%}
-An input is text, an image, a path (`pathlib.Path`), or a dict with `text` and `image`.
-
-{% endif -%}
-## Budgets
-
-{% if quality or not earlier.Budgets -%}
-{{ budget_table }}
-{% if quality %}
-Measured on {{ quality_of }}.
-{% else %}
-The quality of this model was not measured when it was saved.
-{% endif %}
-{%- else -%}
-{{ earlier.Budgets }}
-{% endif %}
-{%- if all_hyperparameters %}
-## Training
-{% for dataset in train_datasets or [] %}
-- {{ dataset.name or "Data" }}{% if dataset.size %}: {{ "{:,}".format(dataset.size) }} rows{% endif -%}
-{% if dataset.columns %} of {{ dataset.columns | join(", ") }}{% endif -%}
-{% if dataset.loss %}; loss `{{ dataset.loss.fullname.split(".")[-1] }}`
-{% if dataset.loss.config_code %}
-{{ dataset.loss.config_code }}
-{% endif %}{% endif %}
-{%- endfor %}
-
-Arguments that differ from sentence-transformers' defaults:
-{% for name, value in non_default_hyperparameters.items() %}
-- `{{ name }}`: {{ value }}
-{%- endfor %}
-{% if eval_lines %}
-<details><summary>Log</summary>
-
-{{ eval_lines }}
-
-</details>
-{% endif %}
-Versions: Python {{ version.python }}, sentence-transformers {{ version.sentence_transformers }}, transformers
-{{ version.transformers }}, torch {{ version.torch }}.
-{% elif earlier.Training %}
-## Training
-
-{{ earlier.Training }}
-{% endif %}
-## Licence
-
-The code is under Apache-2.0. The weights are under {% if license -%}
-the licence named above ({{ license }}){% else -%}
-the licence of {{ base if base else "the model that they come from" }}, unless their publisher says otherwise
-{%- endif %}.
-
-## Citation
-
-```bibtex
-@inproceedings{xiao2026metaembed,
-  title={MetaEmbed: Scaling Multimodal Retrieval at Test-Time with Flexible Late Interaction},
-  author={Xiao, Zilin and others},
-  booktitle={International Conference on Learning Representations},
-  year={2026},
-  url={https://arxiv.org/abs/2509.18095}
-}
-```
-"""
+SMALL = 2**16  # numbers of a tensor that the fingerprint reads whole
 
 Quality = Mapping[tuple[int, int], Mapping[str, float]]
 
 
 def is_ours(card: str | None) -> bool:
-    """Return whether a model card was written by this package, and not by a person."""
+    """Return whether this package wrote a model card, and not a person."""
     return card is not None and MARK in card
 
 
-def write_repository_files(folder: Path, model: Any, repository: str | None) -> None:
-    """Add to a saved model what else a Hub repository holds.
+def write_card(model: Any, folder: Path, repository: str) -> None:
+    """Write the model card of a saved model, unless a person wrote the one that is there.
 
-    The settings of sentence-transformers that are already there are kept, but for prompts that are not what the
-    configuration says. A model card is kept if a person wrote it; what one of ours says of quality, training and
-    licence is kept if it was written of the same weights.
-
-    Args:
-        folder: The saved model.
-        model: The `MetaEmbedModel`.
-        repository: What the card calls it. None: no card is written.
-    """
-    for name in (SENTENCE_MODULE, SENTENCE_CARD):
-        source = Path(__file__).with_name(f"{name}.py")
-        shutil.copyfile(source, folder / source.name)
-    path = folder / "config_sentence_transformers.json"
-    settings = {**SENTENCE_CONFIG, **(json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {})}
-    instructions = {"query": model.config.query_instruction, "document": model.config.document_instruction}
-    settings["prompts"] = {
-        name: instructions.get(name, text) if text else text for name, text in settings["prompts"].items()
-    }
-    path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    (folder / "modules.json").write_text(json.dumps(MODULES, indent=2) + "\n", encoding="utf-8")
-    card = folder / "README.md"
-    if repository is not None and (not card.is_file() or is_ours(card.read_text(encoding="utf-8"))):
-        model_card(model, repository, folder).save(card)
-
-
-def model_card(model: Any, repository: str, folder: Path) -> ModelCard:
-    """Return the card of a model of whose training and quality nothing is known, but from an earlier card.
-
-    Args:
-        model: The `MetaEmbedModel`.
-        repository: What the model is called, in the title and in the examples.
-        folder: Where it was saved.
-    """
-    fields, said = card_fields(model, folder)
-    known = dict(library_name=LIBRARY, pipeline_tag=PIPELINE_TAG, tags=list(TAGS), **base_fields(model))
-    data = ModelCardData(**{**said, **known, "tags": list(dict.fromkeys([*TAGS, *said.get("tags", [])]))})
-    return ModelCard.from_template(data, template_str=CARD, title=repository, repository=repository, **fields)
-
-
-def weights_digest(folder: Path) -> str:
-    """Return a digest of saved weights, and of the instructions, on which the quality of the same weights depends."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    instructions = [config.get("query_instruction"), config.get("document_instruction")]
-    digest = hashlib.sha256(json.dumps(instructions).encode())
-    for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return digest.hexdigest()
-
-
-def still_true(model: Any, folder: Path, weights: str) -> tuple[dict[str, str], dict[str, Any]]:
-    """Return what a card of ours says that was written of the same weights, in the folder or where they came from.
+    Quality, training and licence are taken over from an earlier card of ours, in the folder or where the model was
+    loaded from, if it was written of the same weights.
 
     Args:
         model: The `MetaEmbedModel`.
         folder: Where it was saved.
-        weights: The digest of its weights.
+        repository: What the card calls it, in the title and in the examples.
+    """
+    path = Path(folder) / "README.md"
+    present = path.read_text(encoding="utf-8") if path.is_file() else None
+    if present is not None and not is_ours(present):
+        return
+    weights = fingerprint(model, [getattr(model.config, f"{side}_instruction") for side in SIDES])
+    earlier, said = still_true((present, card_of_source(model)), weights)
+    data = ModelCardData(
+        **{
+            **said,
+            **base_fields(model),
+            "library_name": LIBRARY,
+            "pipeline_tag": PIPELINE_TAG,
+            "tags": list(dict.fromkeys([*TAGS, *said.get("tags", [])])),
+        }
+    )
+    fields = dict(card_fields(model), weights=weights, earlier=earlier, title=repository, repository=repository)
+    ModelCard.from_template(data, template_path=str(TEMPLATE), **fields).save(path)
+
+
+def fingerprint(model: nn.Module, instructions: Iterable[str | None]) -> str | None:
+    """Return a digest of what a measured quality depends on, without reading all of the weights.
+
+    It covers the instructions, and the type, the shape and a sample of each parameter and saved buffer in memory.
+    Tensors of up to 65,536 numbers (norms, biases, small adapters) are read whole. Of a larger one, at least one number
+    of every row is read, in columns that shift from row to row. Training, merging an adapter, replacing rows of an
+    embedding table and initializing anew all change whole rows at least, so they change the digest; so does another
+    dtype. The opposite mistake, two digests of the same weights (of a model that is sharded over processes, say), only
+    costs the card a sentence.
+
+    Args:
+        model: The model.
+        instructions: The default instructions of queries and documents, on which quality depends as well.
 
     Returns:
-        Its sections, and from its metadata what the weights do not tell. Both empty where there is no such card.
+        The digest, or None where the weights cannot be read here (offloaded, say): then nothing is known of them.
     """
-    present = folder / "README.md"
-    for text in (present.read_text(encoding="utf-8") if present.is_file() else None, model.earlier_card):
-        if text is not None and is_ours(text) and weights in text:
+    digest = hashlib.sha256(json.dumps(list(instructions)).encode())
+    seen = 0
+    for tensor in saved_tensors(model):
+        try:
+            sample = sample_of(tensor)
+            digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+            digest.update(sample.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        except RuntimeError:  # on the meta device, or of a class that has no plain numbers
+            return None
+        seen += sample.numel()
+    return digest.hexdigest()[:32] if seen else None
+
+
+def saved_tensors(model: nn.Module) -> Iterator[Tensor]:
+    """Yield the parameters and the buffers that are saved, in the order of the modules, which names do not enter."""
+    for module in model.modules():
+        yield from (tensor for tensor in module._parameters.values() if tensor is not None)
+        kept = set(module._buffers) - module._non_persistent_buffers_set
+        yield from (tensor for name, tensor in module._buffers.items() if name in kept and tensor is not None)
+
+
+def sample_of(tensor: Tensor) -> Tensor:
+    """Return a small tensor whole, and of a larger one at least one number of every row, as a vector."""
+    tensor = tensor.detach()
+    tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor  # the part of a sharded one that is here
+    if tensor.numel() <= SMALL:
+        return tensor.flatten()
+    columns = tensor.shape[-1]
+    # One less than a row, so that no row is passed over, and every row is met at another column than the one before.
+    return tensor.flatten()[:: max(1, min(columns, tensor.numel() // columns) - 1)]
+
+
+def card_of_source(model: Any) -> str | None:
+    """Return the model card of where a model was loaded from, or None where there is none (any more)."""
+    source, hub = model.config._name_or_path, getattr(model, "_hub_arguments", None)
+    if not source or hub is None:
+        return None
+    names = ("revision", "cache_dir", "token", "local_files_only", "subfolder")
+    where = {name: hub[name] for name in names if hub.get(name) is not None}
+    try:
+        path = cached_file(source, "README.md", _raise_exceptions_for_missing_entries=False, **where)
+    except OSError:
+        return None
+    return None if path is None else Path(path).read_text(encoding="utf-8")
+
+
+def still_true(cards: Iterable[str | None], weights: str | None) -> tuple[dict[str, str], dict[str, Any]]:
+    """Return what the first card of ours that was written of the same weights says.
+
+    Args:
+        cards: Earlier cards. None: there is none.
+        weights: The fingerprint of the weights.
+
+    Returns:
+        Its sections by title, and from its metadata what the weights do not tell. Both empty where there is no such
+        card.
+    """
+    for text in cards:
+        if text is not None and weights is not None and is_ours(text) and f"<!-- Weights: {weights} -->" in text:
             sections = dict(re.findall(r"^## (\w+)\n\n(.*?)\n*(?=^## |\Z)", text, re.MULTILINE | re.DOTALL))
             data = ModelCard(text).data.to_dict()
             return sections, {name: data[name] for name in ("language", "license", "datasets", "tags") if name in data}
@@ -232,7 +151,7 @@ def still_true(model: Any, folder: Path, weights: str) -> tuple[dict[str, str], 
 
 
 def hub_id(name: str | None) -> str | None:
-    """Return `name` if it is one that others can find on the Hub, and None if it is a folder of this machine."""
+    """Return `name` if others can find it on the Hub, and None if it is a folder of this machine."""
     if not name or name.count("/") != 1 or Path(name).exists():
         return None
     try:
@@ -242,67 +161,50 @@ def hub_id(name: str | None) -> str | None:
     return name
 
 
-def base_model(model: Any) -> str | None:
-    """Return the Hub id of what a model was made of: the model an adapter belongs to, else the backbone."""
-    return hub_id(model.adapter_base[0] if model._hf_peft_config_loaded else model.config.base_model)
-
-
 def base_fields(model: Any) -> dict[str, Any]:
-    """Return what the metadata of a card says of the base model."""
-    base, relation = base_model(model), "adapter" if model._hf_peft_config_loaded else "finetune"
-    return {"base_model": base, "base_model_relation": relation} if base else {}
+    """Return what the metadata of a card says of the base model: an adapter's, or else the backbone."""
+    is_adapter = model._hf_peft_config_loaded
+    base = hub_id(model.adapter_base[0] if is_adapter else model.config.base_model)
+    return {"base_model": base, "base_model_relation": "adapter" if is_adapter else "finetune"} if base else {}
 
 
-def card_fields(
-    model: Any, folder: Path | None, quality: Quality | None = None, quality_of: str = ""
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return what the card says of a model, for the template, and the metadata that still hold of an earlier card.
+def card_fields(model: Any, quality: Quality | None = None, quality_of: str = "") -> dict[str, Any]:
+    """Return what the template asks for that the model itself tells.
 
     Args:
         model: The `MetaEmbedModel`.
-        folder: Where it was saved. None: nowhere yet.
-        quality: Metrics by budget, where they were measured.
+        quality: Metrics by budget, where they were measured of these weights.
         quality_of: On what.
     """
-    weights: str | None = None
-    earlier: dict[str, str] = {}
-    said: dict[str, Any] = {}
-    if folder is not None:
-        weights = weights_digest(folder)
-        earlier, said = still_true(model, folder, weights)
     config = model.config
     dim = config.embedding_dim or config.hidden_size
     small_query, small_document = config.budgets[len(config.budgets) // 2]
-    fields = dict(
+    takes_images = model.processor.image_processor is not None
+    return dict(
         mark=MARK,
-        weights=weights,
-        earlier=earlier,
-        base=base_model(model),
+        base=base_fields(model).get("base_model"),
         dim=dim,
         num_query_tokens=config.num_query_tokens,
         num_document_tokens=config.num_document_tokens,
         small_query=small_query,
         small_document=small_document,
         is_adapter=model._hf_peft_config_loaded,
-        takes_images=model.processor.image_processor is not None,
+        takes_images=takes_images,
+        modalities="text and images" if takes_images else "text",
         quality=bool(quality),
         quality_of=quality_of,
-        budget_table=budget_table(config, dim, quality or {}),
+        budget_table=budget_table(config.budgets, dim, quality or {}),
     )
-    return fields, said
 
 
-def budget_table(config: MetaEmbedConfig, dim: int, quality: Quality) -> str:
+def budget_table(budgets: Iterable[Sequence[int]], dim: int, quality: Quality) -> str:
     """Return a Markdown table of the budgets: their bytes, and their quality where it was measured."""
-    budgets = sorted({*map(tuple, config.budgets), *quality})
     names = [name for name in next(iter(quality.values()), {}) if name.split("@")[0] in ("ndcg", "recall", "mrr")]
-    header = ["query vectors", "document vectors", "bytes a document (float32)", *names]
-    lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
-    for r_q, r_c in budgets:
+    rows = []
+    for r_q, r_c in sorted({(r_q, r_c) for r_q, r_c in budgets} | set(quality)):
         values = quality.get((r_q, r_c), {})
-        cells = [str(r_q), str(r_c), f"{r_c * dim * 4:,}", *(f"{values[n]:.4f}" if n in values else "" for n in names)]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        rows.append([r_q, r_c, f"{r_c * dim * 4:,}", *(f"{values[n]:.4f}" if n in values else "" for n in names)])
+    return markdown_table(["query vectors", "document vectors", "bytes a document (float32)", *names], rows)
 
 
 def write_eval_results(

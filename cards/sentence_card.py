@@ -1,41 +1,37 @@
-"""The model card that sentence-transformers writes of a MetaEmbed encoder: our text, its record of the training."""
+"""The model card that sentence-transformers writes of an encoder: our template, its record of the training."""
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from huggingface_hub.utils import yaml_dump
-from transformers.utils import HF_MODULES_CACHE
+from sentence_transformers import MultiVectorEncoder
+from sentence_transformers.multi_vector_encoder.model_card import MultiVectorEncoderModelCardData
 
-from .card import CARD, LIBRARY, PIPELINE_TAG, TAGS, base_fields, card_fields, is_ours
-
-try:  # in a `try`, so that transformers does not ask users of AutoModel alone to install it
-    from sentence_transformers.multi_vector_encoder.model_card import MultiVectorEncoderModelCardData
-except ImportError as error:
-    raise ImportError("this door needs sentence-transformers: pip install 'sentence-transformers>=6.0'") from error
-
-if TYPE_CHECKING:
-    from sentence_transformers import MultiVectorEncoder
-
-
-def template_file() -> Path:
-    """Return a file that holds our template, which sentence-transformers reads from a file only."""
-    content = CARD.encode()
-    path = Path(HF_MODULES_CACHE) / f"metaembed-card-{hashlib.sha1(content).hexdigest()[:12]}.md"
-    if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
-    return path
+from ..configuration_metaembed import SIDES
+from .card import (
+    LIBRARY,
+    PIPELINE_TAG,
+    TAGS,
+    TEMPLATE,
+    Quality,
+    base_fields,
+    card_fields,
+    card_of_source,
+    fingerprint,
+    is_ours,
+    still_true,
+)
 
 
 @dataclass
 class MetaEmbedCardData(MultiVectorEncoderModelCardData):
-    """What sentence-transformers records for the card, with what a MetaEmbed model adds.
+    """What sentence-transformers records for the card, and what a MetaEmbed model adds.
 
-    Nothing of the training data is put into the repository, as it does by default: it may be private.
+    No training data are copied into the repository, as they are by default: they may be private. What
+    [`BudgetEvaluator`] measured is written only of the weights that it measured.
 
     Example:
         >>> encoder = to_multi_vector_encoder(model)
@@ -45,33 +41,53 @@ class MetaEmbedCardData(MultiVectorEncoderModelCardData):
     generate_widget_examples: bool = False
     tags: list[str] = field(default_factory=lambda: list(TAGS))
     pipeline_tag: str = field(default=PIPELINE_TAG, init=False)
-    template_path: Path = field(default_factory=template_file, init=False, repr=False)
+    template_path: Path = field(default=TEMPLATE, init=False, repr=False)
     said: dict[str, Any] = field(default_factory=dict, init=False, repr=False)  # by an earlier card, and still true
+    # Fingerprints of weights, with their quality and what it was measured on. The best checkpoint may not be the last.
+    measured: dict[str, tuple[Quality, str]] = field(default_factory=dict, init=False, repr=False)
+
+    def fingerprint(self) -> str | None:
+        """Return the fingerprint of the model's weights as they are now, under the encoder's prompts."""
+        model, prompts = self.model[0].model, self.model.prompts
+        return fingerprint(
+            model, [prompts.get(side) or getattr(model.config, f"{side}_instruction") for side in SIDES]
+        )
+
+    def set_evaluation_metrics(self, evaluator: Any, metrics: dict[str, Any], epoch: int = 0, step: int = 0) -> None:
+        """Record what an evaluator measured; and of a [`BudgetEvaluator`], of which weights."""
+        super().set_evaluation_metrics(evaluator, metrics, epoch, step)
+        if hasattr(evaluator, "budget_metrics") and (weights := self.fingerprint()) is not None:
+            sizes = f"{len(evaluator.queries):,} queries and {len(evaluator.corpus):,} documents"
+            found = evaluator.budget_metrics(metrics)
+            self.measured[weights] = found, f"{evaluator.name or 'held-out data'}: {sizes}"
 
     def get_model_specific_metadata(self) -> dict[str, Any]:
         """Return what the template asks for."""
-        model = self.model[0].model
-        quality, names = {}, []
-        for evaluator, metrics in (self.eval_results_dict or {}).items():
-            if hasattr(evaluator, "budget_metrics"):
-                quality = evaluator.budget_metrics(metrics)
-                sizes = f"{len(evaluator.queries):,} queries and {len(evaluator.corpus):,} documents"
-                names = [f"{evaluator.name or 'held-out data'}: {sizes}"]
-        folder = Path(self.save_dir) if self.save_dir else None
-        ours, self.said = card_fields(model, folder, quality, quality_of=", ".join(names))
+        model, weights = self.model[0].model, self.fingerprint()
+        present = Path(self.save_dir) / "README.md" if self.save_dir else None
+        text = present.read_text(encoding="utf-8") if present is not None and present.is_file() else None
+        earlier, self.said = still_true((text, card_of_source(model)), weights)
+        quality, quality_of = self.measured.get(weights or "", ({}, ""))
         name = self.model_id or Path(self.save_dir or "model").name
-        ours.update(repository=name, title=name, license=self.license or self.said.get("license"))
-        return {**super().get_model_specific_metadata(), **ours}
+        return {
+            **super().get_model_specific_metadata(),
+            **card_fields(model, quality, quality_of),
+            "weights": weights,
+            "earlier": earlier,
+            "repository": name,
+            "title": name,
+            "license": self.license or self.said.get("license"),
+        }
 
     def set_widget_examples(self, dataset: Any) -> None:
         """Do nothing: the examples are the template's own."""
 
     def _save_asset(self, value: Any, assets_dir: str, idx: int, prefix: str = "") -> str | None:
-        """Save no picture, and say so."""
+        """Save no picture of the training data, and report that none was saved."""
         return None
 
     def format_eval_metrics(self) -> dict[str, Any]:
-        """Return nothing for the metadata: figures stand in the table, and in `.eval_results`."""
+        """Return nothing for the metadata: the table and `.eval_results` hold the figures."""
         return {}
 
     def try_to_set_base_model(self) -> None:
@@ -93,19 +109,20 @@ class MetaEmbedCardData(MultiVectorEncoderModelCardData):
 
 
 def adopt_card(encoder: MultiVectorEncoder) -> None:
-    """Let `encoder` write our card when it is saved, also where sentence-transformers itself loaded it.
+    """Let `encoder` write our card when it is saved, whatever class loaded it. A second call changes nothing.
 
-    A card of ours that it was loaded with is written anew, from what still holds of it. A person's is kept, as
-    sentence-transformers does.
+    A card of ours that the encoder was loaded with is written anew, with what still holds of it. A person's is kept,
+    as sentence-transformers does.
     """
     if is_ours(encoder._model_card_text):
         encoder._model_card_text = None
     old = encoder.model_card_data
+    # By name: a checkpoint's code and an installed package of another version may meet in one process.
     if type(old).__name__ == MetaEmbedCardData.__name__:
         return
     given = {known.name: getattr(old, known.name) for known in fields(old) if known.init}
     defaults = MultiVectorEncoderModelCardData().tags
-    given["tags"] = [*TAGS, *(tag for tag in old.tags if tag not in (*defaults, *TAGS))]
+    given["tags"] = [*TAGS, *(tag for tag in old.tags or () if tag not in (*defaults, *TAGS))]
     given["generate_widget_examples"] = False
     encoder.model_card_data = MetaEmbedCardData(**given)
     encoder.model_card_data.register_model(encoder)

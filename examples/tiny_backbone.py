@@ -1,6 +1,6 @@
-"""A tiny, randomly initialised Qwen2.5-VL with its real processor and a tokenizer trained on the spot.
+"""A tiny, randomly initialised Qwen2.5-VL with its real processor and a tokenizer trained on the given texts.
 
-Small enough to be trained from nothing on a laptop in minutes, and in every other respect the real thing: M-RoPE,
+Small enough to be trained from random weights on a laptop in minutes. The rest is as in the large models: M-RoPE,
 a vision tower with window attention, image placeholders, a chat template.
 """
 
@@ -48,11 +48,11 @@ CHAT_TEMPLATE = """\
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int = 512) -> Qwen2Tokenizer:
-    """Train a byte-level BPE tokenizer of Qwen's kind on `texts`.
+    """Train a byte-level BPE tokenizer like Qwen's on `texts`.
 
     Args:
         texts: What to train on.
-        vocab_size: Number of tokens at most, the special ones and the 256 bytes among them.
+        vocab_size: Largest number of tokens, including the special ones and the 256 bytes.
 
     Returns:
         The tokenizer, with Qwen's special tokens.
@@ -82,7 +82,7 @@ def build_processor(texts: Iterable[str], patch_size: int = 8, **image_options) 
 
     Args:
         texts: What to train the tokenizer on.
-        patch_size: Side of a patch in pixels; 2 x 2 patches make one token.
+        patch_size: Side of a patch in pixels; 2 x 2 patches become one token.
         **image_options: For the image processor.
 
     Returns:
@@ -102,13 +102,13 @@ def build_backbone(
 ) -> PreTrainedModel:
     """Build a tiny Qwen2.5-VL for `processor`, with random weights.
 
-    Linear weights are drawn from N(0, 1 / fan_in) and embeddings with a standard deviation of 0.3: with the 0.02 that
-    suits large models, one this small learns late.
+    Linear weights are drawn from N(0, 1 / fan_in) and embeddings with a standard deviation of 0.3. The usual 0.02 is
+    for large models; a model this small learns slowly with it.
 
     Args:
-        processor: Tells the vocabulary, the special tokens and the patch size.
+        processor: Provides the vocabulary, the special tokens and the patch size.
         hidden_size: Width of the language model.
-        layers: Number of its layers.
+        layers: Number of layers of the language model.
         seed: Seed of the weights.
 
     Returns:

@@ -4,9 +4,12 @@ import sys
 from functools import cache
 from pathlib import Path
 
+import accelerate
+import pytest
 import torch
 import transformers
 from packaging.version import Version
+from torch.distributed.fsdp import FSDPModule
 
 sys.path.append(str(Path(__file__).parent.parent / "examples"))
 
@@ -21,6 +24,11 @@ WORDS = [
     *("red", "green", "blue", "apple", "boat", "cat", "dog", "egg"),
     *("fish", "goat", "hat", "ice", "jam", "key", "lamp", "moon"),
 ]
+
+needs_fsdp2 = pytest.mark.skipif(
+    Version(accelerate.__version__) < Version("1.14") or not hasattr(FSDPModule, "set_reduce_scatter_unused_params"),
+    reason="needs accelerate and torch with all of FSDP2",
+)
 
 
 @cache

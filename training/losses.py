@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from sentence_transformers.base.losses.merged_forward import embed_columns_padded
@@ -11,13 +13,13 @@ from sentence_transformers.multi_vector_encoder.losses import CachedMultiVectorM
 from sentence_transformers.util import all_gather, get_rank
 from torch import Tensor, nn
 
-from ..cards.sentence_card import adopt_card
-from ..configuration_metaembed import check_budgets, check_count
+from ..configuration_metaembed import MetaEmbedConfig, check_budgets, check_count
 
 if TYPE_CHECKING:
     from sentence_transformers import MultiVectorEncoder
 
 Normalize = Literal["sum", "mean", "sqrt"]
+MAX_BATCH = 1_000_000
 
 
 def mmr_scores(queries: Tensor, documents: Tensor, budget: tuple[int, int], normalize: Normalize) -> Tensor:
@@ -26,15 +28,15 @@ def mmr_scores(queries: Tensor, documents: Tensor, budget: tuple[int, int], norm
     Args:
         queries: Query vectors [Q, R_q, D].
         documents: Document vectors [M, R_c, D].
-        budget: `(r_q, r_c)`: the first vectors that count.
-        normalize: "sum" over the query vectors (the paper's), "mean" over them, or the sum divided by "sqrt" of r_q.
+        budget: `(r_q, r_c)`: how many of the first vectors are scored.
+        normalize: "sum" over the query vectors (as in the paper), "mean" over them, or the sum over "sqrt" of r_q.
 
     Returns:
         Scores [Q, M].
     """
     r_q, r_c = budget
-    # A product a budget is 17% more arithmetic than one for all at the paper's budgets, and in return no gradient is
-    # padded with zeros to the full size: five tensors as large as the largest budget's similarities.
+    # One product per budget is 17% more arithmetic than one for all at the paper's budgets. In return no gradient is
+    # padded with zeros to the full size, which would be five tensors as large as the largest budget's similarities.
     sims = torch.einsum("qid,mjd->qimj", queries[:, :r_q], documents[:, :r_c])  # [Q, r_q, M, r_c]
     summed = sims.max(dim=-1).values.sum(dim=1)  # [Q, M]
     return summed / {"sum": 1, "mean": r_q, "sqrt": r_q**0.5}[normalize]
@@ -50,13 +52,13 @@ def gather_documents(documents: Tensor) -> tuple[Tensor, int]:
         The vectors [ranks * M, R_c, D] of all ranks in order, and the index of this rank's first.
 
     Raises:
-        ValueError: If the ranks hold different numbers of documents.
+        ValueError: If the ranks have different numbers of documents.
     """
     counts = all_gather(torch.tensor([len(documents)], device=documents.device)).tolist()
     if len(set(counts)) > 1:
         raise ValueError(
             f"gathering needs as many documents on every rank, got {counts}. Set dataloader_drop_last=True, and give "
-            "every query as many negatives."
+            "every query the same number of negatives."
         )
     gathered = all_gather(documents, with_grad=True)
     if gathered.requires_grad:  # torch's gather writes gradients of any other layout into the wrong places
@@ -64,56 +66,117 @@ def gather_documents(documents: Tensor) -> tuple[Tensor, int]:
     return gathered, get_rank() * len(documents)
 
 
-class MMRObjective:
-    """What plain and cached MMR losses share: the settings, and from vectors to a loss a budget."""
+@dataclass(frozen=True)
+class MMRSettings:
+    """The settings that [`MMRLoss`] and [`CachedMMRLoss`] share, checked once.
 
-    budgets: list[tuple[int, int]]
-    weights: list[float]
-    temperature: float
-    normalize: Normalize
-    gather_across_devices: bool
-    score_mini_batch_size: int | None
+    Args:
+        budgets: `(r_q, r_c)` pairs, smallest first.
+        weights: w_g, one per budget.
+        temperature: tau.
+        normalize: "sum", "mean" or "sqrt": see [`MMRLoss`].
+        gather_across_devices: Whether the documents of all ranks are negatives.
+        score_mini_batch_size: Number of queries scored at a time. None: all.
 
-    def configure(
-        self,
-        model: MultiVectorEncoder,
+    Raises:
+        TypeError: If `score_mini_batch_size` is not a whole number.
+        ValueError: If a setting cannot be used.
+    """
+
+    budgets: tuple[tuple[int, int], ...]
+    weights: tuple[float, ...]
+    temperature: float = 0.03
+    normalize: Normalize = "sum"
+    gather_across_devices: bool = False
+    score_mini_batch_size: int | None = None
+
+    def __post_init__(self) -> None:
+        weights = self.weights
+        if len(weights) != len(self.budgets) or any(not weight >= 0 for weight in weights) or not sum(weights) > 0:
+            raise ValueError(
+                f"weights must be {len(self.budgets)} numbers >= 0, one per budget, not all 0; got {list(weights)}."
+            )
+        if not self.temperature > 0:
+            raise ValueError(f"temperature must be above 0, got {self.temperature}.")
+        if self.normalize not in get_args(Normalize):
+            raise ValueError(f'normalize must be "sum", "mean" or "sqrt", got {self.normalize!r}.')
+        if self.score_mini_batch_size is not None:
+            check_count("score_mini_batch_size", self.score_mini_batch_size, MAX_BATCH)
+
+    @classmethod
+    def for_encoder(
+        cls,
+        encoder: MultiVectorEncoder,
         budgets: Sequence[tuple[int, int]] | None,
         weights: Sequence[float] | None,
-        temperature: float,
-        normalize: Normalize,
-        gather_across_devices: bool,
-        score_mini_batch_size: int | None,
-    ) -> None:
-        """Check and keep the settings: see [`MMRLoss`]."""
-        config: Any = getattr(getattr(model[0], "model", None), "config", None)
-        if getattr(config, "model_type", None) != "metaembed":
-            raise TypeError(
-                f"{type(self).__name__} trains MetaEmbed encoders, got one of {type(model[0]).__name__}. Make one "
-                "with to_multi_vector_encoder(model), or load one with MultiVectorEncoder(...)."
-            )
+        **settings: Any,
+    ) -> MMRSettings:
+        """Return the settings with what is None taken from the model: all its budgets, each with weight 1.
+
+        Raises:
+            TypeError: If `encoder` is not a MetaEmbed encoder, or a budget is not a pair of whole numbers.
+            ValueError: If a setting cannot be used.
+        """
+        config = encoder_config(encoder)
         sizes = (config.num_query_tokens, config.num_document_tokens)
         pairs = check_budgets(config.budgets if budgets is None else budgets, *sizes, complete=False)
-        weights = [1.0] * len(pairs) if weights is None else list(weights)
-        if len(weights) != len(pairs) or any(not weight >= 0 for weight in weights) or not sum(weights) > 0:
-            raise ValueError(f"weights must be {len(pairs)} numbers >= 0, one a budget, not all 0; got {weights}.")
-        if not temperature > 0:
-            raise ValueError(f"temperature must be above 0, got {temperature}.")
-        if normalize not in ("sum", "mean", "sqrt"):
-            raise ValueError(f'normalize must be "sum", "mean" or "sqrt", got {normalize!r}.')
-        if score_mini_batch_size is not None:
-            check_count("score_mini_batch_size", score_mini_batch_size, 1_000_000)
-        adopt_card(model)
-        self.budgets = [(r_q, r_c) for r_q, r_c in pairs]
-        self.weights = weights
-        self.temperature = temperature
-        self.normalize = normalize
-        self.gather_across_devices = gather_across_devices
-        self.score_mini_batch_size = score_mini_batch_size
+        return cls(
+            budgets=tuple((r_q, r_c) for r_q, r_c in pairs),
+            weights=(1.0,) * len(pairs) if weights is None else tuple(weights),
+            **settings,
+        )
+
+
+def encoder_config(encoder: Any) -> MetaEmbedConfig:
+    """Return the configuration of the model inside `encoder`.
+
+    Raises:
+        TypeError: If it is not a MetaEmbed encoder, or is the model itself.
+    """
+    modules = list(encoder) if isinstance(encoder, Iterable) else []
+    if not modules and is_metaembed(encoder):
+        raise TypeError(
+            "the loss trains an encoder, got the model inside one. Make the encoder first, and train that: "
+            "encoder = to_multi_vector_encoder(model); MMRLoss(encoder)."
+        )
+    model = getattr(modules[0], "model", None) if modules else None
+    if not is_metaembed(model):
+        kind = type(modules[0] if modules else encoder).__name__
+        raise TypeError(
+            f"the loss trains MetaEmbed encoders, got one of {kind}. Make one with to_multi_vector_encoder(model), or "
+            "load one with MultiVectorEncoder(...)."
+        )
+    return model.config
+
+
+def is_metaembed(model: Any) -> bool:
+    """Return whether `model` is a MetaEmbed model, of whichever copy of the code."""
+    return getattr(getattr(model, "config", None), "model_type", None) == "metaembed"
+
+
+def warn_of_half_precision(model: nn.Module) -> None:
+    """Warn where weights that are to be trained are held in 16 bits, in which most steps of training are lost."""
+    halves = (torch.bfloat16, torch.float16)
+    found = {parameter.dtype for parameter in model.parameters() if parameter.requires_grad} & set(halves)
+    if found:
+        dtype = str(found.pop()).removeprefix("torch.")
+        warnings.warn(
+            f"the weights to train are {dtype}: at the usual learning rates most steps are smaller than its spacing "
+            "and are rounded away, so the model hardly changes. Load it with dtype=torch.float32 and train with "
+            "bf16=True, which computes in bfloat16; or train LoRA with model.add_adapter(lora_config(model)).",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+class MMRObjective:
+    """From vectors to one loss per budget, for the plain and the cached loss alike."""
+
+    settings: MMRSettings
 
     def get_config_dict(self) -> dict[str, Any]:
         """Return the settings, for the model card."""
-        names = ("budgets", "weights", "temperature", "normalize", "gather_across_devices")
-        return {name: getattr(self, name) for name in names}
+        return {name: value for name, value in asdict(self.settings).items() if name != "score_mini_batch_size"}
 
     def losses(self, queries: Tensor, documents: Tensor, targets: Tensor) -> dict[str, Tensor]:
         """Return the weighted loss of each budget.
@@ -127,7 +190,7 @@ class MMRObjective:
             `{"loss_1x1": w_1 * InfoNCE_1, ...}`, scalars: means over the queries.
 
         Raises:
-            ValueError: If the vectors are fewer than the largest budget needs.
+            ValueError: If there are fewer vectors than the largest budget needs.
         """
         totals: dict[str, Tensor] = {}
         for part in self.loss_parts(queries, documents, targets):
@@ -135,39 +198,27 @@ class MMRObjective:
         return totals
 
     def loss_parts(self, queries: Tensor, documents: Tensor, targets: Tensor) -> Iterable[dict[str, Tensor]]:
-        """Yield the summands of [`losses`], one a chunk of `score_mini_batch_size` queries: this bounds memory."""
-        r_q, r_c = self.budgets[-1]
+        """Yield the summands of [`losses`], one per `score_mini_batch_size` queries: this bounds the memory."""
+        settings = self.settings
+        r_q, r_c = largest = settings.budgets[-1]
         if queries.shape[1] < r_q or documents.shape[1] < r_c:
             raise ValueError(
-                f"training at {self.budgets[-1]} needs as many vectors, got {queries.shape[1]} a query and "
-                f"{documents.shape[1]} a document. Set query_num_meta and document_num_meta of encoder[0] to None."
+                f"training at {largest} needs as many vectors, got {queries.shape[1]} per query and "
+                f"{documents.shape[1]} per document. Set query_num_meta and document_num_meta of encoder[0] to None."
             )
-        step = self.score_mini_batch_size or len(queries)
+        step = settings.score_mini_batch_size or len(queries)
         for chunk, chunk_targets in zip(queries.split(step), targets.split(step), strict=True):
             part = {}
             with torch.autocast(queries.device.type, enabled=False):  # products of bfloat16 are too coarse for 1 / tau
-                for budget, weight in zip(self.budgets, self.weights, strict=True):
-                    logits = mmr_scores(chunk, documents, budget, self.normalize) / self.temperature  # [step, M]
-                    summed = nn.functional.cross_entropy(logits, chunk_targets, reduction="sum")
+                for budget, weight in zip(settings.budgets, settings.weights, strict=True):
+                    scores = mmr_scores(chunk, documents, budget, settings.normalize)  # [step, M]
+                    summed = nn.functional.cross_entropy(scores / settings.temperature, chunk_targets, reduction="sum")
                     part[f"loss_{budget[0]}x{budget[1]}"] = weight * summed / len(queries)
             yield part
 
     def gather(self, documents: Tensor) -> tuple[Tensor, int]:
-        """Return the documents of all ranks where they are to be gathered, else as they are; and where ours begin."""
-        return gather_documents(documents) if self.gather_across_devices else (documents, 0)
-
-    @property
-    def citation(self) -> str:
-        """BibTeX of the paper, for the model card."""
-        return """
-@inproceedings{xiao2026metaembed,
-    title={MetaEmbed: Scaling Multimodal Retrieval at Test-Time with Flexible Late Interaction},
-    author={Xiao, Zilin and others},
-    booktitle={International Conference on Learning Representations},
-    year={2026},
-    url={https://arxiv.org/abs/2509.18095}
-}
-"""
+        """Return the documents to score, of this rank or of all, and the index of this rank's first."""
+        return gather_documents(documents) if self.settings.gather_across_devices else (documents, 0)
 
 
 class MMRLoss(MMRObjective, nn.Module):
@@ -179,17 +230,21 @@ class MMRLoss(MMRObjective, nn.Module):
     Args:
         model: The encoder, whose first module is a `MetaEmbedTransformer`.
         budgets: `(r_q, r_c)` pairs: nested, strictly growing; they need not reach the full size. None: the model's.
-        weights: w_g, one a budget. None: 1 each.
+        weights: w_g, one per budget. None: 1 each.
         temperature: tau. 0.03 in the paper.
-        normalize: What a score is divided by before the temperature. "sum": nothing, the paper's logit; "mean": the
-            number of query vectors; "sqrt": its root. The default is what did best over six seeds on the task of
-            `examples/quickstart.py`: a sum over 16 vectors is 16 times as sharp as over one, the root lies between.
-        gather_across_devices: Take the documents of all ranks as negatives, not only those of this one.
+        normalize: What a score is divided by before the temperature. "sum": by nothing, as in the paper; "mean": by
+            the number of query vectors r_q; "sqrt": by its square root. A sum over 16 vectors gives logits 16 times
+            as large as one vector does, the root 4 times: on the task of `examples/quickstart.py`, with a model
+            trained from random weights, "sqrt" did best over six seeds.
+        gather_across_devices: Use the documents of all ranks as negatives, not only those of this rank.
         score_mini_batch_size: Number of queries scored at a time, to bound the memory. None: all.
 
     Raises:
         TypeError: If the model is not a MetaEmbed encoder, or a budget is not a pair of whole numbers.
         ValueError: If budgets, weights, temperature or normalize cannot be used.
+
+    Warns:
+        UserWarning: If the weights to train are float16 or bfloat16, in which they hardly change.
 
     Inputs:
         Columns (query, positive), (query, positive, negative) or (query, positive, negative_1, ..., negative_n).
@@ -205,13 +260,22 @@ class MMRLoss(MMRObjective, nn.Module):
         budgets: Sequence[tuple[int, int]] | None = None,
         weights: Sequence[float] | None = None,
         temperature: float = 0.03,
-        normalize: Normalize = "sqrt",
+        normalize: Normalize = "sum",
         *,
         gather_across_devices: bool = False,
         score_mini_batch_size: int | None = None,
     ):
         super().__init__()
-        self.configure(model, budgets, weights, temperature, normalize, gather_across_devices, score_mini_batch_size)
+        self.settings = MMRSettings.for_encoder(
+            model,
+            budgets,
+            weights,
+            temperature=temperature,
+            normalize=normalize,
+            gather_across_devices=gather_across_devices,
+            score_mini_batch_size=score_mini_batch_size,
+        )
+        warn_of_half_precision(model)
         self.model = model
 
     def forward(self, sentence_features: Iterable[dict[str, Any]], labels: Tensor | None = None) -> dict[str, Tensor]:
@@ -234,8 +298,8 @@ class MMRLoss(MMRObjective, nn.Module):
 class CachedMMRLoss(MMRObjective, CachedMultiVectorMultipleNegativesRankingLoss):
     """[`MMRLoss`] with gradient caching (GradCache, arXiv 2101.06983): any batch in the memory of a small one.
 
-    The same loss and gradients. Every input is encoded twice: about a third slower, in return for which only
-    `mini_batch_size` inputs are held in memory at a time. On several GPUs, where only some inputs have images,
+    The loss and the gradients are the same. Every input is encoded twice, which is about a third slower, and only
+    `mini_batch_size` inputs are in memory at a time. On several GPUs, where only some inputs have images,
     sentence-transformers before 6.2 needs `ddp_find_unused_parameters=True`.
 
     Args:
@@ -247,7 +311,7 @@ class CachedMMRLoss(MMRObjective, CachedMultiVectorMultipleNegativesRankingLoss)
         mini_batch_size: Number of inputs of a column encoded at a time.
         mini_batch_num_tokens: Instead, the number of tokens of a column encoded at a time.
         score_mini_batch_size: Number of queries scored at a time. None: `mini_batch_size`.
-        gather_across_devices: Take the documents of all ranks as negatives, not only those of this one.
+        gather_across_devices: See [`MMRLoss`].
         show_progress_bar: Show the progress within a batch.
 
     Raises:
@@ -266,7 +330,7 @@ class CachedMMRLoss(MMRObjective, CachedMultiVectorMultipleNegativesRankingLoss)
         budgets: Sequence[tuple[int, int]] | None = None,
         weights: Sequence[float] | None = None,
         temperature: float = 0.03,
-        normalize: Normalize = "sqrt",
+        normalize: Normalize = "sum",
         *,
         mini_batch_size: int = 32,
         mini_batch_num_tokens: int | None = None,
@@ -274,7 +338,17 @@ class CachedMMRLoss(MMRObjective, CachedMultiVectorMultipleNegativesRankingLoss)
         gather_across_devices: bool = False,
         show_progress_bar: bool = False,
     ):
-        check_count("mini_batch_size", mini_batch_size, 1_000_000)
+        check_count("mini_batch_size", mini_batch_size, MAX_BATCH)
+        settings = MMRSettings.for_encoder(
+            model,
+            budgets,
+            weights,
+            temperature=temperature,
+            normalize=normalize,
+            gather_across_devices=gather_across_devices,
+            score_mini_batch_size=mini_batch_size if score_mini_batch_size is None else score_mini_batch_size,
+        )
+        warn_of_half_precision(model)
         CachedMultiVectorMultipleNegativesRankingLoss.__init__(
             self,
             model,
@@ -282,8 +356,7 @@ class CachedMMRLoss(MMRObjective, CachedMultiVectorMultipleNegativesRankingLoss)
             mini_batch_num_tokens=mini_batch_num_tokens,
             show_progress_bar=show_progress_bar,
         )
-        chunk = mini_batch_size if score_mini_batch_size is None else score_mini_batch_size
-        self.configure(model, budgets, weights, temperature, normalize, gather_across_devices, chunk)
+        self.settings = settings
 
     def get_config_dict(self) -> dict[str, Any]:
         """Return the settings, for the model card."""
@@ -292,7 +365,7 @@ class CachedMMRLoss(MMRObjective, CachedMultiVectorMultipleNegativesRankingLoss)
     def forward(self, sentence_features: Iterable[dict[str, Any]], labels: Tensor | None = None) -> dict[str, Tensor]:
         """Return the weighted loss of each budget, which the trainer sums and logs: see [`MMRLoss.forward`].
 
-        The gradient of all of them hangs on the last one; it is there once they are summed.
+        The gradient of all of them is attached to the last one: sum them before going backward.
         """
         total = super().forward(sentence_features, labels)
         *others, last = self._latest
@@ -315,7 +388,7 @@ class CachedMMRLoss(MMRObjective, CachedMultiVectorMultipleNegativesRankingLoss)
         queries, *columns = (torch.cat(chunks) for chunks in reps)  # [B, R_q, D], [B, R_c, D] each
         gathered, first = self.gather(torch.cat(columns))
         targets = first + torch.arange(len(queries), device=queries.device)
-        # Leaves, so that the chunks' backward passes stop here, and the ranks need talk only once.
+        # Leaves, so that the chunks' backward passes stop here and the ranks communicate only once.
         leaves = [tensor.detach().requires_grad_(with_backward) for tensor in (queries, gathered)]
         totals: dict[str, Tensor] = {}
         for part in self.loss_parts(leaves[0], leaves[1], targets):

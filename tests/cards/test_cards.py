@@ -12,7 +12,8 @@ from sentence_transformers.multi_vector_encoder.model_card import MultiVectorEnc
 from tiny_models import WORDS, picture, save_tiny_backbone, tiny_encoder, tiny_model
 
 from metaembed import MetaEmbedModel
-from metaembed.cards.card import MARK, hub_id, write_eval_results
+from metaembed.cards import adopt_card
+from metaembed.cards.card import MARK, TEMPLATE, fingerprint, hub_id, sample_of, write_eval_results
 from metaembed.evaluation.budgets import BudgetEvaluator
 from metaembed.training.lora import lora_config
 from metaembed.training.losses import CachedMMRLoss
@@ -138,14 +139,14 @@ def test_the_card_names_the_repository_that_it_is_in(tmp_path):
     assert text.count('("you/second"') == 2 and "first" not in text
 
 
-@pytest.mark.parametrize("door", ["AutoModel", "MultiVectorEncoder"])
-def test_what_was_measured_is_kept_as_long_as_the_weights_are_the_same(tmp_path, door):
+@pytest.mark.parametrize("entry_point", ["AutoModel", "MultiVectorEncoder"])
+def test_what_was_measured_is_kept_as_long_as_the_weights_are_the_same(tmp_path, entry_point):
     encoder = tiny_encoder()
     encoder.model_card_data.license = "mit"
     first = train(encoder, tmp_path / "run")
 
     def save(name, change=lambda model: None):
-        if door == "AutoModel":
+        if entry_point == "AutoModel":
             model = MetaEmbedModel.from_pretrained(first)
             change(model)
             model.save_pretrained(tmp_path / name)
@@ -167,6 +168,58 @@ def test_what_was_measured_is_kept_as_long_as_the_weights_are_the_same(tmp_path,
     assert '("same"' in same.text and "checkpoint-2" not in same.text
     for card in (other, instructed):
         assert "not measured" in card.text and card.data.license is None and "learning_rate" not in card.text
+
+
+def test_what_was_measured_before_more_training_is_not_said_of_what_came_out(tmp_path):
+    encoder = tiny_encoder()
+    tokens = encoder[0].model.get_input_embeddings().weight
+    measured = tokens.detach().clone()
+    pets(encoder)(encoder)
+    with torch.no_grad():
+        tokens[-1, -1] += 0.01
+    encoder.save_pretrained(str(tmp_path / "trained"))
+    assert "not measured" in check(tmp_path / "trained").text
+    tokens.data = measured  # as the trainer does at the end, to keep the best checkpoint
+    encoder.save_pretrained(str(tmp_path / "best"))
+    assert "pets: 1 queries" in check(tmp_path / "best").text
+
+
+@pytest.mark.parametrize(
+    "shape", [(700, 300), (300, 700), (512, 512), (9, 100, 90), (70_000,), (1, 70_000), (640, 14)]
+)
+def test_a_change_of_any_row_of_a_weight_changes_its_fingerprint(shape):
+    layer = torch.nn.Module()
+    layer.weight = torch.nn.Parameter(torch.zeros(shape, dtype=torch.bfloat16))
+    row = torch.arange(layer.weight.numel()).view(shape) // shape[-1]
+    assert len(sample_of(row).unique()) == row.max() + 1
+    before = fingerprint(layer, [None, None])
+    assert fingerprint(layer, [None, None]) == before != fingerprint(layer, ["Find it.", None])
+    with torch.no_grad():
+        layer.weight[len(layer.weight) // 2] += 1
+    assert fingerprint(layer, [None, None]) != before
+
+
+def test_a_fingerprint_reads_a_thousandth_of_a_large_weight():
+    table = torch.empty(152_064, 3584, device="meta")
+    assert sample_of(table).numel() < table.numel() / 1000
+
+
+def test_nothing_is_said_of_weights_that_cannot_be_read():
+    assert fingerprint(torch.nn.Linear(2, 2, device="meta"), [None, None]) is None
+    assert fingerprint(torch.nn.Module(), [None, None]) is None
+
+
+def test_an_encoder_adopts_the_card_once_whichever_version_did_it_first():
+    encoder = tiny_encoder()
+    ours = encoder.model_card_data
+    assert ours.template_path == TEMPLATE
+    encoder._model_card_text = MARK
+    adopt_card(encoder)
+    assert encoder.model_card_data is ours and encoder._model_card_text is None
+    other = type("MetaEmbedCardData", (MultiVectorEncoderModelCardData,), {})()  # from another version's module
+    encoder.model_card_data = other
+    adopt_card(encoder)
+    assert encoder.model_card_data is other
 
 
 def test_the_card_of_an_adapter_says_so(tmp_path):

@@ -1,4 +1,4 @@
-"""Each benchmark writes its own section of the report, and none loses another's."""
+"""Each benchmark writes its own section of the report and keeps those of the others."""
 
 import sys
 from pathlib import Path

@@ -179,64 +179,50 @@ def test_bad_settings_are_named(encoder, options, message):
         CachedMMRLoss(encoder, **options)
 
 
+def test_the_defaults_are_the_papers(encoder):
+    for loss in (MMRLoss(encoder), CachedMMRLoss(encoder)):
+        settings = loss.settings
+        assert (settings.normalize, settings.temperature, settings.weights) == ("sum", 0.03, (1.0, 1.0, 1.0))
+
+
+def test_the_two_losses_share_settings_that_nobody_changes(encoder):
+    plain, cached = MMRLoss(encoder, score_mini_batch_size=4), CachedMMRLoss(encoder, mini_batch_size=4)
+    assert plain.settings == cached.settings
+    with pytest.raises(AttributeError):
+        plain.settings.temperature = 1.0
+
+
+def test_a_loss_leaves_the_card_of_the_encoder_alone():
+    encoder = tiny_encoder()
+    encoder.model_card_data, encoder._model_card_text = card, text = object(), "ours"
+    MMRLoss(encoder), CachedMMRLoss(encoder)
+    assert (encoder.model_card_data, encoder._model_card_text) == (card, text)
+
+
+def test_the_model_in_place_of_its_encoder_is_named(encoder):
+    for kind in (MMRLoss, CachedMMRLoss):
+        with pytest.raises(TypeError, match=r"encoder = to_multi_vector_encoder\(model\)"):
+            kind(encoder[0].model)
+        with pytest.raises(TypeError, match=r"MetaEmbed encoders, got one of NoneType"):
+            kind(None)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_training_weights_in_16_bits_warns_with_the_remedy_and_lora_does_not(lora, recwarn):
+    encoder = tiny_encoder()
+    encoder[0].model.to(torch.bfloat16)
+    if lora:
+        encoder[0].model.add_adapter(lora_config(encoder[0].model))
+    MMRLoss(encoder)
+    told = [str(warning.message) for warning in recwarn if "weights to train are bfloat16" in str(warning.message)]
+    assert len(told) == (0 if lora else 1)
+    assert lora or ("dtype=torch.float32" in told[0] and "bf16=True" in told[0])
+
+
 def test_too_few_vectors_are_named(encoder):
     batch = [encoder.preprocess(["a"], task="query", num_meta=2), encoder.preprocess(["b"], task="document")]
     with pytest.raises(ValueError, match=r"training at \(4, 8\) needs as many vectors"):
         CachedMMRLoss(encoder)(batch)
-
-
-RANK = """
-import sys, sentence_transformers, torch, torch.distributed as dist
-from packaging.version import Version
-sys.path.insert(0, sys.argv[1])
-from test_training import columns, features, loss_and_gradients, BATCH
-from tiny_models import tiny_encoder
-from metaembed.training.losses import CachedMMRLoss, MMRLoss
-from torch.nn.parallel import DistributedDataParallel
-
-torch.set_num_threads(1)
-dist.init_process_group("gloo")
-rank = dist.get_rank()
-encoder = tiny_encoder(double=True).train()
-batch = features(encoder, first=rank * BATCH // 2, count=BATCH // 2)
-# Before 6.2, sentence-transformers' cached losses go backward through DDP with each mini-batch: some have no images.
-old = Version(sentence_transformers.__version__) < Version("6.2")
-wrapped = DistributedDataParallel(encoder, find_unused_parameters=old)
-results = {}
-for kind, options in ((MMRLoss, {}), (CachedMMRLoss, dict(mini_batch_size=2))):
-    loss = kind(encoder, gather_across_devices=True, **options)
-    loss.model = wrapped
-    parts, grads = loss_and_gradients(loss, batch)
-    results[kind.__name__] = parts, {name.removeprefix("module."): value for name, value in grads.items()}
-torch.save(results, f"{sys.argv[2]}/rank{rank}.pt")
-try:
-    MMRLoss(encoder, gather_across_devices=True)(features(encoder, count=2 + rank))
-except ValueError as error:
-    assert "as many documents on every rank" in str(error), error
-else:
-    raise AssertionError("unequal ranks were accepted")
-dist.destroy_process_group()
-"""
-
-
-@pytest.mark.slow
-def test_two_ranks_equal_one(encoder, tmp_path):
-    """Two processes with half a batch each, under DDP: the mean loss and the gradients of one with the whole."""
-    script = tmp_path / "rank.py"
-    script.write_text(RANK)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, str(Path(__file__).parent.parent), tmp_path], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    expected = loss_and_gradients(MMRLoss(encoder), features(encoder))
-    ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
-    for kind in ("MMRLoss", "CachedMMRLoss"):
-        parts = [rank[kind][0] for rank in ranks]
-        assert_equal_parts({name: (parts[0][name] + parts[1][name]) / 2 for name in parts[0]}, expected[0])
-        for rank in ranks:
-            assert_same_gradients(rank[kind][1], expected[1])
 
 
 def an_encoder_to_train(backbone, adapter):
@@ -257,46 +243,97 @@ def take_a_step(loss, batches):
     optimizer.step()
 
 
-SHARDED = """
-import sys, torch, torch.distributed as dist
-from torch.distributed.fsdp import fully_shard
+RANK = """
+import sys, sentence_transformers, torch, torch.distributed as dist
+from packaging.version import Version
 from torch.distributed.device_mesh import init_device_mesh
-sys.path.insert(0, sys.argv[1])
-from test_training import BATCH, an_encoder_to_train, features, take_a_step
-from metaembed.training.losses import MMRLoss
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+sys.path[:0] = sys.argv[1:3]
+from test_losses import BATCH, an_encoder_to_train, features, loss_and_gradients, take_a_step
+from tiny_models import tiny_encoder
+from metaembed.training.losses import CachedMMRLoss, MMRLoss
 
 torch.set_num_threads(1)
 dist.init_process_group("gloo")
-rank, mesh = dist.get_rank(), init_device_mesh("cpu", (2,))
+rank, mesh, folder = dist.get_rank(), init_device_mesh("cpu", (2,)), sys.argv[3]
+half = dict(first=rank * BATCH // 2, count=BATCH // 2)
+
+# A whole model on each rank (DDP).
+encoder = tiny_encoder(double=True).train()
+batch = features(encoder, **half)
+# Before 6.2, sentence-transformers' cached losses go backward through DDP with each mini-batch: some have no images.
+old = Version(sentence_transformers.__version__) < Version("6.2")
+wrapped = DistributedDataParallel(encoder, find_unused_parameters=old)
+results = {}
+for kind, options in ((MMRLoss, {}), (CachedMMRLoss, dict(mini_batch_size=2))):
+    loss = kind(encoder, gather_across_devices=True, **options)
+    loss.model = wrapped
+    parts, grads = loss_and_gradients(loss, batch)
+    results[kind.__name__] = parts, {name.removeprefix("module."): value for name, value in grads.items()}
+try:
+    MMRLoss(encoder, gather_across_devices=True)(features(encoder, count=2 + rank))
+except ValueError as error:
+    results["unequal"] = str(error)
+torch.save(results, f"{folder}/rank{rank}.pt")
+
+# Half of a model on each rank (FSDP2).
 for adapter in (False, True):
-    encoder = an_encoder_to_train(f"{sys.argv[2]}/backbone", adapter)
+    encoder = an_encoder_to_train(f"{folder}/backbone", adapter)
     for layer in encoder[0].model.backbone.language_model.layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(encoder, mesh=mesh)
-    take_a_step(MMRLoss(encoder), [features(encoder, first=rank * BATCH // 2, count=BATCH // 2)])
+    take_a_step(MMRLoss(encoder), [features(encoder, **half)])
     encoder.encode_query(["cat"])  # leaves some weights whole for the moment
-    encoder.save_pretrained(f"{sys.argv[2]}/{adapter}")
+    encoder.save_pretrained(f"{folder}/{adapter}")
 dist.destroy_process_group()
 """
 
 
-@pytest.mark.slow
-def test_a_sharded_model_is_saved_whole(tmp_path):
-    """Two processes with half a batch and half the weights each (FSDP2) save what one with all of both does."""
-    save_tiny_backbone(tmp_path / "backbone")
-    script = tmp_path / "rank.py"
-    script.write_text(SHARDED)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory):
+    """The folder of what two processes with half a batch each computed and saved."""
+    folder = tmp_path_factory.mktemp("ranks")
+    save_tiny_backbone(folder / "backbone")
+    (folder / "rank.py").write_text(RANK)
+    here = Path(__file__).parent
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run(
-        [*command, str(Path(__file__).parent.parent), tmp_path], env=environment, capture_output=True, text=True
+        [*command, str(folder / "rank.py"), str(here), str(here.parent), str(folder)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    for adapter in (False, True):
-        encoder = an_encoder_to_train(tmp_path / "backbone", adapter)
-        before = encoder[0].model.encode_documents(picture(0))
-        take_a_step(MMRLoss(encoder), [features(encoder, first=first, count=BATCH // 2) for first in (0, BATCH // 2)])
-        expected = encoder.eval()[0].model.encode_documents(picture(0))
-        saved = MetaEmbedModel.from_pretrained(tmp_path / str(adapter), dtype=torch.float64).double()
-        torch.testing.assert_close(saved.encode_documents(picture(0)), expected, atol=1e-6, rtol=0)
-        assert (expected - before).abs().max() > 1e-3
+    return folder
+
+
+@pytest.mark.slow
+def test_two_ranks_equal_one(encoder, two_ranks):
+    """Under DDP: the mean loss and the gradients of one process with the whole batch."""
+    expected = loss_and_gradients(MMRLoss(encoder), features(encoder))
+    ranks = [torch.load(two_ranks / f"rank{rank}.pt") for rank in range(2)]
+    for kind in ("MMRLoss", "CachedMMRLoss"):
+        parts = [rank[kind][0] for rank in ranks]
+        assert_equal_parts({name: (parts[0][name] + parts[1][name]) / 2 for name in parts[0]}, expected[0])
+        for rank in ranks:
+            assert_same_gradients(rank[kind][1], expected[1])
+
+
+@pytest.mark.slow
+def test_ranks_with_different_numbers_of_documents_are_an_error(two_ranks):
+    for rank in range(2):
+        assert "as many documents on every rank" in torch.load(two_ranks / f"rank{rank}.pt")["unequal"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("adapter", [False, True])
+def test_a_sharded_model_is_saved_whole(two_ranks, adapter):
+    """Two processes with half the weights each (FSDP2) save what one with all of them does."""
+    encoder = an_encoder_to_train(two_ranks / "backbone", adapter)
+    before = encoder[0].model.encode_documents(picture(0))
+    take_a_step(MMRLoss(encoder), [features(encoder, first=first, count=BATCH // 2) for first in (0, BATCH // 2)])
+    expected = encoder.eval()[0].model.encode_documents(picture(0))
+    saved = MetaEmbedModel.from_pretrained(two_ranks / str(adapter), dtype=torch.float64).double()
+    torch.testing.assert_close(saved.encode_documents(picture(0)), expected, atol=1e-6, rtol=0)
+    assert (expected - before).abs().max() > 1e-3
