@@ -1,4 +1,4 @@
-"""What every backbone must do, as functions of one model: run by `test_backbones.py` and by the table of backbones."""
+"""What every backbone must do, a function each: run by `test_backbones.py` and by `benchmarks/backbones.py`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from metaembed import MetaEmbedModel
 
 SIDES = ("query", "document")
 TOKENS = {"query": 2, "document": 4}
-CLOSE = 2e-4  # of float32 rows of unit vectors; a leak between rows changes them by a hundred times as much
+CLOSE = 2e-4  # distance of float32 unit vectors; a leak between rows changes them a hundred times as much
 
 
 def picture(seed: int, width: int = 112, height: int = 84) -> Image.Image:

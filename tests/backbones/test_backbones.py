@@ -1,4 +1,4 @@
-"""Every promise, on every named backbone, each with its real processor."""
+"""Every named backbone, tiny and with its real processor, passes every check of `conformance.py`."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ NAMED = [
     *("llama", "bert", "modernbert"),
 ]
 TEXT_ONLY = {"qwen3", "llama", "bert", "modernbert"}
-WITH_VIDEO = {  # gemma4 since its processor says how many frames a video has
+WITH_VIDEO = {  # gemma4 since its processor gives the number of frames of a video
     *("qwen2_5_vl", "qwen2_vl", "qwen3_vl", "qwen3_5"),
     *("internvl", "llava_onevision", "glm4v", "minicpmv4_6"),
     *(["gemma4"] if Version(transformers.__version__) >= Version("5.23") else []),
@@ -24,7 +24,7 @@ WITH_VIDEO = {  # gemma4 since its processor says how many frames a video has
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():
-    """Models this small lose by more, most of all where cores are busy."""
+    """More threads make models this small slower, above all on busy cores."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -48,8 +48,8 @@ def test_backbone(name, check, tmp_path):
 
 
 @pytest.mark.parametrize("name", NAMED)
-def test_the_kinds_of_input_that_every_promise_is_tried_with(name):
-    """What a backbone refuses is left out of its checks, so what it must take is stated here."""
+def test_the_kinds_of_input_that_every_check_is_run_with(name):
+    """The checks leave out kinds of input that a backbone refuses, so the kinds that it must take are stated here."""
     images = [] if name in TEXT_ONLY else ["image", "image and text", "two images", "interleaved"]
     videos = ["video"] if name in WITH_VIDEO else []
     assert list(inputs_of(load(name))) == ["text", *images, *videos]
