@@ -4,7 +4,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # Pass on what follows the target in ARGS: `make test ARGS='-x tests/test_model.py'`.
 WORKERS ?= 2
-PYTEST := -m pytest -n $(WORKERS) --dist loadscope
+PYTEST := -m pytest -n $(WORKERS) --dist worksteal
+# One thread for a worker, or they fight for the cores.
+test test-latest test-floor: export OMP_NUM_THREADS ?= 1
 # The lock takes torch and torchvision from here, as a pair: a new one is chosen by hand (docs/versions.md).
 TORCH := torch==2.14.1 torchvision==0.29.1
 
