@@ -151,13 +151,13 @@ def test_the_package_adds_speed_and_no_numbers(monkeypatch):
 def test_a_score_that_overflows_is_an_error(backend, dtype, query_vectors):
     documents = vectors(1, 60, 3, 32)
     documents[7, 1] = torch.tensor([1e30, -1e30] * 16)  # finite, but sums of its products are infinity minus infinity
-    queries = vectors(0, 2, query_vectors, 32) * 1e12
-    queries[1, -1] = 1e10
+    queries = vectors(0, 2, query_vectors, 32)
+    queries[1, -1] = 1e12  # in the last product only
     for call in (maxsim, lambda *sides, **options: search(*sides, 3, **options)):
         with pytest.raises(ValueError, match="NaN or infinity, or values"):
             call(queries, documents.to(dtype), backend=backend)
     with pytest.raises(ValueError, match="queries hold"):
-        maxsim(queries * 1e10, documents)
+        maxsim(queries * 1e4, documents)
     with pytest.raises(ValueError, match="embeddings hold"):
         EmbeddingCollection.from_embeddings(documents)
 

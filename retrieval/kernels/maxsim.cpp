@@ -207,6 +207,8 @@ void multiply_strip(const Job& job, const uint8_t* queries, const uint8_t* rows,
 typedef float Floats __attribute__((vector_size(LANES * 4)));
 typedef int32_t Ints __attribute__((vector_size(LANES * 4)));
 
+inline float value(float sum, int32_t) { return sum; }
+inline float value(int32_t sum, int32_t correction) { return float(sum - correction); }
 inline Floats values(Floats sums, Ints) { return sums; }
 inline Floats values(Ints sums, Ints corrections) { return __builtin_convertvector(sums - corrections, Floats); }
 
@@ -281,7 +283,14 @@ void work(Job& job) {
         for (int64_t q0 = 0; q0 < job.count; q0 += job.group()) {
             const int64_t group = q0 / job.group(), queries = std::min(job.group(), job.count - q0);
             const uint8_t* packed = job.queries + group * lanes * job.pitch;
-            std::fill(best, best + documents * width, -std::numeric_limits<float>::infinity());
+            auto keep = [&](int64_t query, int64_t document, float score) {
+                fits &= std::fabs(score) <= LARGEST;
+                if (kept) (*kept)[query].offer(score, segment.place + document, job.k);
+                else job.out[query * job.out_stride + segment.place + document] = score;
+            };
+            // Where documents and queries are one vector each, products are scores.
+            const bool single = job.r_q == 1 && job.slab_count == 1 && segment.slabs->used == 1;
+            if (!single) std::fill(best, best + documents * width, -std::numeric_limits<float>::infinity());
             for (int64_t s = 0; s < job.slab_count; ++s) {
                 const Slab& slab = segment.slabs[s];
                 const bool flat = as_is && !segment.index && slab.used * slab.vector == slab.document;
@@ -299,6 +308,21 @@ void work(Job& job) {
                     multiply_strip<One, Two>(job, packed, from, stride, flat && stride < FAR, count, sums, width);
                     // A value that is not finite shows in every product with its row, an overflow only in some: all are looked at.
                     if (job.check) finite &= all_finite(sums, count * width);
+                    if (single) {
+                        const int32_t* corrections = job.corrections + group * lanes;
+                        for (int64_t r = 0; r < count; ++r) {
+                            const float* scale = slab.scales;
+                            if (scale) scale += segment.which(start + at + r) * slab.scale_document;
+                            if (scale && job.check) finite &= bool(std::isfinite(*scale));
+                            for (int64_t q = 0; q < queries; ++q) {
+                                float score = value(sums[r * width + q], corrections[q]);
+                                if (scale) score *= *scale;
+                                if (job.query_scales) score *= job.query_scales[q0 + q];
+                                keep(q0 + q, start + at + r, score);
+                            }
+                        }
+                        continue;
+                    }
                     int64_t document = at / slab.used, vector = at % slab.used;
                     for (int64_t r = 0, together; r < count; r += together, ++document, vector = 0) {
                         together = std::min(slab.used - vector, count - r);
@@ -311,15 +335,10 @@ void work(Job& job) {
                     }
                 }
             }
-            for (int64_t q = 0; q < queries; ++q) {
+            for (int64_t q = 0; q < queries && !single; ++q) {
                 const float* scales = job.query_scales ? job.query_scales + (q0 + q) * job.r_q : nullptr;
-                float* to = kept ? nullptr : job.out + (q0 + q) * job.out_stride + segment.place + start;
-                for (int64_t d = 0; d < documents; ++d) {
-                    const float score = add_up(best + d * width + q * job.r_q, scales, job.r_q);
-                    fits &= std::fabs(score) <= LARGEST;
-                    if (kept) (*kept)[q0 + q].offer(score, segment.place + start + d, job.k);
-                    else to[d] = score;
-                }
+                for (int64_t d = 0; d < documents; ++d)
+                    keep(q0 + q, start + d, add_up(best + d * width + q * job.r_q, scales, job.r_q));
             }
         }
     }
