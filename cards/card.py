@@ -93,7 +93,8 @@ def fingerprint(model: nn.Module, instructions: Iterable[str | None]) -> str | N
         try:
             sample = sample_of(tensor)
             digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-            digest.update(sample.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            copy = sample.cpu().contiguous().clone()  # of its own memory: FSDP cannot free what numpy has viewed
+            digest.update(copy.view(torch.uint8).numpy().tobytes())
         except RuntimeError:  # on the meta device, or of a class that has no plain numbers
             return None
         seen += sample.numel()
