@@ -72,11 +72,13 @@ def fingerprint(model: nn.Module, instructions: Iterable[str | None]) -> str | N
     """Return a digest of what a measured quality depends on, without reading all of the weights.
 
     It covers the instructions, and the type, the shape and a sample of each parameter and saved buffer in memory.
-    Tensors of up to 65,536 numbers (norms, biases, small adapters) are read whole. Of a larger one, at least one number
-    of every row is read, in columns that shift from row to row. Training, merging an adapter, replacing rows of an
-    embedding table and initializing anew all change whole rows at least, so they change the digest; so does another
-    dtype. The opposite mistake, two digests of the same weights (of a model that is sharded over processes, say), only
-    costs the card a sentence.
+    Tensors of up to 65,536 numbers (norms, biases, small adapters) are read whole. Of a larger one, at least one
+    number of every row is read, in columns that shift from row to row. Training, merging an adapter, replacing rows of
+    an embedding table and initializing anew change whole rows at least, so they change the digest; so does another
+    dtype. For 10 billion parameters that is 5 million numbers.
+
+    The opposite mistake, two digests of the same weights (of a model that is sharded over processes, say), only costs
+    the card a sentence.
 
     Args:
         model: The model.
@@ -91,7 +93,8 @@ def fingerprint(model: nn.Module, instructions: Iterable[str | None]) -> str | N
         try:
             sample = sample_of(tensor)
             digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-            digest.update(sample.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            copy = sample.cpu().contiguous().clone()  # of its own memory: FSDP cannot free what numpy has viewed
+            digest.update(copy.view(torch.uint8).numpy().tobytes())
         except RuntimeError:  # on the meta device, or of a class that has no plain numbers
             return None
         seen += sample.numel()

@@ -10,13 +10,14 @@ import torch
 from sentence_transformers.multi_vector_encoder.evaluation import MultiVectorInformationRetrievalEvaluator
 
 from ..scoring_metaembed import maxsim
+from .tables import markdown_table
 
 if TYPE_CHECKING:
     from sentence_transformers import MultiVectorEncoder
 
 
 class BudgetEvaluator(MultiVectorInformationRetrievalEvaluator):
-    """Information retrieval at every budget: encodes once with all vectors, and scores each budget's prefixes.
+    """Measures information retrieval at every budget: encodes once, and scores each budget's prefixes.
 
     Args:
         queries: Query ids to queries.
@@ -45,15 +46,15 @@ class BudgetEvaluator(MultiVectorInformationRetrievalEvaluator):
         if not budgets:
             raise ValueError("budgets must name at least one (r_q, r_c) pair.")
         self.budgets = [(int(r_q), int(r_c)) for r_q, r_c in budgets]
-        scores = {f"{r_q}x{r_c}": partial(score, budget=(r_q, r_c)) for r_q, r_c in self.budgets}
+        scores = {f"{r_q}x{r_c}": partial(maxsim, budget=(r_q, r_c)) for r_q, r_c in self.budgets}
         super().__init__(dict(queries), dict(corpus), dict(relevant_docs), score_functions=scores, **kwargs)
-        # The one number that decides which checkpoint is the best: the largest budget's.
+        # The number that decides which checkpoint is the best is the largest budget's.
         self.primary_metric = f"{'x'.join(map(str, self.budgets[-1]))}_ndcg@{max(self.ndcg_at_k)}"
 
     def embed_inputs(
         self, model: MultiVectorEncoder, sentences: Any, encode_fn_name: str | None = None, **kwargs: Any
     ):
-        """Encode with as many vectors as the largest budget needs, whatever the model's defaults are.
+        """Encode with the vectors that the largest budget needs, whatever the model's defaults are.
 
         Returns:
             Vectors [N, r, D].
@@ -79,14 +80,7 @@ class BudgetEvaluator(MultiVectorInformationRetrievalEvaluator):
         return {"budgets": self.budgets}
 
 
-def score(queries: torch.Tensor, documents: torch.Tensor, budget: tuple[int, int]) -> torch.Tensor:
-    """Return the scores [Q, N] at `budget` of vectors [Q, R_q, D] and [N, R_c, D]."""
-    return maxsim(queries, documents, budget=budget)
-
-
 def budget_table(metrics: Mapping[tuple[int, int], Mapping[str, float]], names: Sequence[str]) -> str:
     """Return a Markdown table of the metrics `names` at each budget."""
-    lines = [f"| budget | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
-    for (r_q, r_c), values in metrics.items():
-        lines.append(f"| ({r_q}, {r_c}) | " + " | ".join(f"{values[name]:.4f}" for name in names) + " |")
-    return "\n".join(lines)
+    rows = ([budget, *(f"{values[name]:.4f}" for name in names)] for budget, values in metrics.items())
+    return markdown_table(["budget", *names], rows)
