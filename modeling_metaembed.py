@@ -143,14 +143,7 @@ class MetaEmbedModel(PreTrainedModel):
         Example:
             >>> model = MetaEmbedModel.from_backbone("Qwen/Qwen2.5-VL-3B-Instruct", dtype=torch.bfloat16)
         """
-        try:
-            from metaembed.backbones.create import from_backbone
-        except ImportError as error:
-            raise ImportError("making a model of a backbone needs the package: pip install metaembed") from error
-        return from_backbone(
-            cls,
-            backbone,
-            processor=processor,
+        settings = dict(
             num_query_tokens=num_query_tokens,
             num_document_tokens=num_document_tokens,
             embedding_dim=embedding_dim,
@@ -158,9 +151,12 @@ class MetaEmbedModel(PreTrainedModel):
             document_sees_query_tokens=document_sees_query_tokens,
             query_instruction=query_instruction,
             document_instruction=document_instruction,
-            seed=seed,
-            **kwargs,
         )
+        try:
+            from metaembed.backbones.create import from_backbone
+        except ImportError as error:
+            raise ImportError("from_backbone needs the whole package: pip install metaembed") from error
+        return from_backbone(cls, backbone, processor=processor, seed=seed, loading=kwargs, **settings)
 
     @classmethod
     def from_authors_checkpoint(cls, checkpoint: str | Path, **kwargs: Any) -> MetaEmbedModel:

@@ -1,8 +1,9 @@
-"""From a plain backbone to a MetaEmbed model that is ready to be trained."""
+"""Creates a MetaEmbed model from a plain backbone: see [`from_backbone`] for the steps."""
 
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,117 +22,155 @@ from ..loading_metaembed import (
     lasting_name,
     load_backbone,
 )
+from ..modeling_metaembed import MetaEmbedModel
 from ..processing_metaembed import MetaEmbedProcessor, meta_token_names
-from .probe import measure
+from .probe import measure, probe_rows
+
+
+@dataclass
+class Source:
+    """The backbone that a model is made from, and where it came from.
+
+    Args:
+        whole: The model as it was loaded. The backbone may be under its head, or inside a retriever.
+        backbone: The backbone in it.
+        processor: The backbone's processor or tokenizer, a copy that may be changed.
+        name: Hub id or absolute folder. None: unknown.
+        commit: Commit of the Hub repository, where it came from one.
+        missing: Names of the backbone's weights that the checkpoint does not hold.
+    """
+
+    whole: PreTrainedModel
+    backbone: PreTrainedModel
+    processor: Any
+    name: str | None = None
+    commit: str | None = None
+    missing: frozenset[str] = frozenset()
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer inside the processor, or the processor where it is a tokenizer."""
+        return getattr(self.processor, "tokenizer", self.processor)
 
 
 def from_backbone(
-    cls: Any,
+    cls: type,
     backbone: str | Path | PreTrainedModel,
     *,
     processor: Any = None,
-    num_query_tokens: int = 16,
-    num_document_tokens: int = 64,
-    embedding_dim: int | None = None,
-    budgets: list | None = None,
-    document_sees_query_tokens: bool = False,
-    query_instruction: str | None = None,
-    document_instruction: str | None = None,
     seed: int = 0,
-    **kwargs: Any,
-) -> Any:
-    """Make a model of class `cls`: see [`MetaEmbedModel.from_backbone`]."""
-    sizes = MetaEmbedConfig(  # raises before anything large is loaded
-        num_query_tokens=num_query_tokens,
-        num_document_tokens=num_document_tokens,
-        embedding_dim=embedding_dim,
-        budgets=budgets,
-    )
-    base_model = lasting_name(backbone) if isinstance(backbone, (str, Path)) else None
-    missing: set[str] = set()
-    if base_model is not None:
-        backbone, loaded_processor, missing = load_backbone(backbone, **kwargs)
-        processor = processor or loaded_processor
-    elif not isinstance(backbone, PreTrainedModel):
-        raise TypeError(f"backbone must be a Hub id, a folder or a loaded model, got {type(backbone).__name__}.")
-    elif kwargs:
-        raise TypeError(
-            f"{', '.join(sorted(kwargs))}: from_backbone knows no such keywords of its own, and a loaded backbone "
-            "is not loaded again. Load it with them, or give its Hub id or folder."
-        )
-    elif processor is None:
-        raise ValueError("a loaded backbone comes without its processor: pass it as `processor`.")
-    whole, backbone = backbone, headless(backbone)
-    check_supported(backbone)
-    processor = plain_processor(copy.deepcopy(processor), backbone)  # the caller's own is not changed
-    tokenizer = getattr(processor, "tokenizer", processor)
-    vocabulary = len(tokenizer)
-    ids = add_meta_tokens(tokenizer, num_query_tokens, num_document_tokens)
-    flat = ids["query_token_ids"] + ids["document_token_ids"]
-    grow_embedding(backbone, flat, vocabulary, seed)
-    check_rebuilds(backbone)
-    config = MetaEmbedConfig(
-        num_query_tokens=num_query_tokens,
-        num_document_tokens=num_document_tokens,
-        embedding_dim=embedding_dim,
-        budgets=sizes.budgets,
-        document_sees_query_tokens=document_sees_query_tokens,
-        query_instruction=query_instruction,
-        document_instruction=document_instruction,
-        base_model=base_model or backbone.config._name_or_path or None,
-        **ids,
-    )
-    config.backbone_config = backbone.config  # set late: the constructor would reset its attention implementation
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = cls(config, backbone)
-    if model.projection is not None:
-        if trained := matching_projection(whole, backbone, embedding_dim):
-            set_linear(model.projection, trained.weight, trained.bias)
-        model.projection.to(backbone.device, backbone.dtype)
-    model.config.dtype = backbone.dtype
-    model.name_or_path = config.base_model or ""  # what peft writes into an adapter of its own
-    hub = {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None}
-    model.adapter_base = (config.base_model, commit_of(base_model, **hub))
-    model.processor = MetaEmbedProcessor(processor, config)
-    model.eval()
-    rows = measure(backbone, model.embed, model.processor)
-    check_unused(base_model, backbone, missing, rows)
+    loading: dict[str, Any] | None = None,
+    **settings: Any,
+) -> MetaEmbedModel:
+    """Create a model from a plain backbone: [`MetaEmbedModel.from_backbone`] documents arguments and errors.
+
+    Args:
+        cls: Class of the model. For the one in a checkpoint's own Python files, which may be of another version than
+            this code, the result is of the installed [`MetaEmbedModel`].
+        backbone: Hub id, folder or loaded model.
+        processor: The backbone's processor. None: the one loaded with it.
+        seed: Seed of the new weights.
+        loading: Options for loading the backbone.
+        **settings: Fields of [`MetaEmbedConfig`].
+    """
+    cls = cls if issubclass(cls, MetaEmbedModel) else MetaEmbedModel
+    config = MetaEmbedConfig(**settings)  # raises before anything large is loaded
+    source = find_source(backbone, processor, loading or {})
+    check_supported(source.backbone)
+    vocabulary = len(source.tokenizer)
+    add_meta_tokens(source.tokenizer, config)
+    grow_embedding(source.backbone, [*config.query_token_ids, *config.document_token_ids], vocabulary, seed)
+    check_rebuilds(source.backbone)
+    model = assemble(cls, config, source, seed)
+    measure(model)
+    if source.missing:
+        check_unused(source.name, source.backbone, set(source.missing), probe_rows(model))
     return model
 
 
-def add_meta_tokens(tokenizer: PreTrainedTokenizerBase, num_query_tokens: int, num_document_tokens: int) -> dict:
-    """Add the Meta Tokens to the vocabulary of `tokenizer`, query ones first.
+def find_source(backbone: Any, processor: Any, loading: dict[str, Any]) -> Source:
+    """Return the backbone and its processor, loaded if `backbone` is a Hub id or a folder.
+
+    Raises:
+        TypeError: If `backbone` is neither a name nor a model, or `loading` has options for a loaded model.
+        ValueError: If a loaded model comes without its processor, or the checkpoint does not load whole.
+    """
+    if isinstance(backbone, (str, Path)):
+        name = lasting_name(backbone)
+        whole, loaded_processor, missing = load_backbone(backbone, **loading)
+        hub = {key: loading[key] for key in HUB_ARGUMENTS if loading.get(key) is not None}
+        commit, processor = commit_of(name, **hub), processor or loaded_processor
+    else:
+        check_loaded(backbone, processor, loading)
+        whole, missing = backbone, set()
+        name, commit = headless(backbone).config._name_or_path or None, None
+    found = headless(whole)
+    own = plain_processor(copy.deepcopy(processor), found)  # the caller's own is not changed
+    return Source(whole, found, own, name, commit, frozenset(missing))
+
+
+def check_loaded(backbone: Any, processor: Any, loading: dict[str, Any]) -> None:
+    """Raise unless `backbone` is a loaded model with its processor, and `loading` has no options for loading it."""
+    if not isinstance(backbone, PreTrainedModel):
+        raise TypeError(f"backbone must be a Hub id, a folder or a loaded model, got {type(backbone).__name__}.")
+    if loading:
+        raise TypeError(
+            f"from_backbone has no parameters {', '.join(sorted(loading))}, and loads nothing with a loaded backbone. "
+            "Load the backbone with them, or pass its Hub id or folder."
+        )
+    if processor is None:
+        raise ValueError("a loaded backbone comes without its processor: pass it as `processor`.")
+
+
+def assemble(cls: type[MetaEmbedModel], config: MetaEmbedConfig, source: Source, seed: int) -> MetaEmbedModel:
+    """Return the model, in evaluation mode, with its processor and its projection, not measured yet.
+
+    Args:
+        cls: Class of the model.
+        config: Completed here with what the backbone determines.
+        source: The backbone, which holds the Meta Tokens already.
+        seed: Seed of the projection.
+    """
+    config.base_model = source.name
+    config.backbone_config = source.backbone.config  # the constructor would reset its attention implementation
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = cls(config, source.backbone)
+    if model.projection is not None:
+        if trained := matching_projection(source.whole, source.backbone, config.embedding_dim):
+            set_linear(model.projection, trained.weight, trained.bias)
+        model.projection.to(source.backbone.device, source.backbone.dtype)
+    config.dtype = source.backbone.dtype
+    model.name_or_path = source.name or ""  # what peft writes into an adapter of its own
+    model.adapter_base = (source.name, source.commit)
+    model.processor = MetaEmbedProcessor(source.processor, config)
+    return model.eval()
+
+
+def add_meta_tokens(tokenizer: PreTrainedTokenizerBase, config: MetaEmbedConfig) -> None:
+    """Add the Meta Tokens to the vocabulary of a tokenizer, query ones first, and their ids to the configuration.
 
     Args:
         tokenizer: Changed in place.
-        num_query_tokens: R_q.
-        num_document_tokens: R_c.
-
-    Returns:
-        `{"query_token_ids": [R_q ids], "document_token_ids": [R_c ids]}`, each contiguous.
+        config: Says how many; gets the ids of each side, contiguous.
 
     Raises:
-        ValueError: If the tokenizer already holds Meta Tokens, or does not take new tokens as they are.
+        ValueError: If the tokenizer already has Meta Tokens, or does not add tokens as contiguous new ids.
     """
-    names = {
-        "query": meta_token_names("query", num_query_tokens),
-        "document": meta_token_names("document", num_document_tokens),
-    }
-    every = names["query"] + names["document"]
+    names = [name for side in SIDES for name in meta_token_names(side, config.num_tokens(side))]
     vocabulary = tokenizer.get_vocab()
-    if present := [name for name in every if name in vocabulary]:
+    if present := [name for name in names if name in vocabulary]:
         raise ValueError(
-            f"the tokenizer already holds Meta Tokens ({present[0]}, ...): this is a MetaEmbed model already. "
+            f"the tokenizer already has Meta Tokens ({present[0]}, ...), so this is a MetaEmbed model already. "
             "Load it with MetaEmbedModel.from_pretrained, or pass its plain backbone."
         )
     # `add_tokens` and not `add_special_tokens`: some processors call the latter again later, which replaces the list.
-    tokenizer.add_tokens([AddedToken(name, special=True, normalized=False) for name in every], special_tokens=True)
-    ids = {f"{side}_token_ids": tokenizer.convert_tokens_to_ids(names[side]) for side in SIDES}
-    flat = ids["query_token_ids"] + ids["document_token_ids"]
-    if flat != list(range(flat[0], flat[0] + len(every))) or flat[0] in vocabulary.values():
-        raise ValueError(f"{type(tokenizer).__name__} does not add new tokens as contiguous ids (got {flat}).")
-    return ids
+    tokenizer.add_tokens([AddedToken(name, special=True, normalized=False) for name in names], special_tokens=True)
+    ids = tokenizer.convert_tokens_to_ids(names)
+    if ids != list(range(ids[0], ids[0] + len(names))) or ids[0] in vocabulary.values():
+        raise ValueError(f"{type(tokenizer).__name__} does not add new tokens as contiguous ids (got {ids}).")
+    config.query_token_ids = ids[: config.num_query_tokens]
+    config.document_token_ids = ids[config.num_query_tokens :]
 
 
 def check_supported(backbone: PreTrainedModel) -> None:
@@ -143,14 +182,14 @@ def check_supported(backbone: PreTrainedModel) -> None:
     name = type(backbone).__name__
     if backbone.config.is_encoder_decoder:
         raise ValueError(
-            f"{name} cannot be a MetaEmbed backbone: it is an encoder-decoder, whose last hidden states belong to the "
-            "decoder's tokens and not to the input's, where the Meta Tokens are."
+            f"{name} cannot be a MetaEmbed backbone: it is an encoder-decoder, so its last hidden states are at the "
+            "decoder's tokens and not at the input's, where the Meta Tokens are."
         )
     text_config = backbone.config.get_text_config()
-    for what in ("vocab_size", "hidden_size"):
-        if not isinstance(getattr(text_config, what, None), int):
+    for field in ("vocab_size", "hidden_size"):
+        if not isinstance(getattr(text_config, field, None), int):
             raise ValueError(
-                f"{name} cannot be a MetaEmbed backbone: {type(text_config).__name__} names no {what} of a language "
+                f"{name} cannot be a MetaEmbed backbone: {type(text_config).__name__} has no {field} of a language "
                 "model."
             )
 
@@ -174,29 +213,30 @@ def check_rebuilds(backbone: PreTrainedModel) -> None:
 
 
 def plain_processor(processor: Any, backbone: PreTrainedModel) -> Any:
-    """Return the processor of the backbone, where the given one is that of a retriever around it.
+    """Return the processor of the backbone where the given one is that of a retriever around it.
 
-    A retriever's processor takes texts or images and adds prompts of its own; the backbone's takes anything. It is
-    made of the same parts.
+    A retriever's processor takes either texts or images and adds prompts of its own; the backbone's takes any input.
+    Both are made of the same parts, but for the video processor, which retrievers of pages lack.
     """
     expected = PROCESSOR_MAPPING.get(type(backbone.config), None)
     if expected is None or isinstance(processor, expected) or not hasattr(processor, "tokenizer"):
         return processor
     parts = {name: getattr(processor, name, None) for name in expected.get_attributes()}
-    if "video_processor" in parts and parts["video_processor"] is None:  # retrievers of pages have none
-        names = ("patch_size", "temporal_patch_size", "merge_size")
-        same = {
-            name: getattr(processor.image_processor, name)
-            for name in names
-            if hasattr(processor.image_processor, name)
-        }
-        kinds = VIDEO_PROCESSOR_MAPPING[type(backbone.config)]
-        parts["video_processor"] = next(iter(kinds.values()))(**same) if isinstance(kinds, dict) else kinds(**same)
+    if "video_processor" in parts and parts["video_processor"] is None:
+        parts["video_processor"] = video_processor_like(processor.image_processor, backbone)
     return expected(**parts, chat_template=processor.chat_template)
 
 
+def video_processor_like(image_processor: Any, backbone: PreTrainedModel) -> Any:
+    """Return the backbone's video processor, with the patches of an image processor."""
+    kinds = VIDEO_PROCESSOR_MAPPING[type(backbone.config)]
+    kind = next(iter(kinds.values())) if isinstance(kinds, dict) else kinds
+    shared = ("patch_size", "temporal_patch_size", "merge_size")
+    return kind(**{name: getattr(image_processor, name) for name in shared if hasattr(image_processor, name)})
+
+
 def matching_projection(model: nn.Module, backbone: nn.Module, embedding_dim: int | None) -> nn.Linear | None:
-    """Return a trained projection of a retriever's, outside its backbone, from hidden size to `embedding_dim`."""
+    """Return a retriever's trained projection, outside its backbone, from the hidden size to `embedding_dim`."""
     inside = set(backbone.modules())
     shape = (embedding_dim, backbone.get_input_embeddings().weight.shape[1])
     for module in model.modules():
@@ -207,6 +247,6 @@ def matching_projection(model: nn.Module, backbone: nn.Module, embedding_dim: in
 
 @torch.no_grad()
 def set_linear(linear: nn.Linear, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-    """Give a linear layer, which has a bias, trained weights, which may have none."""
+    """Copy trained weights into a linear layer with a bias; where they have none, it is zero."""
     linear.weight.copy_(weight)
     linear.bias.copy_(torch.zeros_like(linear.bias) if bias is None else bias)

@@ -1,171 +1,209 @@
-"""What a backbone must be given, and asked, once, to become a MetaEmbed model."""
+"""What a backbone does with its inputs, found out by running it once on small ones when a model is created."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from transformers import PreTrainedModel
 
-from ..processing_metaembed import MetaEmbedProcessor
+from ..modeling_metaembed import MetaEmbedModel
 
-Embed = Callable[..., torch.Tensor]  # from model inputs to rows [N, R, D]
-
-
-def measure(backbone: PreTrainedModel, embed: Embed, processor: MetaEmbedProcessor) -> torch.Tensor:
-    """Find out what a backbone does with its inputs, by running it, and write the answers into the configuration.
-
-    Sets what [`MetaEmbedConfig`] says is measured.
-
-    Args:
-        backbone: The backbone.
-        embed: Runs the model: from model inputs to rows [N, R, D].
-        processor: Holds the configuration.
-
-    Returns:
-        The rows [N, R, D] of one input of each kind, with their graph.
-
-    Raises:
-        ValueError: If the backbone cannot embed a text, or an image where its processor takes images: with the reason.
-    """
-    config = processor.config
-    text: dict[str, Any] = {"text": "a picture"}
-    image = {**text, "image": _picture(0)}
-    config.traits.text_through_tokenizer = not _takes(processor, [text, text])  # some take two texts for one
-    probes = [("a text", text)]
-    if processor.image_processor is not None:
-        # A list for each text, if that is possible: flat lists are dealt to the wrong texts by some.
-        config.traits.nests_images = True
-        if not _takes(processor, [image]):
-            config.traits.nests_images = False
-            config.traits.nests_images = not _takes(processor, [image])
-        probes.append(("a text with an image", image))
-    rows, causal = [], []
-    for what, probe in probes:
-        try:
-            config.traits.processor_options = config.traits.processor_options or _options(backbone, processor, probe)
-            inputs = _inputs(backbone, processor, [probe])
-            rows.append(embed(**inputs))  # [1, R, D]
-            causal.append(is_causal(embed, inputs, config.document_token_ids))
-        except Exception as error:
-            raise ValueError(
-                f"{type(backbone).__name__} cannot be a MetaEmbed backbone: {what} failed: {error}"
-            ) from error
-    if len(probes) > 1:
-        with torch.no_grad():
-            _measure_batches(backbone, embed, processor, text, image, rows)
-    config.traits.causal = all(causal)
-    with torch.no_grad():
-        config.traits.pads_left = _pads_left(backbone, embed, processor, text, rows[0])
-    return torch.cat(rows)
+TEXT = {"text": "a picture"}
+LONGER = {"text": TEXT["text"] * 8}
 
 
-def _measure_batches(
-    backbone: PreTrainedModel, embed: Embed, processor: MetaEmbedProcessor, text: Any, image: Any, rows: list
-) -> None:
-    """Find out which inputs keep the rows [1, R, D] that they have alone when they share a batch."""
-    config = processor.config
-    items, alone = [text, image], list(rows)
-    try:
-        pair = {**text, "image": [_picture(1), _picture(2)]}
-        alone.append(embed(**_inputs(backbone, processor, [pair])))
-        items.append(pair)
-    except Exception:  # one image at most: an input with two will say so
-        pass
-    # Texts at both ends: some processors lose those that stand after the last image.
-    config.traits.mixes_images = _share(backbone, embed, processor, [*items, text], [*alone, rows[0]])
-    if not config.traits.mixes_images:
-        other = {**text, "image": _picture(3)}
-        alone = [rows[1], embed(**_inputs(backbone, processor, [other]))]
-        config.traits.batches_images = _share(backbone, embed, processor, [image, other], alone)
-
-
-def _options(backbone: PreTrainedModel, processor: MetaEmbedProcessor, item: Any) -> dict[str, Any]:
-    """Find the options that a backbone's processor must be called with to return what the backbone needs."""
-    plain, options = processor.process_documents([item], instruction=""), {}
-    if plain["input_ids"][0].tolist().count(processor.tokenizer.bos_token_id) > 1:  # both wrote it
-        options["add_special_tokens"] = False
-    kinds = {"return_mm_token_type_ids": True}  # a kind for each token: for positions, or attention within images
-    try:
-        more = set(processor.process_documents([item], instruction="", **kinds)) - set(plain)
-    except (TypeError, ValueError):
-        return options
-    if more and more <= inspect.signature(backbone.forward).parameters.keys():
-        options.update(kinds)
-    return options
-
-
-def _takes(processor: MetaEmbedProcessor, items: list) -> bool:
-    try:
-        processor.process_documents(items, instruction="")
-    except ValueError:
-        return False
-    return True
-
-
-def _share(backbone: PreTrainedModel, embed: Embed, processor: MetaEmbedProcessor, items: list, alone: list) -> bool:
-    """Whether inputs keep, in one batch, the rows [1, R, D] that each has alone."""
-    before = processor.config.traits.mixes_images
-    processor.config.traits.mixes_images = True  # so that the processor lets them try
-    try:
-        together = embed(**_inputs(backbone, processor, items))  # [N, R, D]
-    except Exception:  # refused by the backbone's processor, or by the backbone
-        return False
-    finally:
-        processor.config.traits.mixes_images = before
-    return _same(backbone, together, torch.cat(alone))
-
-
-def _pads_left(
-    backbone: PreTrainedModel, embed: Embed, processor: MetaEmbedProcessor, text: Any, alone: torch.Tensor
-) -> bool:
-    """Whether a text keeps the rows [1, R, D] that it has alone when there is padding before it."""
-    longer = {"text": text["text"] * 8}
-    try:
-        padded = embed(**_inputs(backbone, processor, [text, longer], padding_side="left"))[:1]  # [1, R, D]
-    except Exception:  # refused by the backbone's processor, or by the backbone
-        return False
-    return _same(backbone, padded, alone)
-
-
-def _same(backbone: PreTrainedModel, a: torch.Tensor, b: torch.Tensor) -> bool:
-    # Half of the digits: far above the noise of another batch shape, far below what a leak changes. Of float32 at
-    # most: rotary positions have no more.
-    digits = max(torch.finfo(dtype).eps for dtype in (backbone.dtype, torch.float32))
-    return bool((a - b).norm(dim=-1).max() < digits**0.5)
-
-
-def _inputs(backbone: PreTrainedModel, processor: MetaEmbedProcessor, items: list, **kwargs: Any) -> Mapping[str, Any]:
-    inputs = processor.process_documents(items, instruction="", **kwargs).to(backbone.device)
-    inputs.pop("num_meta", None)
-    return inputs
-
-
-def _picture(seed: int) -> Image.Image:
+def picture(seed: int) -> Image.Image:
+    """Return an image of noise."""
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (96, 128, 3), dtype=np.uint8))
 
 
 @torch.no_grad()
-def is_causal(embed: Embed, inputs: Mapping[str, Any], token_ids: list[int]) -> bool:
-    """Measure whether no Meta Token sees a later one.
+def measure(model: MetaEmbedModel) -> None:
+    """Set every trait in `model.config.traits` to what the backbone does: see [`BackboneTraits`].
 
-    Runs twice at the same shapes with the last Meta Token swapped for another: in a causal backbone, and in no other,
-    the rows before it are the same to the last bit.
+    The order matters: each question is asked by means of the processor, which heeds the answers before it.
 
     Args:
-        embed: From model inputs to rows [1, R, D].
-        inputs: Model inputs of one item with all Meta Tokens.
-        token_ids: Ids of its Meta Tokens, in order.
+        model: The model, on its device, in evaluation mode.
 
-    Returns:
-        Whether the earlier rows stayed as they were.
+    Raises:
+        ValueError: If the backbone cannot embed a text, or an image where its processor takes images: with the reason.
     """
-    ids = inputs["input_ids"]
-    swapped = torch.where(ids == token_ids[-1], torch.full_like(ids, token_ids[0]), ids)
-    before = embed(**inputs)  # [1, R, D]
-    after = embed(**{**inputs, "input_ids": swapped})  # [1, R, D]
-    return torch.equal(before[:, :-1], after[:, :-1])
+    probe, traits = Probe(model), model.config.traits
+    traits.text_through_tokenizer = refuses_texts(probe)
+    traits.nests_images = takes_nested_images(probe)
+    traits.processor_options = options_needed(probe)
+    traits.causal = sees_nothing_later(probe)
+    traits.mixes_images = mixes_images(probe)
+    traits.batches_images = traits.mixes_images or batches_images(probe)
+    traits.pads_left = pads_left(probe)
+
+
+def probe_rows(model: MetaEmbedModel) -> torch.Tensor:
+    """Return the rows [N, R, D] of one input of each kind that a measured model takes, with their graph."""
+    probe = Probe(model)
+    return torch.cat([probe.embed([item]) for item in probe.items.values()])
+
+
+class Probe:
+    """Small inputs for a model, and how it takes them.
+
+    Args:
+        model: The model. Its traits are those that the processor heeds.
+    """
+
+    def __init__(self, model: MetaEmbedModel):
+        self.model, self.processor = model, model.processor
+        self.takes_images = self.processor.image_processor is not None
+        self.image = {**TEXT, "image": picture(0)}
+        self.items = {"a text": TEXT, **({"a text with an image": self.image} if self.takes_images else {})}
+
+    def inputs(self, items: list, **options: Any) -> Mapping[str, Any]:
+        """Return the model inputs of a batch of documents."""
+        inputs = self.processor.process_documents(items, instruction="", **options).to(self.model.backbone.device)
+        inputs.pop("num_meta", None)
+        return inputs
+
+    def embed(self, items: list, **options: Any) -> torch.Tensor:
+        """Return the rows [N, R, D] of a batch of documents."""
+        return self.model.embed(**self.inputs(items, **options))
+
+    def accepts(self, items: list) -> bool:
+        """Whether the processor takes these items as one batch."""
+        try:
+            self.processor.process_documents(items, instruction="")
+        except ValueError:
+            return False
+        return True
+
+    def keeps_rows(self, items: list, alone: torch.Tensor, **options: Any) -> bool:
+        """Whether the first items of a batch keep the rows [n, R, D] that each has alone."""
+        try:
+            together = self.embed(items, **options)[: len(alone)]
+        except Exception:  # refused by the backbone's processor, or by the backbone
+            return False
+        # Half of the digits: far above the noise of another batch shape, far below what a leak changes. Of float32 at
+        # most: rotary positions have no more.
+        digits = max(torch.finfo(dtype).eps for dtype in (self.model.backbone.dtype, torch.float32))
+        return bool((together - alone).norm(dim=-1).max() < digits**0.5)
+
+    @contextmanager
+    def assuming(self, **answers: Any) -> Iterator[None]:
+        """Let the processor heed other traits for a moment."""
+        traits = self.model.config.traits
+        before = {name: getattr(traits, name) for name in answers}
+        try:
+            for name, value in answers.items():
+                setattr(traits, name, value)
+            yield
+        finally:
+            for name, value in before.items():
+                setattr(traits, name, value)
+
+    def for_each_kind(self, question: Callable[[dict], Any]) -> list:
+        """Return the answers for one input of each kind, all of which a backbone must take.
+
+        Raises:
+            ValueError: If it fails for one of them: with the reason.
+        """
+        answers = []
+        for kind, item in self.items.items():
+            try:
+                answers.append(question(item))
+            except Exception as error:
+                name = type(self.model.backbone).__name__
+                raise ValueError(f"{name} cannot be a MetaEmbed backbone: {kind} failed: {error}") from error
+        return answers
+
+
+def refuses_texts(probe: Probe) -> bool:
+    """Whether the backbone's processor takes no batch of texts (some take two texts for one)."""
+    with probe.assuming(text_through_tokenizer=False):
+        return not probe.accepts([TEXT, TEXT])
+
+
+def takes_nested_images(probe: Probe) -> bool:
+    """Whether the processor takes a list of images for each text, or else takes no flat list either.
+
+    Nested lists are preferred where both are taken: some processors deal the images of a flat list to the wrong texts.
+    """
+    takes = {}
+    for nested in (True, False):
+        with probe.assuming(nests_images=nested):
+            takes[nested] = probe.takes_images and probe.accepts([probe.image])
+    return takes[True] or not takes[False]
+
+
+def options_needed(probe: Probe) -> dict[str, Any]:
+    """Return the options without which the processor withholds what the backbone needs from one kind of input."""
+    with probe.assuming(processor_options=None):
+        return next(filter(None, probe.for_each_kind(lambda item: options_for(probe, item))), {})
+
+
+def options_for(probe: Probe, item: dict) -> dict[str, Any]:
+    """Return the options that one input needs."""
+    plain, options = probe.inputs([item]), {}
+    if plain["input_ids"][0].tolist().count(probe.processor.tokenizer.bos_token_id) > 1:  # both wrote it
+        options["add_special_tokens"] = False
+    kinds = {"return_mm_token_type_ids": True}  # a kind for each token: for positions, or attention within images
+    try:
+        more = set(probe.inputs([item], **kinds)) - set(plain)
+    except (TypeError, ValueError):
+        return options
+    if more and more <= inspect.signature(probe.model.backbone.forward).parameters.keys():
+        options.update(kinds)
+    return options
+
+
+def sees_nothing_later(probe: Probe) -> bool:
+    """Whether no Meta Token sees a later one.
+
+    Runs twice at the same shapes, the second time with the first Meta Token in place of the last: in a causal
+    backbone, and in no other, the rows before it are the same to the last bit.
+    """
+    ids = probe.model.config.document_token_ids
+
+    def is_causal(item: dict) -> bool:
+        inputs = probe.inputs([item])
+        before = probe.model.embed(**inputs)  # [1, R, D]
+        swapped = inputs["input_ids"].masked_fill(inputs["input_ids"] == ids[-1], ids[0])
+        after = probe.model.embed(**{**inputs, "input_ids": swapped})  # [1, R, D]
+        return torch.equal(before[:, :-1], after[:, :-1])
+
+    return all(probe.for_each_kind(is_causal))
+
+
+def mixes_images(probe: Probe) -> bool:
+    """Whether inputs with different numbers of images keep their rows in one batch."""
+    if not probe.takes_images:
+        return True
+    items = [TEXT, probe.image]
+    pair = {**TEXT, "image": [picture(1), picture(2)]}
+    alone = [probe.embed([item]) for item in items]
+    try:
+        alone.append(probe.embed([pair]))
+        items.append(pair)
+    except Exception:  # one image at most: an input with two will say so
+        pass
+    with probe.assuming(mixes_images=True):  # so that the processor lets them try
+        # Texts at both ends: some processors lose those that stand after the last image.
+        return probe.keeps_rows([*items, TEXT], torch.cat([*alone, alone[0]]))
+
+
+def batches_images(probe: Probe) -> bool:
+    """Whether inputs with equal numbers of images keep their rows in one batch."""
+    items = [probe.image, {**TEXT, "image": picture(3)}]
+    alone = torch.cat([probe.embed([item]) for item in items])
+    with probe.assuming(mixes_images=True):
+        return probe.keeps_rows(items, alone)
+
+
+def pads_left(probe: Probe) -> bool:
+    """Whether a text keeps its rows when there is padding before it."""
+    with probe.assuming(pads_left=True):
+        return probe.keeps_rows([TEXT, LONGER], probe.embed([TEXT]), padding_side="left")

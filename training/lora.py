@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
@@ -10,12 +11,15 @@ from transformers import PreTrainedModel
 
 from ..loading_metaembed import import_peft
 
+COMPILED = "_orig_mod."  # stands in the name of each part of a module that torch.compile returned
+
 
 def lora_config(model: Any, r: int = 32, lora_alpha: int = 32, lora_dropout: float = 0.1, **kwargs: Any) -> Any:
     """Return the paper's LoRA recipe for `model`.
 
     LoRA on all linear layers of the language model; the rows of the Meta Tokens, and the projection where there is
-    one, trained in full.
+    one, trained in full. The recipe does not depend on whether the model has an adapter already, is compiled, or is
+    wrapped (`get_peft_model`, `DistributedDataParallel`).
 
     Args:
         model: A `MetaEmbedModel`.
@@ -28,23 +32,41 @@ def lora_config(model: Any, r: int = 32, lora_alpha: int = 32, lora_dropout: flo
         A `peft.LoraConfig`, for `model.add_adapter`.
 
     Raises:
-        ValueError: If no linear layers are found.
+        TypeError: If `model` is not a `MetaEmbedModel`.
+        ValueError: If it has no linear layers in numbered blocks.
 
     Example:
         >>> model.add_adapter(lora_config(model))
         >>> model.save_pretrained("adapter")  # an adapter repository, of the trained weights only
     """
-    ids = [*model.config.query_token_ids, *model.config.document_token_ids]
-    embedding = module_name(model, model.get_input_embeddings())
+    model = unwrapped(model)
+    embedding = embedding_name(model).rpartition(COMPILED)[2]  # peft compares with the end of a module's name
     options: dict[str, Any] = dict(
         r=r,
         lora_alpha=lora_alpha,
         lora_dropout=lora_dropout,
-        target_modules=language_model_layers(model),
-        trainable_token_indices={embedding: ids},
+        trainable_token_indices={embedding: [*model.config.query_token_ids, *model.config.document_token_ids]},
         modules_to_save=None if model.projection is None else ["projection"],
     )
+    if "target_modules" not in kwargs:
+        options["target_modules"] = language_model_layers(model)
     return import_peft().LoraConfig(**{**options, **kwargs})
+
+
+def unwrapped(model: Any) -> Any:
+    """Return the `MetaEmbedModel` in what `torch.compile`, `get_peft_model` or a parallel wrapper returned.
+
+    Raises:
+        TypeError: If there is none.
+    """
+    inside = model
+    while isinstance(inside, nn.Module):
+        if hasattr(getattr(inside, "config", None), "query_token_ids") and "backbone" in inside._modules:
+            return inside
+        # PeftModel holds a tuner as its `base_model`, which holds the model as `model`.
+        wrapped = (inside._modules.get(name) for name in ("_orig_mod", "module", "base_model", "model"))
+        inside = next((module for module in wrapped if module is not None), None)
+    raise TypeError(f"expected a MetaEmbedModel, got {type(model).__name__}. Of an encoder, pass encoder[0].model.")
 
 
 def module_name(model: nn.Module, module: nn.Module) -> str:
@@ -59,45 +81,61 @@ def module_name(model: nn.Module, module: nn.Module) -> str:
     raise ValueError(f"{type(module).__name__} is no part of {type(model).__name__}.")
 
 
-def language_model_layers(model: Any) -> str:
-    """Return a regular expression of the linear layers in the blocks of the language model.
+def embedding_name(model: Any) -> str:
+    """Return the name of the input embedding, the same with and without an adapter on it."""
+    return module_name(model, model.get_input_embeddings()).partition(".token_adapter")[0]
 
-    The language model is the smallest part of the backbone that holds both the input embedding and numbered blocks
+
+def linear_layers(module: nn.Module, prefix: str = "") -> Iterator[str]:
+    """Yield the names of all linear layers in `module`, the same with and without an adapter on them."""
+    for name, child in module.named_children():
+        layer = child.get_base_layer() if hasattr(child, "get_base_layer") else child
+        if isinstance(layer, nn.Linear):
+            yield prefix + name
+        else:
+            yield from linear_layers(child, f"{prefix}{name}.")
+
+
+def language_model_layers(model: Any) -> str:
+    """Return a regular expression for the linear layers in the blocks of the language model.
+
+    The language model is the smallest part of the backbone that contains both the input embedding and numbered blocks
     with linear layers; its vision tower is outside.
 
     Raises:
         ValueError: If there is none.
     """
     block = re.compile(r"\.\d+\.")
-    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and block.search(name)]
-    part = module_name(model, model.get_input_embeddings())
+    layers = list(linear_layers(model))
+    part = embedding_name(model)
     while "." in part:
         part = part.rpartition(".")[0]
-        if inside := [
-            name for name in linear if block.search(name.removeprefix(part)) and name.startswith(part + ".")
-        ]:
-            leaves = sorted({name.rpartition(".")[2] for name in inside})
-            return rf"{re.escape(part)}\..*\.({'|'.join(map(re.escape, leaves))})"
+        inside = [name for name in layers if name.startswith(f"{part}.") and block.search(name.removeprefix(part))]
+        if inside:
+            leaves = "|".join(sorted({re.escape(name.rpartition(".")[2]) for name in inside}))
+            # So that an adapter of a compiled model fits one that is not.
+            path = re.escape(f"{part}.").replace(re.escape(COMPILED), f"({re.escape(COMPILED)})?")
+            return rf"{path}.*\.({leaves})"
     raise ValueError(
         f"{type(model.backbone).__name__} has no linear layers in numbered blocks: pass `target_modules`."
     )
 
 
 def merge_adapter(model: PreTrainedModel) -> None:
-    """Add the active adapter to the weights of `model`, in place, and forget it: what is saved then is a whole model.
+    """Merge the active adapter into the weights of `model`, in place, so that it is saved as a whole model.
 
     Args:
         model: A model with an adapter (`model.add_adapter`, `model.load_adapter` or an adapter repository).
 
     Raises:
-        ValueError: If it has none.
+        ValueError: If it has no adapter.
 
     Example:
         >>> merge_adapter(model)
         >>> model.save_pretrained("merged")
     """
     if not model._hf_peft_config_loaded:
-        raise ValueError("there is no adapter to merge.")
+        raise ValueError("there is no adapter to merge: add or load one first, with model.load_adapter(...).")
     peft = import_peft()
     tuned, wrapper = peft.tuners.tuners_utils.BaseTunerLayer, peft.utils.other.AuxiliaryTrainingWrapper
     wrapped = [
