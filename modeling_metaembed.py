@@ -1,7 +1,7 @@
-"""MetaEmbedModel: from model inputs that hold Meta Tokens to embeddings, for any backbone.
+"""MetaEmbedModel: from queries and documents to embeddings, with any backbone.
 
-The Meta Tokens are ordinary tokens of the vocabulary. The backbone runs untouched on ordinary `input_ids`, and the
-embedding is what its last layer says where the ids are Meta Tokens.
+Meta Tokens are ordinary tokens of the vocabulary. The backbone runs unchanged on ordinary `input_ids`, and the
+embedding is its last hidden states at the Meta Token positions.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from huggingface_hub import CommitInfo, HfApi
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import AutoModel, PreTrainedModel
-from transformers.utils import ModelOutput, cached_file, logging
+from transformers.utils import ModelOutput, logging
 
 from .configuration_metaembed import MetaEmbedConfig, check_count
 from .inputs_metaembed import as_batch, count_images, is_single, text_length
@@ -27,19 +27,21 @@ from .loading_metaembed import (
     HUB_ARGUMENTS,
     check_adapter_whole,
     check_loading,
+    check_publishable,
     check_saves_whole,
     commit_of,
     fill_adapter,
     find_adapter,
+    find_file,
     gather_weights,
     import_peft,
     lasting_name,
     load_with_adapter,
-    name_base,
+    uncompiled,
     upcast_adapter,
     write_repository_files,
 )
-from .processing_metaembed import MetaEmbedProcessor
+from .processing_metaembed import PROCESSOR_FILE, MetaEmbedProcessor
 from .scoring_metaembed import maxsim
 
 logger = logging.get_logger(__name__)
@@ -59,13 +61,16 @@ class MetaEmbedOutput(ModelOutput):
 class MetaEmbedModel(PreTrainedModel):
     """A vision-language backbone that embeds queries and documents as a chosen number of vectors.
 
-    Implements MetaEmbed (Xiao et al., ICLR 2026, arXiv 2509.18095). Make one of a plain backbone with
-    [`from_backbone`]; load a saved one with `from_pretrained`, or with `AutoModel.from_pretrained(...,
-    trust_remote_code=True)`.
+    Implements MetaEmbed (Xiao et al., ICLR 2026, arXiv 2509.18095). Create one from a plain backbone with
+    [`from_backbone`]; load a saved one with `from_pretrained`, or `AutoModel.from_pretrained(trust_remote_code=True)`.
 
     Args:
         config: The configuration.
-        backbone: The backbone to use. None: one is built from the configuration.
+        backbone: The backbone. None: it is built from the configuration.
+
+    Raises:
+        TypeError: If a field of the configuration is of the wrong type.
+        ValueError: If the configuration does not fit together, or is that of a plain backbone.
 
     Example:
         >>> model = AutoModel.from_pretrained("you/your-metaembed", trust_remote_code=True)
@@ -85,139 +90,115 @@ class MetaEmbedModel(PreTrainedModel):
     _supports_attention_backend = True
 
     _processor: MetaEmbedProcessor | None = None
-    _hub_arguments: dict[str, Any] | None = None  # where the model came from, and its processor will come from
+    _origin: tuple[str, dict[str, Any]] | None = None  # where the model was loaded from: never with the Hub's token
     adapter_base: tuple[str | None, str | None] = (None, None)  # Hub id and commit that an adapter must name
 
     def __init__(self, config: MetaEmbedConfig, backbone: PreTrainedModel | None = None):
+        if backbone is None and config.backbone_config is None:
+            raise ValueError(
+                f"{config._name_or_path or 'the configuration'} is not a MetaEmbed model: it has no backbone_config. "
+                "To create a MetaEmbed model from a plain backbone, use MetaEmbedModel.from_backbone."
+            )
+        config.validate()  # fields may have been overridden since it was made
         super().__init__(config)
         self.backbone = AutoModel.from_config(config.backbone_config) if backbone is None else backbone
         self.projection = None if config.embedding_dim is None else nn.Linear(config.hidden_size, config.embedding_dim)
+        parameters = inspect.signature(self.backbone.forward).parameters
+        takes_anything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+        self._takes_use_cache = takes_anything or "use_cache" in parameters
+        self._has_head = "logits_to_keep" in parameters
         self.post_init()
 
-    # -- Making, loading and saving
+    # -- Creating, loading and saving ----------------------------------------------------------------------------
 
     @classmethod
-    def from_backbone(
-        cls,
-        backbone: str | Path | PreTrainedModel,
-        *,
-        processor: Any = None,
-        num_query_tokens: int = 16,
-        num_document_tokens: int = 64,
-        embedding_dim: int | None = None,
-        budgets: list | None = None,
-        document_sees_query_tokens: bool = False,
-        query_instruction: str | None = None,
-        document_instruction: str | None = None,
-        seed: int = 0,
-        **kwargs: Any,
-    ) -> MetaEmbedModel:
-        """Make a MetaEmbed model of a plain backbone: new Meta Tokens, ready to be trained.
-
-        Adds the Meta Tokens to a copy of the tokenizer and to the backbone's input embedding, and measures what the
-        backbone does with its inputs. A retriever that is trained already (ColPali, ColQwen2, an embedding model) is a
-        backbone too: its weights are kept, and so is its projection where `embedding_dim` is the projection's.
+    def from_backbone(cls, backbone: str | Path | PreTrainedModel, **kwargs: Any) -> MetaEmbedModel:
+        """Create a MetaEmbed model from a plain backbone: with new Meta Tokens, ready to be trained.
 
         Args:
-            backbone: Hub id or folder of the backbone, or a loaded model (changed in place; then give `processor`).
-            processor: The backbone's processor (or tokenizer), where `backbone` is a loaded model.
-            num_query_tokens: R_q.
-            num_document_tokens: R_c.
-            embedding_dim: Dimension D of the vectors. None: the backbone's hidden size, with no projection.
-            budgets: `(r_q, r_c)` pairs that training covers. None: the paper's, cut to the sizes.
-            document_sees_query_tokens: True for the layout of the paper's own code.
-            query_instruction: Instruction put before every query where a call names none.
-            document_instruction: Instruction put before every document where a call names none.
-            seed: Seed of the first values of the Meta Tokens and the projection.
-            **kwargs: For `AutoModel.from_pretrained` (`dtype`, `revision`, `attn_implementation`, `device_map`,
-                `trust_remote_code`, ...).
-
-        Returns:
-            The model, in evaluation mode, with its processor as `model.processor`.
+            backbone: Hub id or folder of a backbone (or of a trained retriever), or a loaded model.
+            **kwargs: `num_query_tokens`, `num_document_tokens`, `embedding_dim`, `budgets`, `query_instruction`, ...,
+                and options of `AutoModel.from_pretrained`: see [`backbones.create.from_backbone`].
 
         Raises:
-            TypeError: If `backbone` is neither a name nor a model, or a keyword means nothing.
-            ValueError: If a weight is missing from the checkpoint, or has a place neither in the backbone nor in a
-                head, there is no processor or it takes no new tokens, the sizes and budgets do not fit, or such a
-                model cannot be a backbone: with the reason.
+            ImportError: If the package is not installed: this method needs more than travels with a checkpoint.
 
         Example:
             >>> model = MetaEmbedModel.from_backbone("Qwen/Qwen2.5-VL-3B-Instruct", dtype=torch.bfloat16)
         """
-        settings = dict(
-            num_query_tokens=num_query_tokens,
-            num_document_tokens=num_document_tokens,
-            embedding_dim=embedding_dim,
-            budgets=budgets,
-            document_sees_query_tokens=document_sees_query_tokens,
-            query_instruction=query_instruction,
-            document_instruction=document_instruction,
-        )
         try:
             from metaembed.backbones.create import from_backbone
         except ImportError as error:
             raise ImportError("from_backbone needs the whole package: pip install metaembed") from error
-        return from_backbone(cls, backbone, processor=processor, seed=seed, loading=kwargs, **settings)
+        return from_backbone(cls, backbone, **kwargs)
 
     @classmethod
     def from_authors_checkpoint(cls, checkpoint: str | Path, **kwargs: Any) -> MetaEmbedModel:
-        """Make a model of weights trained with the paper's own code.
+        """Create a model from weights trained with the paper's own code: see [`backbones.paper_checkpoint.convert`].
 
         Args:
             checkpoint: Hub id or folder of their weights: a full state dict, or a PEFT adapter.
-            **kwargs: See [`backbones.paper_checkpoint.convert`]: `base`, `adapter`, `num_query_tokens`, `revision`,
-                `base_revision`, ...
-
-        Returns:
-            The model, in their layout: a document's Meta Tokens follow the query ones.
+            **kwargs: `base`, `adapter`, `num_query_tokens`, `revision`, `base_revision`, ...
 
         Raises:
-            TypeError: If a keyword means nothing.
-            ValueError: If a weight of theirs finds no place or is not what it should be, or a weight of the backbone
-                is missing.
-
-        Example:
-            >>> model = MetaEmbedModel.from_authors_checkpoint("their/adapter", base="Qwen/Qwen2.5-VL-3B-Instruct")
+            ImportError: If the package is not installed.
         """
         try:
             from metaembed.backbones.paper_checkpoint import convert
         except ImportError as error:
-            raise ImportError("converting the paper's weights needs the package: pip install metaembed") from error
+            raise ImportError("from_authors_checkpoint needs the whole package: pip install metaembed") from error
         return convert(cls, checkpoint, **kwargs)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
-        """Load a saved model, whole or not at all. Takes what transformers' `from_pretrained` takes.
+        """Load a saved model and its processor, completely or not at all: see transformers' `from_pretrained`.
 
-        Loads adapter repositories too: the backbone that they name, and the adapter on it. With `is_trainable=True`,
-        to train it further.
+        Loads adapter repositories too: the base that they name, with the adapter. `is_trainable=True` trains it
+        further. `trust_remote_code=True` is trust in this repository; `trusted_base="..."` adds the base's code.
 
         Raises:
-            ValueError: If a weight is missing from the checkpoint, of another shape, or without a place in the model.
+            TypeError: If a field of the configuration is of the wrong type.
+            ValueError: If a weight is missing from the checkpoint, of another shape, or unexpected; or if the
+                configuration, with what the call overrides, does not fit together.
         """
-        wants_info = kwargs.pop("output_loading_info", False)
-        source = pretrained_model_name_or_path
+        source, wants_info = pretrained_model_name_or_path, kwargs.pop("output_loading_info", False)
         hub = {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None}
-        if source is not None and (adapter := find_adapter(source, **hub)) is not None:
-            model, info = load_with_adapter(cls, source, adapter, hub, **kwargs), {}
-        else:
-            model, info = super().from_pretrained(source, *model_args, output_loading_info=True, **kwargs)
-            check_loading(source, info)
-            model.adapter_base = (lasting_name(source), commit_of(source, **hub))
         trusted = kwargs.get("trust_remote_code")
-        if trusted is None:  # AutoModel keeps the answer to itself; but where a repository's code runs, it was yes
+        if trusted is None:  # AutoModel does not pass it on, but code of a repository runs only if it was True
             trusted = __name__.startswith("transformers_modules.")
-        model._hub_arguments = {**hub, "revision": commit_of(source, **hub), "trust_remote_code": trusted}
+        if commit := commit_of(source, **hub):
+            kwargs["revision"] = hub["revision"] = commit  # of the processor too, whatever is pushed meanwhile
+        if source is not None and (adapter := find_adapter(source, **hub)) is not None:
+            spent = {*HUB_ARGUMENTS, "trust_remote_code", "adapter_kwargs"}
+            options = {name: value for name, value in kwargs.items() if name not in spent}
+            model, info = load_with_adapter(cls, source, adapter, hub, trusted, **options), {}
+        else:
+            model, info = cls._load_whole(source, *model_args, **kwargs)
+        if source is not None:
+            # Now and not at first use: the folder may be gone by then, or a relative path mean another one.
+            if model._processor is None and find_file(source, PROCESSOR_FILE, **hub):
+                model.processor = MetaEmbedProcessor.from_pretrained(source, trust_remote_code=trusted, **hub)
+            where = {name: value for name, value in hub.items() if name not in ("token", "force_download")}
+            model._origin = (lasting_name(source), where)
         return (model, info) if wants_info else model
 
+    @classmethod
+    def _load_whole(cls, source: Any, *args: Any, **kwargs: Any) -> tuple[MetaEmbedModel, dict[str, Any]]:
+        """Load a model that is not an adapter, without its processor, and what transformers reports of it."""
+        model, info = super().from_pretrained(source, *args, output_loading_info=True, **kwargs)
+        check_loading(source or "the state dict", info)
+        if source is not None:
+            model.adapter_base = (lasting_name(source), kwargs.get("revision"))
+        return model, info
+
     def add_adapter(self, adapter_config: Any, adapter_name: str | None = None) -> None:
-        """Add a fresh adapter to train, such as [`lora_config`]'s. Its weights are in float32 at least."""
-        import_peft()  # says what to install where transformers and peft do not fit
+        """Add a new adapter to train, such as `lora_config(model)`. Its weights are in float32 at least."""
+        import_peft()
         super().add_adapter(adapter_config, adapter_name)
         upcast_adapter(self)
 
     def load_adapter(self, peft_model_id: str | None = None, adapter_name: str | None = None, *args, **kwargs):
-        """Load an adapter onto this model, whole or not at all. Takes what transformers' `load_adapter` takes.
+        """Load an adapter onto this model, completely or not at all: see transformers' `load_adapter`.
 
         Raises:
             ValueError: If a trained part is missing from the adapter, or not in the model.
@@ -232,40 +213,30 @@ class MetaEmbedModel(PreTrainedModel):
             fill_adapter(self, peft_model_id, adapter_name or "default", **hub)
         return info
 
-    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
-        """Refuse a part of an adapter: peft's own `PeftModel.from_pretrained` would leave the rest at random."""
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        """Refuse a part of an adapter: peft's own `PeftModel.from_pretrained` would leave the rest random."""
         check_adapter_whole(self, {name.removeprefix(prefix) for name in state_dict if name.startswith(prefix)})
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     @property
     def commit(self) -> str | None:
-        """The commit of the Hub repository that the model was loaded from, or None where it was not."""
-        return (self._hub_arguments or {}).get("revision")
+        """The commit of the Hub repository that the model was loaded from, or None."""
+        return self._origin[1].get("revision") if self._origin else None
 
     @property
     def earlier_card(self) -> str | None:
-        """The model card of where the model was loaded from, or None where there is none, or not any more."""
-        if self._hub_arguments is None:
-            return None
-        hub = {name: value for name, value in self._hub_arguments.items() if name in HUB_ARGUMENTS}
+        """The model card where the model was loaded from, or None if there is none (any more)."""
         try:
-            path = cached_file(
-                self.config._name_or_path, "README.md", _raise_exceptions_for_missing_entries=False, **hub
-            )
+            path = find_file(self._origin[0], "README.md", **self._origin[1]) if self._origin else None
         except OSError:
             return None
         return None if path is None else Path(path).read_text(encoding="utf-8")
 
     @property
     def processor(self) -> MetaEmbedProcessor:
-        """The processor, loaded at first use from where the model came from: the same repository and commit."""
+        """The processor: the one saved with the model, or set since."""
         if self._processor is None:
-            where = self.config._name_or_path
-            if not where:
-                raise ValueError("this model was not loaded from anywhere, so has no processor: set model.processor.")
-            processor = MetaEmbedProcessor.from_pretrained(where, **(self._hub_arguments or {}))
-            self.processor = processor
-            return processor
+            raise ValueError("this model has no processor, as none was saved with it: set model.processor.")
         return self._processor
 
     @processor.setter
@@ -276,72 +247,64 @@ class MetaEmbedModel(PreTrainedModel):
     def save_pretrained(self, save_directory: str | Path, *, model_card: bool = True, **kwargs: Any) -> None:
         """Save a folder that is a complete Hub repository, loadable without this package.
 
-        Writes the weights (safetensors), the configuration, the processor, the Python files, the files of
-        sentence-transformers, and a model card where there is none that a person wrote. Of a model that is sharded
-        over several processes (FSDP), call it in all of them: they gather the weights, and the first one writes.
+        It holds the weights (safetensors), the configuration, the processor, the Python files, the files of
+        sentence-transformers and, if the package is installed, a model card (one that a person wrote is kept). If the
+        model is sharded over several processes (FSDP), call it in all of them: the first one writes.
 
         Args:
             save_directory: Folder to write to.
             model_card: Whether to write the card.
             **kwargs: For transformers' `save_pretrained`. With `push_to_hub=True`, also for [`push_to_hub`].
+
+        Raises:
+            TypeError: If a field of the configuration is of the wrong type.
+            ValueError: If what is saved would not load: nothing is written.
         """
         folder = Path(save_directory)
         push, name = kwargs.pop("push_to_hub", False), kwargs.pop("repo_id", folder.name)
         hub = {key: kwargs.pop(key) for key in ("private", "revision", "create_pr", "commit_message") if key in kwargs}
         check_saves_whole(self, folder)
-        if kwargs.get("state_dict") is None:
-            kwargs["state_dict"] = gather_weights(self)
-        # Under the names of the modules: transformers would write the older names that some backbones have in their
-        # own checkpoints, and does not find them again inside another model.
-        super().save_pretrained(folder, **{"save_original_format": False, **kwargs})
+        if push:
+            check_publishable(self)
+        with uncompiled(self):
+            state = kwargs.pop("state_dict", None) or gather_weights(self)
+            state = state and {name.replace("_orig_mod.", ""): value for name, value in state.items()}
+            # Under the names of the modules: transformers would write the older names that some backbones have in
+            # their own checkpoints, and does not find them again inside another model.
+            super().save_pretrained(folder, **{"save_original_format": False, "state_dict": state, **kwargs})
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         first = not distributed or torch.distributed.get_rank() == 0
         if first and kwargs.get("is_main_process", True):
-            if self._hf_peft_config_loaded:
-                self.config.save_pretrained(folder)
-                name_base(folder, self.adapter_base)
+            write_repository_files(folder, self)
             self.processor.save_pretrained(folder)
-            write_repository_files(folder, self.config)
             if model_card:
                 write_card(self, folder, name)
         if push and first:
-            self.push_to_hub(name, token=kwargs.get("token"), state_dict=kwargs["state_dict"], **hub)
-
-    def to_sentence_transformers(self, **kwargs: Any) -> Any:
-        """Return this model as a sentence-transformers `MultiVectorEncoder`: see `to_multi_vector_encoder`."""
-        from .sentence_metaembed import to_multi_vector_encoder
-
-        return to_multi_vector_encoder(self, **kwargs)
+            self.push_to_hub(name, token=kwargs.get("token"), state_dict=state, **hub)
 
     def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        token: str | bool | None = None,
-        private: bool | None = None,
-        revision: str | None = None,
-        create_pr: bool = False,
-        commit_message: str | None = None,
-        commit_description: str | None = None,
-        **kwargs: Any,
+        self, repo_id: str, *, token: str | bool | None = None, revision: str | None = None, **kwargs: Any
     ) -> CommitInfo:
-        """Save the model, whole, to a repository of the Hub. A model card that a person wrote is kept.
+        """Save the model to a repository of the Hub. Python files of older versions there are deleted.
 
         Args:
-            repo_id: Where to; made if it does not exist.
+            repo_id: Where to; created if it does not exist.
             token: Of the Hub.
-            private: Whether a new repository is private.
-            revision: Branch; made if it does not exist, but for a pull request to it.
-            create_pr: Whether to open a pull request instead.
-            commit_message: Title of the commit.
-            commit_description: Its text.
-            **kwargs: For [`save_pretrained`].
+            revision: Branch; created if it does not exist, except for a pull request to it.
+            **kwargs: `private` (whether a new repository is), `create_pr` (open a pull request instead),
+                `commit_message` and `commit_description`; and for [`save_pretrained`].
 
         Returns:
             The commit.
+
+        Raises:
+            ValueError: If the model cannot be saved, or is an adapter that names a folder of this machine.
         """
+        check_publishable(self)
+        create_pr, message = kwargs.pop("create_pr", False), kwargs.pop("commit_message", None)
+        description = kwargs.pop("commit_description", None)
         api = HfApi(token=token)
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        repo_id = api.create_repo(repo_id, private=kwargs.pop("private", None), exist_ok=True).repo_id
         if revision is not None and not create_pr and not revision.startswith("refs/"):
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         with tempfile.TemporaryDirectory() as folder:
@@ -351,12 +314,18 @@ class MetaEmbedModel(PreTrainedModel):
             return api.upload_folder(
                 repo_id=repo_id,
                 folder_path=folder,
-                delete_patterns=["*_metaembed.py", "kernels_metaembed.*"],  # those that this version has no more
+                delete_patterns=["*_metaembed.py", "kernels_metaembed.*"],  # of what is not uploaded now
                 revision=revision,
                 create_pr=create_pr,
-                commit_message=commit_message or f"Upload {type(self).__name__}",
-                commit_description=commit_description,
+                commit_message=message or f"Upload {type(self).__name__}",
+                commit_description=description,
             )
+
+    def to_sentence_transformers(self, **kwargs: Any) -> Any:
+        """Return this model as a sentence-transformers `MultiVectorEncoder`: see `to_multi_vector_encoder`."""
+        from .sentence_metaembed import to_multi_vector_encoder
+
+        return to_multi_vector_encoder(self, **kwargs)
 
     def get_input_embeddings(self) -> nn.Module:
         """Return the backbone's input embedding, which holds the Meta Tokens."""
@@ -368,12 +337,18 @@ class MetaEmbedModel(PreTrainedModel):
 
     # -- From model inputs to embeddings -------------------------------------------------------------------------
 
-    def forward(self, input_ids: Tensor, num_meta: int | None = None, **kwargs: Any) -> MetaEmbedOutput:
-        """Embed a batch of model inputs. Which side it is, the input ids say.
+    def forward(
+        self, input_ids: Tensor, num_meta: int | None = None, return_dict: bool | None = None, **kwargs: Any
+    ) -> MetaEmbedOutput | tuple[Tensor]:
+        """Embed a batch of model inputs. The input ids say which side it is.
+
+        `torch.export` and `torch.compile(fullgraph=True)` need `num_meta`. Inputs that hold fewer Meta Tokens are then
+        not an error, which would depend on data, but rows of NaN.
 
         Args:
-            input_ids: Token ids [N, L], each row holding the same number of Meta Tokens.
-            num_meta: Keep only the first `num_meta` vectors. None: all that the ids ask for.
+            input_ids: Token ids [N, L], each row with the same number of Meta Tokens.
+            num_meta: Return only the first `num_meta` vectors. None: all that the ids ask for.
+            return_dict: Whether to return a [`MetaEmbedOutput`] (the default) and not a tuple.
             **kwargs: Whatever else the processor returned (`attention_mask`, `pixel_values`, ...).
 
         Returns:
@@ -383,39 +358,57 @@ class MetaEmbedModel(PreTrainedModel):
             TypeError: If `num_meta` is not a whole number.
             ValueError: If the rows hold no Meta Tokens, or different numbers of them, or fewer than `num_meta`.
         """
-        kwargs.pop("return_dict", None)
-        embeddings = self.embed(input_ids=input_ids, **kwargs)  # [N, R, D]
-        if num_meta is not None:
-            embeddings = embeddings[:, : check_count("num_meta", num_meta, embeddings.shape[1])]  # [N, r, D]
-        return MetaEmbedOutput(embeddings=embeddings)
+        embeddings = self.embed(input_ids, num_meta, **kwargs)
+        return (embeddings,) if return_dict is False else MetaEmbedOutput(embeddings=embeddings)
 
-    def embed(self, input_ids: Tensor, **kwargs: Any) -> Tensor:
-        """Return the unit vectors [N, R, D] of all Meta Tokens of the side that the ids show."""
-        positions = self._meta_positions(input_ids)  # [N, R]
+    def embed(self, input_ids: Tensor, num_meta: int | None = None, **kwargs: Any) -> Tensor:
+        """Return the unit vectors [N, r, D] of the Meta Tokens of the side that the ids show: see [`forward`]."""
+        is_meta = self._meta_tokens(input_ids)  # [N, L]
+        compiling = torch.compiler.is_compiling()
+        if num_meta is None or not compiling:
+            num_meta = check_meta_tokens(is_meta, num_meta)
+        # A stable sort puts the Meta Tokens first, in order: [N, r], and no shape depends on data.
+        positions = is_meta.int().argsort(dim=1, descending=True, stable=True)[:, :num_meta]
         for name, value in kwargs.items():
             if isinstance(value, Tensor) and value.is_floating_point():
                 kwargs[name] = value.to(self.backbone.dtype)
-        hidden = last_hidden_state(self.backbone, input_ids, **kwargs)  # [N, L, hidden]
-        meta = hidden.gather(1, positions.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))  # [N, R, hidden]
+        hidden = self._last_hidden_state(input_ids, **kwargs)  # [N, L, hidden]
+        meta = hidden.gather(1, positions.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))  # [N, r, hidden]
         if self.projection is not None:
-            meta = self.projection(meta.to(self.projection.weight.dtype))  # [N, R, D]
+            meta = self.projection(meta.to(self.projection.weight.dtype))  # [N, r, D]
         # At least float32: normalising and scoring in bfloat16 costs about 5% of nDCG.
-        meta = meta.to(torch.promote_types(meta.dtype, torch.float32))
-        return nn.functional.normalize(meta, dim=-1)
+        meta = nn.functional.normalize(meta.to(torch.promote_types(meta.dtype, torch.float32)), dim=-1)
+        return meta.masked_fill(~is_meta.gather(1, positions).unsqueeze(-1), torch.nan) if compiling else meta
 
-    def _meta_positions(self, input_ids: Tensor) -> Tensor:
-        """Find the Meta Tokens [N, R] of the side: the document's if there are any, else the query's."""
-        for ids in (self.config.document_token_ids, self.config.query_token_ids):
-            is_meta = (input_ids >= ids[0]) & (input_ids <= ids[-1])  # [N, L]
-            counts = is_meta.sum(dim=1)  # [N]
-            if counts.any():
-                break
-        if (counts != counts[0]).any() or counts[0] == 0:
+    def _meta_tokens(self, input_ids: Tensor) -> Tensor:
+        """Return where the Meta Tokens of the side are [N, L]: the document's if there are any, else the query's."""
+        query, document = (
+            (input_ids >= ids[0]) & (input_ids <= ids[-1])
+            for ids in (self.config.query_token_ids, self.config.document_token_ids)
+        )
+        return torch.where(document.any(), document, query)
+
+    def _last_hidden_state(self, input_ids: Tensor, **inputs: Any) -> Tensor:
+        """Run the backbone, with or without a head, on ids [N, L]; return its last hidden states [N, L, hidden]."""
+        longest = getattr(self.backbone.config.get_text_config(), "max_position_embeddings", None)
+        if longest and input_ids.shape[1] > longest:
             raise ValueError(
-                f"each row of input_ids must hold the same number of Meta Tokens of one side, got {counts.tolist()}. "
-                "Make the inputs with model.processor.process_queries or process_documents."
+                f"an input is {input_ids.shape[1]} tokens long, and {type(self.backbone).__name__} takes at most "
+                f"{longest}. Cut its text with `max_length`, or make its images smaller."
             )
-        return is_meta.nonzero()[:, 1].reshape(len(input_ids), -1)  # in order: nonzero goes row by row
+        if self._takes_use_cache:
+            inputs["use_cache"] = False  # nothing is generated
+        if self._has_head:  # spare the logits
+            output = self.backbone(input_ids=input_ids, output_hidden_states=True, logits_to_keep=1, **inputs)
+            hidden = output.hidden_states[-1]
+        else:
+            hidden = self.backbone(input_ids=input_ids, **inputs).last_hidden_state
+        if hidden.shape[:2] != input_ids.shape:
+            raise ValueError(
+                f"{type(self.backbone).__name__} returned hidden states of shape {tuple(hidden.shape)} for input ids "
+                f"of shape {tuple(input_ids.shape)}: none for some tokens, so none for the Meta Tokens."
+            )
+        return hidden
 
     # -- From anything to embeddings -----------------------------------------------------------------------------
 
@@ -529,47 +522,26 @@ class MetaEmbedModel(PreTrainedModel):
     score = staticmethod(maxsim)
 
 
+def check_meta_tokens(is_meta: Tensor, num_meta: int | None) -> int:
+    """Return the number of vectors asked for, `num_meta` or all, if each row of `is_meta` [N, L] has so many.
+
+    Raises:
+        TypeError: If `num_meta` is not a whole number.
+        ValueError: If rows have no Meta Tokens, or different numbers of them, or fewer than `num_meta`.
+    """
+    counts = is_meta.sum(dim=1)  # [N]
+    if (counts != counts[0]).any() or counts[0] == 0:
+        raise ValueError(
+            f"each row of input_ids must hold the same number of Meta Tokens of one side, got {counts.tolist()}. "
+            "Make the inputs with model.processor.process_queries or process_documents."
+        )
+    return int(counts[0]) if num_meta is None else check_count("num_meta", num_meta, int(counts[0]))
+
+
 def write_card(model: MetaEmbedModel, folder: Path, repository: str) -> None:
-    """Write the model card where the package is installed; without it, the card that is there stays."""
+    """Write the model card if the package is installed; otherwise, the one that is there stays."""
     try:
         from metaembed.cards import write_card
     except ImportError:
         return
     write_card(model, folder, repository)
-
-
-def last_hidden_state(backbone: PreTrainedModel, input_ids: Tensor, **inputs: Any) -> Tensor:
-    """Run a backbone, with a head or without one, and return what its last layer says.
-
-    Args:
-        backbone: The model.
-        input_ids: Token ids [N, L].
-        **inputs: Whatever else the processor returned.
-
-    Returns:
-        Hidden states [N, L, hidden].
-
-    Raises:
-        ValueError: If the input is longer than the backbone was made for, or has not one hidden state for each id.
-    """
-    longest = getattr(backbone.config.get_text_config(), "max_position_embeddings", None)
-    if longest and input_ids.shape[1] > longest:
-        raise ValueError(
-            f"an input is {input_ids.shape[1]} tokens long, and {type(backbone).__name__} was made for at most "
-            f"{longest}. Cut its text with `max_length`, or make its images smaller."
-        )
-    parameters = inspect.signature(backbone.forward).parameters
-    takes_anything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-    if "use_cache" in parameters or takes_anything:
-        inputs["use_cache"] = False  # nothing is generated
-    if "logits_to_keep" in parameters:  # a class with a head: spare the logits
-        output = backbone(input_ids=input_ids, output_hidden_states=True, logits_to_keep=1, **inputs)
-        hidden = output.hidden_states[-1]
-    else:
-        hidden = backbone(input_ids=input_ids, **inputs).last_hidden_state
-    if hidden.shape[:2] != input_ids.shape:
-        raise ValueError(
-            f"{type(backbone).__name__} returned hidden states of shape {tuple(hidden.shape)} for input ids of shape "
-            f"{tuple(input_ids.shape)}: it has no hidden state for each token, so none for the Meta Tokens."
-        )
-    return hidden

@@ -17,13 +17,12 @@ from ..loading_metaembed import (
     HUB_ARGUMENTS,
     check_unused,
     commit_of,
-    grow_embedding,
     headless,
     lasting_name,
-    load_backbone,
 )
 from ..modeling_metaembed import MetaEmbedModel
 from ..processing_metaembed import MetaEmbedProcessor, meta_token_names
+from .loading import grow_embedding, load_backbone
 from .probe import measure, probe_rows
 
 
@@ -53,29 +52,49 @@ class Source:
         return getattr(self.processor, "tokenizer", self.processor)
 
 
+SETTINGS = (
+    "num_query_tokens",
+    "num_document_tokens",
+    "embedding_dim",
+    "budgets",
+    "document_sees_query_tokens",
+    "query_instruction",
+    "document_instruction",
+)
+
+
 def from_backbone(
-    cls: type,
-    backbone: str | Path | PreTrainedModel,
-    *,
-    processor: Any = None,
-    seed: int = 0,
-    loading: dict[str, Any] | None = None,
-    **settings: Any,
+    cls: type, backbone: str | Path | PreTrainedModel, *, processor: Any = None, seed: int = 0, **kwargs: Any
 ) -> MetaEmbedModel:
-    """Create a model from a plain backbone: [`MetaEmbedModel.from_backbone`] documents arguments and errors.
+    """Create a MetaEmbed model from a plain backbone: with new Meta Tokens, ready to be trained.
+
+    Adds the Meta Tokens to a copy of the tokenizer and to the backbone's input embedding, and measures how the
+    backbone treats its inputs. A trained retriever (ColPali, ColQwen2, an embedding model) is a backbone too: its
+    weights are kept, and so is its projection if `embedding_dim` is the projection's.
 
     Args:
         cls: Class of the model. For the one in a checkpoint's own Python files, which may be of another version than
             this code, the result is of the installed [`MetaEmbedModel`].
-        backbone: Hub id, folder or loaded model.
-        processor: The backbone's processor. None: the one loaded with it.
-        seed: Seed of the new weights.
-        loading: Options for loading the backbone.
-        **settings: Fields of [`MetaEmbedConfig`].
+        backbone: Hub id or folder of the backbone, or a loaded model (changed in place; then pass `processor`).
+        processor: The backbone's processor (or tokenizer). None: the one loaded with it.
+        seed: Seed of the first values of the Meta Tokens and the projection.
+        **kwargs: Fields of [`MetaEmbedConfig`]: `num_query_tokens`, `num_document_tokens`, `embedding_dim` (None: the
+            backbone's hidden size, with no projection), `budgets`, `document_sees_query_tokens`, `query_instruction`,
+            `document_instruction`. All others are for `AutoModel.from_pretrained` (`dtype`, `revision`,
+            `attn_implementation`, `device_map`, `trust_remote_code`, ...).
+
+    Returns:
+        The model, in evaluation mode, with its processor as `model.processor`.
+
+    Raises:
+        TypeError: If `backbone` is neither a name nor a model, or a keyword has no meaning.
+        ValueError: If a weight is missing from the checkpoint or unexpected, there is no processor or it takes no new
+            tokens, the sizes and budgets do not fit, or such a model cannot be a backbone: with the reason.
     """
     cls = cls if issubclass(cls, MetaEmbedModel) else MetaEmbedModel
+    settings = {name: kwargs.pop(name) for name in SETTINGS if name in kwargs}
     config = MetaEmbedConfig(**settings)  # raises before anything large is loaded
-    source = find_source(backbone, processor, loading or {})
+    source = find_source(backbone, processor, kwargs)
     check_supported(source.backbone)
     vocabulary = len(source.tokenizer)
     add_meta_tokens(source.tokenizer, config)

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoConfig, AutoProcessor, PreTrainedModel
 
 from ..configuration_metaembed import check_count
-from ..loading_metaembed import HUB_ARGUMENTS, check_loading, headless, load_backbone, names_inside
+from ..loading_metaembed import HUB_ARGUMENTS, check_loading, headless, names_inside
 from .create import set_linear
+from .loading import load_backbone
 
 WEIGHTS = re.compile(r"(adapter_model|model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)")
 ADAPTER_CONFIG = "adapter_config.json"

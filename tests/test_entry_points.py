@@ -80,8 +80,12 @@ def encoder(folder) -> MultiVectorEncoder:
     return MultiVectorEncoder(str(folder), trust_remote_code=True)
 
 
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
 @pytest.mark.slow
-def test_saved_folders_stand_on_their_own_through_every_door_and_again_when_saved_from_there(
+def test_saved_folders_stand_on_their_own_through_every_entry_point_and_again_when_saved_from_there(
     defaulted, folder, tmp_path
 ):
     to_multi_vector_encoder(defaulted).save_pretrained(str(tmp_path / "by_sentence_transformers"))
@@ -94,7 +98,8 @@ def test_saved_folders_stand_on_their_own_through_every_door_and_again_when_save
     for index, other in enumerate(others):
         again = run_as_a_stranger(other, tmp_path / f"again{index}")
         assert all(np.array_equal(first[name], again[name]) for name in first)
-        assert {path.name for path in other.iterdir()} == {path.name for path in folder.iterdir()}
+        # A card is written by the package, and by sentence-transformers where the package is not installed.
+        assert names(other) - {"README.md"} == names(folder) - {"README.md"}
 
 
 def test_a_saved_folder_is_a_whole_hub_repository(folder):

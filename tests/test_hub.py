@@ -13,6 +13,8 @@ import pytest
 import torch
 from tiny_models import ROOT, save_tiny_backbone
 
+from metaembed.loading_metaembed import TRAVELLING
+
 pytestmark = pytest.mark.slow
 HERE = os.path.dirname(__file__)
 
@@ -188,13 +190,60 @@ print(json.dumps([*cards, pushed()]))
 """)
     name = 'AutoModel.from_pretrained("lab/card"'
     assert first == ["16 dim", name] and second == ["24 dim", name] and third == fourth == ["mine"]
-    text = user.run(f"""{LOAD}
+    text = trainer.run("""
+import json
 from huggingface_hub import ModelCard
-model = MultiVectorEncoder("lab/original", trust_remote_code=True)
-model.push_to_hub("you/copy")
+from sentence_transformers import MultiVectorEncoder
+MultiVectorEncoder("lab/original", trust_remote_code=True).push_to_hub("you/copy")
 print(json.dumps(ModelCard.load("you/copy").text))
 """)
     assert text.count('("you/copy"') == 2 and "lab/original" not in text and "lab/backbone" in text
+    kept, expected = user.run(f"""{LOAD}
+from huggingface_hub import ModelCard
+MultiVectorEncoder("lab/original", trust_remote_code=True).push_to_hub("you/kept")
+AutoModel.from_pretrained("you/kept", trust_remote_code=True).push_to_hub("you/kept")
+print(json.dumps([ModelCard.load(name).text for name in ("you/kept", "lab/original")]))
+""")
+    assert kept == expected, "without the package, the card stays as it is"
+
+
+def test_a_push_deletes_the_python_files_of_an_older_version(trainer, user):
+    trainer.run(f"""{MAKE}
+from huggingface_hub import HfApi
+model = MetaEmbedModel.from_backbone("lab/backbone", num_query_tokens=4, num_document_tokens=8, embedding_dim=24)
+model.push_to_hub("lab/older")
+for name in ("adapter_metaembed.py", "kernels_metaembed.cpp", "kernels_metaembed.h", "mine.py", "notes.txt"):
+    HfApi().upload_file(path_or_fileobj=b"# old", path_in_repo=name, repo_id="lab/older")
+print(json.dumps("done"))
+""")
+    files = user.run(f"""{LOAD}
+from huggingface_hub import HfApi
+AutoModel.from_pretrained("lab/older", trust_remote_code=True).push_to_hub("lab/older")
+print(json.dumps(HfApi().list_repo_files("lab/older")))
+""")
+    assert {name for name in files if name.endswith((".py", ".cpp", ".h", ".txt"))} == {
+        *TRAVELLING,
+        "mine.py",
+        "notes.txt",
+    }
+
+
+def test_nothing_of_this_machine_is_published(trainer):
+    """Neither a local path of the backbone, nor an adapter whose base is one."""
+    config, error, files = trainer.run(f"""{MAKE}
+from huggingface_hub import HfApi, hf_hub_download
+from metaembed.training.lora import lora_config
+model = MetaEmbedModel.from_backbone("backbone", num_query_tokens=4, num_document_tokens=8)
+model.push_to_hub("lab/private")
+config = open(hf_hub_download("lab/private", "config.json")).read()
+model.add_adapter(lora_config(model, r=4))
+try:
+    model.push_to_hub("lab/adapter-of-a-folder")
+except ValueError as error:
+    print(json.dumps([config, str(error), HfApi().repo_exists("lab/adapter-of-a-folder")]))
+""")
+    assert str(trainer.folder) not in config and '"base_model": null' in config and "_name_or_path" not in config
+    assert "names a folder of this machine" in error and not files
 
 
 def test_a_pushed_processor_loads_by_id(trainer, user):

@@ -390,10 +390,10 @@ def test_a_weight_missing_from_a_saved_model_is_an_error(tmp_path, qwen):
         AutoModel.from_pretrained(tmp_path, trust_remote_code=True)
 
 
-def test_a_weight_without_a_place_in_a_saved_model_is_an_error(tmp_path, qwen):
+def test_an_unexpected_weight_in_a_saved_model_is_an_error(tmp_path, qwen):
     """Such as one of a projection where the configuration names no dimension."""
     qwen.save_pretrained(tmp_path, state_dict={**qwen.state_dict(), "projection.weight": torch.zeros(24, 64)})
-    with pytest.raises(ValueError, match=r"without a place in the model, so lost: projection\.weight"):
+    with pytest.raises(ValueError, match=r"unexpected, so lost: projection\.weight"):
         AutoModel.from_pretrained(tmp_path, trust_remote_code=True)
 
 

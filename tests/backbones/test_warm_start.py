@@ -25,7 +25,8 @@ from transformers import (
 )
 
 from metaembed import MetaEmbedModel
-from metaembed.loading_metaembed import headless, load_backbone
+from metaembed.backbones.loading import load_backbone
+from metaembed.loading_metaembed import headless
 
 RETRIEVERS = {
     "colqwen2": ("qwen2_vl", ColQwen2Config, ColQwen2ForRetrieval, ColQwen2Processor),
