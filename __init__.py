@@ -3,6 +3,7 @@
 from transformers import AutoConfig, AutoModel, AutoProcessor
 
 from .configuration_metaembed import MetaEmbedConfig
+from .inputs_metaembed import InputPolicy
 from .modeling_metaembed import MetaEmbedModel, MetaEmbedOutput
 from .processing_metaembed import MetaEmbedProcessor
 from .retrieval.cascade import cascade
@@ -15,6 +16,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "EmbeddingCollection",
+    "InputPolicy",
     "MetaEmbedConfig",
     "MetaEmbedModel",
     "MetaEmbedOutput",

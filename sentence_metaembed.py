@@ -1,4 +1,4 @@
-"""The sentence-transformers door: a module that makes a MetaEmbedModel a `MultiVectorEncoder`."""
+"""The sentence-transformers entry point: a module that makes a MetaEmbedModel a `MultiVectorEncoder`."""
 
 from __future__ import annotations
 
@@ -10,16 +10,22 @@ import torch
 from torch import Tensor
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-from .cards.sentence_card import adopt_card
 from .configuration_metaembed import SIDES
-from .inputs_metaembed import as_batch, count_images
-from .modeling_metaembed import MetaEmbedModel
+from .inputs_metaembed import InputPolicy, Item, is_batch, is_single
+from .modeling_metaembed import MetaEmbedModel, check_finite
 
 try:  # in a `try`, so that transformers does not ask users of AutoModel alone to install it
     from sentence_transformers import MultiVectorEncoder
     from sentence_transformers.base.modules import InputModule
 except ImportError as error:
-    raise ImportError("this door needs sentence-transformers: pip install 'sentence-transformers>=6.0'") from error
+    raise ImportError(
+        "this entry point needs sentence-transformers: pip install 'sentence-transformers>=6.0'"
+    ) from error
+
+try:
+    from metaembed.cards import adopt_card
+except ImportError:  # without the package, the card that is there is kept
+    adopt_card = None
 
 if TYPE_CHECKING:
     from .processing_metaembed import MetaEmbedProcessor
@@ -44,7 +50,7 @@ class MetaEmbedTransformer(InputModule):
         >>> encoder[0].query_num_meta = 4  # what evaluators, which know no `num_meta`, will use; saved with the model
     """
 
-    forward_kwargs = {"task", "num_meta"}
+    forward_kwargs = {"task", "num_meta", "policy"}
     save_in_root = True
 
     def __init__(self, model: MetaEmbedModel):
@@ -55,6 +61,15 @@ class MetaEmbedTransformer(InputModule):
     def processor(self) -> MetaEmbedProcessor:
         """The model's processor."""
         return self.model.processor
+
+    @property
+    def policy(self) -> InputPolicy:
+        """What may be read and fetched for an input: see [`InputPolicy`]. Not saved."""
+        return self.processor.policy
+
+    @policy.setter
+    def policy(self, policy: InputPolicy) -> None:
+        self.processor.policy = policy
 
     @property
     def tokenizer(self) -> Any:
@@ -101,6 +116,8 @@ class MetaEmbedTransformer(InputModule):
         prompt: str | None = None,
         task: str | None = None,
         num_meta: int | None = None,
+        policy: InputPolicy | None = None,
+        processing_kwargs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """Turn inputs into model inputs.
@@ -111,28 +128,44 @@ class MetaEmbedTransformer(InputModule):
                 prompt): the configuration's default.
             task: "query" or "document". None means "document".
             num_meta: Number of vectors of each. None: the persistent default, else all.
-            **kwargs: `processing_kwargs`, a dict for the backbone's processor; and what sentence-transformers sends
-                along for modules of other kinds.
+            policy: What may be read and fetched. None: `policy` of this module.
+            processing_kwargs: `max_length`, and options of the backbone's processor.
+            **kwargs: What sentence-transformers sends along for modules of other kinds.
 
         Returns:
             The model inputs. Where inputs with different numbers of images may not share a batch, several of them as
             `groups`, each with the `rows` it fills.
+
+        Raises:
+            TypeError: If `processing_kwargs` has what is an argument of its own.
         """
         side = "query" if task == "query" else "document"
-        options = dict(num_meta=num_meta, instruction=prompt or None, **(kwargs.get("processing_kwargs") or {}))
-        inputs = as_batch(inputs)
-        groups = self.processor.group(inputs)
+        options = {"num_meta": num_meta, "instruction": prompt or None, "policy": policy}
+        own = {"num_meta": "num_meta", "instruction": "prompt", "policy": "policy", "side": "task"}
+        for name in processing_kwargs or {}:
+            if name in own:
+                raise TypeError(
+                    f"{name} is no option of the processor: pass it as {own[name]}=, outside processing_kwargs."
+                )
+        options.update(processing_kwargs or {})
+        items = self.processor.parse(inputs)
+        groups = self.processor.group(items)
         if len(groups) == 1:
-            return self._process(inputs, side, options)
+            return self._process(items, side, options)
         parts = [
-            {**self._process([inputs[i] for i in rows], side, options), "rows": torch.tensor(rows)} for rows in groups
+            {**self._process([items[i] for i in rows], side, {**options, "indices": rows}), "rows": torch.tensor(rows)}
+            for rows in groups
         ]
         # The trainer tells the columns of a batch apart by their input_ids, and counts rows by them.
-        return {"input_ids": torch.empty(len(inputs), 0, dtype=torch.long), "groups": parts}
+        longest = max((part["input_ids"].shape[1] for part in parts), default=0)
+        input_ids = torch.zeros(len(items), longest, dtype=torch.long)
+        for part in parts:
+            input_ids[part["rows"], : part["input_ids"].shape[1]] = part["input_ids"]
+        return {"input_ids": input_ids, "groups": parts}
 
-    def _process(self, inputs: list[Any], side: str, options: dict[str, Any]) -> dict[str, Any]:
-        features = dict(self.processor.process(inputs, side, **options))
-        counts = [count_images(item) for item in inputs]
+    def _process(self, items: list[Item], side: str, options: dict[str, Any]) -> dict[str, Any]:
+        features = dict(self.processor.process(items, side, **options))
+        counts = [item.num_images for item in items]
         if any(counts):  # says which images are whose, where a cached loss cuts the batch into smaller ones
             features["num_images_per_sample"] = torch.tensor(counts)
         return features
@@ -142,18 +175,23 @@ class MetaEmbedTransformer(InputModule):
 
         Args:
             features: What [`preprocess`] returned.
-            **kwargs: `task` and `num_meta`, which `preprocess` has heeded already.
+            **kwargs: `task` and `num_meta`, which `preprocess` has applied already.
 
         Returns:
             `features` with `token_embeddings` [N, r, D] and an `attention_mask` [N, r] that keeps them all.
+
+        Raises:
+            ValueError: If, in evaluation mode, an embedding is not finite.
         """
+        device = features["input_ids"].device
         if "groups" in features:
-            device = features["input_ids"].device
             rows = torch.cat([part["rows"] for part in features["groups"]]).to(device)
             stacked = torch.cat([self._embed(part, device) for part in features["groups"]])  # [N, r, D]
             embeddings = stacked[rows.argsort()]
         else:
-            embeddings = self._embed(features, features["input_ids"].device)
+            embeddings = self._embed(features, device)
+        if not self.training:
+            check_finite(embeddings, list(range(len(embeddings))))
         features["token_embeddings"] = embeddings
         features["attention_mask"] = torch.ones(embeddings.shape[:2], dtype=torch.bool, device=embeddings.device)
         return features
@@ -167,14 +205,16 @@ class MetaEmbedTransformer(InputModule):
         return self.model(**inputs).embeddings
 
     def on_model_ready(self, model: MultiVectorEncoder) -> None:
-        """Let the encoder that this is a module of write our card."""
-        adopt_card(model)
+        """Let the encoder that this is a module of write our card, and take batches of any kind."""
+        if adopt_card is not None:
+            adopt_card(model)
+        model.is_singular_input = is_one_input
 
     def save(self, output_path: str, *args: Any, **kwargs: Any) -> None:
         """Save the model, whole, as [`MetaEmbedModel.save_pretrained`] does; but the card is the encoder's to write.
 
         The prompts of the encoder, which has saved them by now, are saved as the configuration's instructions, so
-        that the other doors apply them too.
+        that the other entry points apply them too.
 
         Raises:
             ValueError: If a prompt and the configuration's instruction disagree.
@@ -188,7 +228,7 @@ class MetaEmbedTransformer(InputModule):
             if prompt and instruction and prompt != instruction:
                 raise ValueError(
                     f"encoder.prompts[{side!r}] is {prompt!r}, but the {field} of the model's configuration, which "
-                    f"other doors apply, is {instruction!r}. Set encoder[0].model.config.{field} or the prompt."
+                    f"other entry points apply, is {instruction!r}. Set encoder[0].model.config.{field} or the prompt."
                 )
         try:
             for side, (field, instruction) in zip(SIDES, own.items(), strict=True):
@@ -243,6 +283,11 @@ class MetaEmbedTransformer(InputModule):
             raise ValueError(f'a MetaEmbed model has the backend "torch" only, got {backend!r}.')
         where = {HUB_NAMES[name]: value for name, value in kwargs.items() if name in HUB_NAMES and value is not None}
         return cls(MetaEmbedModel.from_pretrained(model_name_or_path, **where, **(model_kwargs or {})))
+
+
+def is_one_input(inputs: Any) -> bool:
+    """Whether `inputs` is no batch: then sentence-transformers passes it on, and the processor says what is wrong."""
+    return is_single(inputs) or not is_batch(inputs) or getattr(inputs, "ndim", 0) == 4
 
 
 def to_multi_vector_encoder(model: MetaEmbedModel, **kwargs: Any) -> MultiVectorEncoder:
