@@ -44,7 +44,7 @@ from .loading_metaembed import (
     name_base,
     upcast_adapter,
 )
-from .processing_metaembed import MetaEmbedProcessor
+from .processing_metaembed import MetaEmbedProcessor, default_device_cpu
 from .scoring_metaembed import maxsim
 
 logger = logging.get_logger(__name__)
@@ -515,7 +515,7 @@ class MetaEmbedModel(PreTrainedModel):
         dim = self.config.embedding_dim or self.config.hidden_size
         embeddings = torch.empty(len(items), num_meta, dim, dtype=torch.float32, device="cpu")
         device = execution_device(self)
-        with self._evaluating():
+        with self._evaluating(), default_device_cpu():
             batches = list(self._batches(items, batch_size))
             for indices in tqdm(batches, desc=f"Encoding ({side})", disable=not show_progress_bar):
                 features = self.processor.process(

@@ -9,7 +9,7 @@ import re
 import sys
 import threading
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from functools import cached_property
 from pathlib import Path
 from types import FrameType
@@ -204,7 +204,7 @@ class MetaEmbedProcessor(ProcessorMixin):
                 parts = [part for message in messages for part in message["content"]]
                 images.append([part["image"] for part in parts if part["type"] == "image"])
                 videos.append([part["video"] for part in parts if part["type"] == "video"])
-            with TOKENIZING, torch.device("cpu"):
+            with TOKENIZING, default_device_cpu():
                 features = self._call_backbone(texts, images, videos, indices, kwargs)
         self._check_meta_tokens(features["input_ids"], side, num_meta)
         if not self.config.traits.causal:
@@ -461,6 +461,11 @@ class MetaEmbedProcessor(ProcessorMixin):
         # A field that came later than the checkpoint takes its default.
         known = {*PROCESSING_FIELDS, *BackboneTraits.__annotations__}  # version 0.1 saved the traits flat
         return cls(backbone_processor, MetaEmbedConfig(**{name: saved[name] for name in saved if name in known}))
+
+
+def default_device_cpu() -> Any:
+    """Return a context in which new tensors are on the CPU, whatever `torch.set_default_device` said."""
+    return nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
 
 
 def meta_token_names(side: str, count: int) -> list[str]:
