@@ -103,11 +103,7 @@ class Item:
     text_length: int
 
     def load(self, policy: InputPolicy, stack: ExitStack) -> list[Message]:
-        """Return the messages with images as RGB pictures, and videos as file names or frames: see [`read_video`].
-
-        Raises:
-            ValueError: If an image or a video cannot be read, or the policy does not allow it.
-        """
+        """Return the messages with images as RGB pictures, and videos as file names or frames."""
         return [
             {**message, "content": [_load(part, policy, stack) for part in message["content"]]}
             for message in self.messages
@@ -148,12 +144,7 @@ def _is_file(value: Any) -> bool:
 
 
 def parse_all(inputs: Any) -> list[Item]:
-    """Return the [`Item`]s of one input or a batch of them, in order.
-
-    Raises:
-        TypeError: If one is no input (the error names it by its place), or they are no sequence.
-        ValueError: If one is malformed.
-    """
+    """Return the [`Item`]s of one input or a batch of them, in order. Errors name an input by its place."""
     if not is_single(inputs) and not is_batch(inputs):
         raise TypeError(
             f"{_unusable(inputs)}: it is no sequence of inputs in order. Expected {ACCEPTED}, or a list of these, "
@@ -283,16 +274,7 @@ def _video(source: Any) -> dict[str, Any]:
 
 
 def check_text(name: str, text: Any) -> str:
-    """Return `text` if it is a string of valid Unicode, what a tokenizer can take.
-
-    Args:
-        name: What the text is called in the error.
-        text: The text to check.
-
-    Raises:
-        TypeError: If `text` is not a string.
-        ValueError: If it holds a lone surrogate, half a character.
-    """
+    """Return `text`, which the error calls `name`, if it is a string of valid Unicode: what a tokenizer can take."""
     if not isinstance(text, str):
         raise TypeError(f"{name} must be a string, got {shorten(text)} of type {type(text).__name__}.")
     try:
@@ -328,20 +310,13 @@ def _unusable(value: Any) -> str:
 
 
 def read_video(source: Any, policy: InputPolicy, stack: ExitStack) -> str | np.ndarray:
-    """Return a video as what transformers' video processors take.
+    """Return a video as what transformers' video processors take: a path, or frames [T, height, width, 3] of `uint8`.
 
     Args:
-        source: A path or URL, which the backbone's video processor will read and sample frames from, as it is set up
-            to; or frames, all of which are used: an array or tensor [frames, height, width, 3] (or [frames, 3, height,
-            width]), or a list of images.
+        source: A path or URL, whose frames the backbone's video processor samples; or frames, all of which are used:
+            an array or tensor [frames, height, width, 3] or [frames, 3, height, width], or a list of images.
         policy: What may be read and fetched.
         stack: Deletes the file that a URL was fetched into.
-
-    Returns:
-        The path, or the frames [T, height, width, 3] of `uint8`, RGB.
-
-    Raises:
-        ValueError: If it cannot be read, there are no frames, or they differ in size.
     """
     if isinstance(source, (str, Path)):
         try:

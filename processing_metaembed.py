@@ -33,18 +33,9 @@ PROCESSOR_FILE = "processor_config.json"
 RENDER_SECONDS = 10.0  # for one chat template on one input
 
 # What processing needs to know of a configuration, saved beside the processor so that it stands on its own.
-PROCESSING_FIELDS = (
-    "num_query_tokens",
-    "num_document_tokens",
-    "traits",
-    "document_sees_query_tokens",
-    "query_token_ids",
-    "document_token_ids",
-    "query_num_meta",
-    "document_num_meta",
-    "query_instruction",
-    "document_instruction",
-)
+PROCESSING_FIELDS = ["traits", "document_sees_query_tokens"]
+for _field in ("num_{}_tokens", "{}_token_ids", "{}_num_meta", "{}_instruction"):
+    PROCESSING_FIELDS += [_field.format(side) for side in SIDES]
 
 # A call of a tokenizer sets its padding and truncation, which calls of other threads would use.
 TOKENIZING = threading.RLock()
@@ -216,12 +207,7 @@ class MetaEmbedProcessor(ProcessorMixin):
         return parse_all(inputs)
 
     def resolve_num_meta(self, side: str, num_meta: int | None) -> int:
-        """Return the number of vectors of a call: what was asked, else the configuration's default, else all.
-
-        Raises:
-            TypeError: If `num_meta` is not a whole number.
-            ValueError: If it is outside 1..R.
-        """
+        """Return the number of vectors of a call, 1..R: what was asked, else the configuration's default, else all."""
         if num_meta is None:
             num_meta = self.config.num_meta(side)
         size = self.config.num_tokens(side)
@@ -270,10 +256,9 @@ class MetaEmbedProcessor(ProcessorMixin):
         return (re.compile("|".join(map(re.escape, strings))) if strings else None), ids
 
     def escape(self, text: str) -> str:
-        """Break every special token in a user's text, so that it stays text: see [`escape`].
+        """Break every special token in a user's text, so that it stays text.
 
-        What becomes one only by the tokenizer's own normalization (fullwidth or uppercase letters) is found by
-        tokenizing the text.
+        Also those that only the tokenizer's normalization would make (of fullwidth or uppercase letters).
 
         Raises:
             ValueError: If the tokenizer makes special tokens of the text however it is broken.
@@ -397,13 +382,7 @@ class MetaEmbedProcessor(ProcessorMixin):
     # -- Saving and loading --------------------------------------------------------------------------------------
 
     def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> list[str]:
-        """Save the backbone's processor whole, and beside it what turns it into this one; return that file.
-
-        Args:
-            save_directory: Folder to write to.
-            push_to_hub: Whether to push the folder to the Hub too.
-            **kwargs: Passed on to `push_to_hub`.
-        """
+        """Save the backbone's processor whole, and what turns it into this one, in the file whose name is returned."""
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         self.backbone_processor.save_pretrained(folder)
@@ -424,11 +403,7 @@ class MetaEmbedProcessor(ProcessorMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> MetaEmbedProcessor:
-        """Load a processor that [`save_pretrained`] wrote.
-
-        Args:
-            pretrained_model_name_or_path: Hub id or folder.
-            **kwargs: Where to load from (`revision`, `cache_dir`, `token`, `local_files_only`, `trust_remote_code`).
+        """Load a processor that [`save_pretrained`] wrote; `kwargs` say where from (`revision`, `token`, ...).
 
         Raises:
             ValueError: If there is no MetaEmbed processor there, or it names something else as the backbone's.
@@ -484,11 +459,7 @@ def tokenizer_of(processor: Any) -> PreTrainedTokenizerBase:
 
 
 def escape(text: str, special_token: re.Pattern | None) -> str:
-    """Break every special token that stands literally in a user's text, so that it stays text.
-
-    A space goes after the token's first letter: `<|image_pad|>` becomes `< |image_pad|>`. Otherwise a text that
-    quotes a Meta Token or an image placeholder would change the structure of the sequence.
-    """
+    """Break every special token that stands literally in a text: `<|image_pad|>` becomes `< |image_pad|>`."""
     while special_token and special_token.search(text):
         text = special_token.sub(lambda match: break_token(match[0]), text)
     return text
@@ -500,16 +471,7 @@ def break_token(token: str) -> str:
 
 
 def cut_text(messages: list[Message], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Message]:
-    """Cut the text of one input to its first `max_length` tokens, counted over all its parts.
-
-    Args:
-        messages: The messages of one input. Not changed.
-        tokenizer: Counts the tokens.
-        max_length: Number of tokens of text to keep.
-
-    Returns:
-        The messages with the same images and videos and, where the text was longer, less text.
-    """
+    """Return the messages of one input with the first `max_length` tokens of text, counted over all its parts."""
     cut = []
     for message in messages:
         content = []
@@ -537,17 +499,10 @@ def _first_tokens(text: str, tokenizer: PreTrainedTokenizerBase, count: int) -> 
 
 
 def render(processor: Any, messages: list[Message]) -> str:
-    """Render messages to the backbone's prompt, through its chat template where it has one.
-
-    Args:
-        processor: The backbone's processor or tokenizer.
-        messages: Messages whose content is a list of parts. Images and videos become the backbone's placeholders.
-
-    Returns:
-        The prompt.
+    """Return the backbone's prompt of messages, through its chat template where it has one.
 
     Raises:
-        ValueError: If the chat template leaves out what the messages say.
+        ValueError: If the chat template leaves out what the messages say, or does not end.
     """
     owner = processor if getattr(processor, "chat_template", None) else tokenizer_of(processor)
     as_strings = [{**message, "content": _plain(processor, message)} for message in messages]

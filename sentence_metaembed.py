@@ -30,12 +30,8 @@ except ImportError:  # without the package, the card that is there is kept
 if TYPE_CHECKING:
     from .processing_metaembed import MetaEmbedProcessor
 
-HUB_NAMES = {  # sentence-transformers' names of where to load from, and transformers'
-    "token": "token",
-    "cache_folder": "cache_dir",
-    "revision": "revision",
-    "local_files_only": "local_files_only",
-}
+# sentence-transformers' names of where to load from, and transformers'
+HUB_NAMES = dict(token="token", cache_folder="cache_dir", revision="revision", local_files_only="local_files_only")
 
 
 class MetaEmbedTransformer(InputModule):
@@ -64,7 +60,7 @@ class MetaEmbedTransformer(InputModule):
 
     @property
     def policy(self) -> InputPolicy:
-        """What may be read and fetched for an input: see [`InputPolicy`]. Not saved."""
+        """What may be read and fetched for an input. Not saved."""
         return self.processor.policy
 
     @policy.setter
@@ -120,12 +116,11 @@ class MetaEmbedTransformer(InputModule):
         processing_kwargs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """Turn inputs into model inputs.
+        """Turn inputs, whatever [`MetaEmbedModel.encode_queries`] takes, into model inputs.
 
         Args:
-            inputs: Queries or documents: whatever [`MetaEmbedModel.encode_queries`] takes.
-            prompt: Instruction put before each input. None or "" (what sentence-transformers sends where there is no
-                prompt): the configuration's default.
+            inputs: Queries or documents.
+            prompt: Instruction put before each input. None or "" (no prompt): the configuration's default.
             task: "query" or "document". None means "document".
             num_meta: Number of vectors of each. None: the persistent default, else all.
             policy: What may be read and fetched. None: `policy` of this module.
@@ -133,20 +128,15 @@ class MetaEmbedTransformer(InputModule):
             **kwargs: What sentence-transformers sends along for modules of other kinds.
 
         Returns:
-            The model inputs. Where inputs with different numbers of images may not share a batch, several of them as
-            `groups`, each with the `rows` it fills.
+            The model inputs; in `groups`, each with its `rows`, where inputs may not share a batch.
 
         Raises:
             TypeError: If `processing_kwargs` has what is an argument of its own.
         """
         side = "query" if task == "query" else "document"
         options = {"num_meta": num_meta, "instruction": prompt or None, "policy": policy}
-        own = {"num_meta": "num_meta", "instruction": "prompt", "policy": "policy", "side": "task"}
-        for name in processing_kwargs or {}:
-            if name in own:
-                raise TypeError(
-                    f"{name} is no option of the processor: pass it as {own[name]}=, outside processing_kwargs."
-                )
+        if own := options.keys() & (processing_kwargs or {}).keys():
+            raise TypeError(f"{min(own)} is no option of the processor: pass it outside processing_kwargs.")
         options.update(processing_kwargs or {})
         items = self.processor.parse(inputs)
         groups = self.processor.group(items)
@@ -171,11 +161,7 @@ class MetaEmbedTransformer(InputModule):
         return features
 
     def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
-        """Embed model inputs.
-
-        Args:
-            features: What [`preprocess`] returned.
-            **kwargs: `task` and `num_meta`, which `preprocess` has applied already.
+        """Embed what [`preprocess`] returned.
 
         Returns:
             `features` with `token_embeddings` [N, r, D] and an `attention_mask` [N, r] that keeps them all.
@@ -184,12 +170,10 @@ class MetaEmbedTransformer(InputModule):
             ValueError: If, in evaluation mode, an embedding is not finite.
         """
         device = features["input_ids"].device
+        parts = features.get("groups", [features])
+        embeddings = torch.cat([self._embed(part, device) for part in parts])  # [N, r, D]
         if "groups" in features:
-            rows = torch.cat([part["rows"] for part in features["groups"]]).to(device)
-            stacked = torch.cat([self._embed(part, device) for part in features["groups"]])  # [N, r, D]
-            embeddings = stacked[rows.argsort()]
-        else:
-            embeddings = self._embed(features, device)
+            embeddings = embeddings[torch.cat([part["rows"] for part in parts]).to(device).argsort()]
         if not self.training:
             check_finite(embeddings, list(range(len(embeddings))))
         features["token_embeddings"] = embeddings
@@ -250,23 +234,10 @@ class MetaEmbedTransformer(InputModule):
         backend: str = "torch",
         **kwargs: Any,
     ) -> MetaEmbedTransformer:
-        """Load the module of a saved model.
-
-        Args:
-            model_name_or_path: Hub id or folder.
-            subfolder: Unused: the module stands in the root.
-            trust_remote_code: Unused: this code runs already.
-            model_kwargs: For [`MetaEmbedModel.from_pretrained`] (`dtype`, `attn_implementation`, ...).
-            processor_kwargs: Not taken: `processing_kwargs` of a call is checked to have an effect.
-            config_kwargs: Not taken: what may be changed is changed after loading.
-            backend: "torch".
-            **kwargs: Where to load from.
-
-        Returns:
-            The module.
+        """Load the module of a saved model, with `model_kwargs` for [`MetaEmbedModel.from_pretrained`].
 
         Raises:
-            ValueError: If an option is given that is not taken.
+            ValueError: If an option is given that has no effect.
         """
         if processor_kwargs:
             raise ValueError(
@@ -275,9 +246,8 @@ class MetaEmbedTransformer(InputModule):
             )
         if config_kwargs:
             raise ValueError(
-                f"a MetaEmbed model takes no config_kwargs, got {config_kwargs}. Set encoder[0].query_num_meta and "
-                "document_num_meta, or the fields of encoder[0].model.config, after loading; dtype and "
-                "attn_implementation are model_kwargs."
+                f"a MetaEmbed model takes no config_kwargs, got {config_kwargs}. Set encoder[0].query_num_meta or the "
+                "fields of encoder[0].model.config after loading; dtype and attn_implementation are model_kwargs."
             )
         if backend != "torch":
             raise ValueError(f'a MetaEmbed model has the backend "torch" only, got {backend!r}.')
@@ -291,21 +261,17 @@ def is_one_input(inputs: Any) -> bool:
 
 
 def to_multi_vector_encoder(model: MetaEmbedModel, **kwargs: Any) -> MultiVectorEncoder:
-    """Return `model` as a `MultiVectorEncoder`, to train, evaluate or save with sentence-transformers.
+    """Return `model`, shared and not copied, as a `MultiVectorEncoder`, to train, evaluate or save.
 
     The module's class is loaded from its file as transformers loads a Hub repository's: sentence-transformers then
     saves the file along, and what it saves needs this package no more than what the model saves itself.
 
     Args:
-        model: The model, with its processor. Shared, not copied.
+        model: The model, with its processor.
         **kwargs: For `MultiVectorEncoder` (`device`, `prompts`, `model_card_data`, ...).
-
-    Returns:
-        The encoder.
 
     Example:
         >>> encoder = to_multi_vector_encoder(MetaEmbedModel.from_backbone("Qwen/Qwen2.5-VL-3B-Instruct"))
-        >>> trainer = MultiVectorEncoderTrainer(model=encoder, train_dataset=dataset, loss=MMRLoss(encoder))
     """
     reference = f"{Path(__file__).stem}.{MetaEmbedTransformer.__name__}"
     module_class = get_class_from_dynamic_module(reference, str(Path(__file__).parent))

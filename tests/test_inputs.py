@@ -13,7 +13,7 @@ import torch
 from PIL import Image, features
 
 from metaembed import inputs_metaembed
-from metaembed.inputs_metaembed import InputPolicy, is_public, is_single, parse, parse_all, read_image, read_video
+from metaembed.inputs_metaembed import InputPolicy, is_single, parse, parse_all, read_image
 
 HERE = InputPolicy(private_addresses=True)  # pictures are served from this machine
 
