@@ -9,6 +9,10 @@ from __future__ import annotations
 import inspect
 import shutil
 import tempfile
+import threading
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +26,7 @@ from transformers import AutoModel, PreTrainedModel
 from transformers.utils import ModelOutput, logging
 
 from .configuration_metaembed import MetaEmbedConfig, check_count
-from .inputs_metaembed import as_batch, count_images, is_single, text_length
+from .inputs_metaembed import InputPolicy, Item, is_single
 from .loading_metaembed import (
     HUB_ARGUMENTS,
     check_adapter_whole,
@@ -41,10 +45,14 @@ from .loading_metaembed import (
     upcast_adapter,
     write_repository_files,
 )
-from .processing_metaembed import PROCESSOR_FILE, MetaEmbedProcessor
+from .processing_metaembed import PROCESSOR_FILE, MetaEmbedProcessor, default_device_cpu
 from .scoring_metaembed import maxsim
 
 logger = logging.get_logger(__name__)
+
+# How many threads encode with a model now, and the mode that each of its parts goes back to when the last one ends.
+_ENCODING: weakref.WeakKeyDictionary[nn.Module, tuple[int, dict[nn.Module, bool]]] = weakref.WeakKeyDictionary()
+_MODES = threading.Lock()
 
 
 @dataclass
@@ -244,6 +252,15 @@ class MetaEmbedModel(PreTrainedModel):
         processor.config = self.config  # one truth: a default set on the model's configuration holds for both
         self._processor = processor
 
+    @property
+    def policy(self) -> InputPolicy:
+        """What may be read and fetched for an input: see [`InputPolicy`]. Not saved."""
+        return self.processor.policy
+
+    @policy.setter
+    def policy(self, policy: InputPolicy) -> None:
+        self.processor.policy = policy
+
     def save_pretrained(self, save_directory: str | Path, *, model_card: bool = True, **kwargs: Any) -> None:
         """Save a folder that is a complete Hub repository, loadable without this package.
 
@@ -439,7 +456,8 @@ class MetaEmbedModel(PreTrainedModel):
             show_progress_bar: Whether to show one. None: if transformers' log level is INFO or lower.
             convert_to_numpy: Return a numpy array instead of a tensor.
             **kwargs: `max_length`, to keep only so many tokens of each input's own text, from its start (None: nothing
-                is cut); and options of the backbone's processor, for this call only (`max_pixels`, ...).
+                is cut); `policy`, an [`InputPolicy`] for this call; and options of the backbone's processor, for this
+                call only (`max_pixels`, ...).
 
         Returns:
             Unit vectors [N, r, D], float32, on the CPU, in the order of the inputs; [r, D] for one input; [0, r, D]
@@ -447,7 +465,10 @@ class MetaEmbedModel(PreTrainedModel):
 
         Raises:
             TypeError: If an input or `num_meta` is of the wrong type.
-            ValueError: If an input cannot be read (the error names it by its place) or a number is out of range.
+            ValueError: If an input cannot be read or its embedding is not finite (the error names it by its place), or
+                a number is out of range.
+
+        Several threads may encode at once. Until the last one ends, the whole model is in evaluation mode.
 
         Example:
             >>> model.encode_queries("a red apple", num_meta=4).shape
@@ -490,36 +511,75 @@ class MetaEmbedModel(PreTrainedModel):
         if show_progress_bar is None:
             show_progress_bar = logger.getEffectiveLevel() <= logging.INFO
         num_meta = self.processor.resolve_num_meta(side, num_meta)
-        single = is_single(inputs)
-        items = [inputs] if single else as_batch(inputs)
-        embeddings = torch.empty(len(items), num_meta, self.config.embedding_dim or self.config.hidden_size)
-        modes = {module: module.training for module in self.modules()}
-        self.eval()
-        try:
+        items = self.processor.parse(inputs)
+        dim = self.config.embedding_dim or self.config.hidden_size
+        embeddings = torch.empty(len(items), num_meta, dim, dtype=torch.float32, device="cpu")
+        device = execution_device(self)
+        with self._evaluating(), default_device_cpu():
             batches = list(self._batches(items, batch_size))
             for indices in tqdm(batches, desc=f"Encoding ({side})", disable=not show_progress_bar):
-                batch = [items[i] for i in indices]
                 features = self.processor.process(
-                    batch, side, num_meta, instruction=instruction, indices=indices, **kwargs
+                    [items[i] for i in indices], side, num_meta, instruction=instruction, indices=indices, **kwargs
                 )
-                output = self(**features.to(self.device)).embeddings  # [batch, r, D]
-                embeddings[indices] = output.to("cpu", torch.float32)
-        finally:
-            for module, mode in modes.items():  # parents first: a frozen tower in evaluation mode stays so
-                if module.training != mode:
-                    module.train(mode)
-        embeddings = embeddings[0] if single else embeddings
+                output = self(**features.to(device)).embeddings  # [batch, r, D]
+                embeddings[indices] = check_finite(output.to("cpu", torch.float32), indices)
+        embeddings = embeddings[0] if is_single(inputs) else embeddings
         return embeddings.numpy() if convert_to_numpy else embeddings
 
-    def _batches(self, items: list[Any], batch_size: int):
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """Put the model in evaluation mode until the last thread that encodes has ended."""
+        with _MODES:
+            count, modes = _ENCODING.get(self) or (0, {module: module.training for module in self.modules()})
+            _ENCODING[self] = (count + 1, modes)
+            if not count:
+                self.eval()
+        try:
+            yield
+        finally:
+            with _MODES:
+                count, modes = _ENCODING.pop(self)
+                if count > 1:
+                    _ENCODING[self] = (count - 1, modes)
+                else:
+                    for module, mode in modes.items():  # parents first: a frozen tower in evaluation mode stays so
+                        if module.training != mode:
+                            module.train(mode)
+
+    def _batches(self, items: list[Item], batch_size: int) -> Iterator[list[int]]:
         """Yield index lists: longest first within each number of images, so that a batch pads little."""
-        order = sorted(range(len(items)), key=lambda i: (count_images(items[i]), text_length(items[i])), reverse=True)
+        order = sorted(range(len(items)), key=lambda i: (items[i].num_images, items[i].text_length), reverse=True)
         for start in range(0, len(order), batch_size):
             chunk = order[start : start + batch_size]
             for group in self.processor.group([items[i] for i in chunk]):
                 yield [chunk[i] for i in group]
 
     score = staticmethod(maxsim)
+
+
+def check_finite(embeddings: Tensor, indices: list[int]) -> Tensor:
+    """Return embeddings [N, r, D] of inputs `indices`.
+
+    Raises:
+        ValueError: If one holds NaN or infinity.
+    """
+    for index, whole in zip(indices, embeddings.isfinite().flatten(1).all(dim=1).tolist(), strict=True):
+        if not whole:
+            raise ValueError(
+                f"input {index}: its embedding is not finite. Look for NaN in the weights, and in image_mean and "
+                "image_std of the processor; float16 overflows in many backbones, where bfloat16 does not."
+            )
+    return embeddings
+
+
+def execution_device(model: nn.Module) -> torch.device:
+    """Return the device that takes the inputs: with offloading by accelerate, that of its first hook."""
+    for module in model.modules():
+        hook = getattr(module, "_hf_hook", None)
+        for each in getattr(hook, "hooks", [hook]):
+            if (device := getattr(each, "execution_device", None)) is not None:
+                return torch.device(device)
+    return model.device
 
 
 def check_meta_tokens(is_meta: Tensor, num_meta: int | None) -> int:

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
 import re
+import sys
+import threading
+import time
+from contextlib import ExitStack, nullcontext
 from functools import cached_property
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -19,24 +26,23 @@ from transformers.dynamic_module_utils import (
 )
 from transformers.processing_utils import ProcessingKwargs, TextKwargs
 
-from .configuration_metaembed import BackboneTraits, MetaEmbedConfig, check_count
-from .inputs_metaembed import Message, as_batch, check_text, count_images, has_video, is_single, shorten, to_messages
+from .configuration_metaembed import SIDES, BackboneTraits, MetaEmbedConfig, check_count
+from .inputs_metaembed import DEFAULT_POLICY, InputPolicy, Item, Message, check_text, naming, parse_all, shorten
 
 PROCESSOR_FILE = "processor_config.json"
+RENDER_SECONDS = 10.0  # for one chat template on one input
 
 # What processing needs to know of a configuration, saved beside the processor so that it stands on its own.
-PROCESSING_FIELDS = (
-    "num_query_tokens",
-    "num_document_tokens",
-    "traits",
-    "document_sees_query_tokens",
-    "query_token_ids",
-    "document_token_ids",
-    "query_num_meta",
-    "document_num_meta",
-    "query_instruction",
-    "document_instruction",
-)
+PROCESSING_FIELDS = ["traits", "document_sees_query_tokens"]
+for _field in ("num_{}_tokens", "{}_token_ids", "{}_num_meta", "{}_instruction"):
+    PROCESSING_FIELDS += [_field.format(side) for side in SIDES]
+
+# A call of a tokenizer sets its padding and truncation, which calls of other threads would use.
+TOKENIZING = threading.RLock()
+if hasattr(os, "register_at_fork"):  # a forked worker must not find it held by a thread that it does not have
+    os.register_at_fork(
+        before=TOKENIZING.acquire, after_in_parent=TOKENIZING.release, after_in_child=TOKENIZING.release
+    )
 
 
 class MetaEmbedProcessor(ProcessorMixin):
@@ -48,6 +54,10 @@ class MetaEmbedProcessor(ProcessorMixin):
     Args:
         backbone_processor: The backbone's processor (or tokenizer), whose tokenizer holds the Meta Tokens.
         config: The configuration of the model. Only the fields that processing needs are saved with the processor.
+        policy: What may be read and fetched for an input. Not saved.
+
+    Raises:
+        ValueError: If the tokenizer and the configuration disagree about the Meta Tokens.
 
     Example:
         >>> inputs = processor.process_queries(["a red apple"], num_meta=4)
@@ -57,9 +67,18 @@ class MetaEmbedProcessor(ProcessorMixin):
 
     _auto_class = "AutoProcessor"
 
-    def __init__(self, backbone_processor: Any, config: MetaEmbedConfig):
+    def __init__(self, backbone_processor: Any, config: MetaEmbedConfig, policy: InputPolicy = DEFAULT_POLICY):
         self.backbone_processor = backbone_processor
         self.config = config
+        self.policy = policy
+        for side in SIDES:
+            ids = config.token_ids(side)
+            names = meta_token_names(side, config.num_tokens(side))
+            if ids is not None and (found := self.tokenizer.convert_tokens_to_ids(names)) != list(ids):
+                raise ValueError(
+                    f"the tokenizer gives the {side} Meta Tokens the ids {shorten(found)}, but the configuration says "
+                    f"{shorten(ids)}. The checkpoint is damaged, or its files are of different models."
+                )
 
     # -- What the backbone's processor is ------------------------------------------------------------------------
 
@@ -83,6 +102,10 @@ class MetaEmbedProcessor(ProcessorMixin):
         """The backbone's chat template, or None."""
         return getattr(self.backbone_processor, "chat_template", None) or self.tokenizer.chat_template
 
+    @chat_template.setter
+    def chat_template(self, template: str | dict | None) -> None:
+        self.backbone_processor.chat_template = self.tokenizer.chat_template = template
+
     @property
     def model_input_names(self) -> list[str]:
         """Names of what the backbone's processor returns."""
@@ -98,25 +121,11 @@ class MetaEmbedProcessor(ProcessorMixin):
     # -- From inputs to tensors ----------------------------------------------------------------------------------
 
     def process_queries(self, inputs: Any, num_meta: int | None = None, **kwargs: Any) -> BatchFeature:
-        """Turn queries into model inputs that end in query Meta Tokens.
-
-        Args:
-            inputs: One query or a list of them: see [`to_messages`] for what a query may be.
-            num_meta: r, the number of vectors wanted, 1..R_q. None: the configuration's default, else all.
-            **kwargs: See [`process`].
-
-        Returns:
-            What the backbone's processor returns, padded on the right: `input_ids` and `attention_mask` [N, L] and,
-            for images, `pixel_values` and its companions.
-
-        Raises:
-            TypeError: If an input or `num_meta` is of the wrong type.
-            ValueError: If there are no inputs, an input cannot be read, or `num_meta` is out of range.
-        """
+        """Turn queries into model inputs that end in query Meta Tokens: see [`process`]."""
         return self.process(inputs, "query", num_meta, **kwargs)
 
     def process_documents(self, inputs: Any, num_meta: int | None = None, **kwargs: Any) -> BatchFeature:
-        """Turn documents into model inputs that end in document Meta Tokens: see [`process_queries`]."""
+        """Turn documents into model inputs that end in document Meta Tokens: see [`process`]."""
         return self.process(inputs, "document", num_meta, **kwargs)
 
     def process(
@@ -127,24 +136,27 @@ class MetaEmbedProcessor(ProcessorMixin):
         *,
         instruction: str | None = None,
         max_length: int | None = None,
+        policy: InputPolicy | None = None,
         indices: list[int] | None = None,
         **kwargs: Any,
     ) -> BatchFeature:
-        """Turn queries or documents into model inputs that end in Meta Tokens.
+        """Turn queries or documents into model inputs that end in Meta Tokens. Several threads may call it.
 
         Args:
-            inputs: One input or a list of them.
+            inputs: One input or a list of them: see [`parse`] for what an input may be. Or what [`parse`] returned.
             side: "query" or "document".
-            num_meta: r, the number of vectors wanted. None: the configuration's default, else all.
+            num_meta: r, the number of vectors wanted, 1..R. None: the configuration's default, else all.
             instruction: Text put before the input, on a line of its own. None: the configuration's default; "": none.
             max_length: Keep only so many tokens of each input's own text, from its start. Neither the instruction, nor
                 images, nor the Meta Tokens count, and none of them is ever cut. None: nothing is cut.
+            policy: What may be read and fetched. None: the processor's own `policy`.
             indices: Number of each input in an error about it. None: 0, 1, ...
             **kwargs: Passed on to the backbone's processor, for this call only (`max_pixels`, `padding_side`, ...).
 
         Returns:
-            The model inputs. Where the backbone is not causal, all Meta Tokens are appended and `num_meta` is among
-            the inputs, for the model to slice by.
+            What the backbone's processor returns, padded on the right: `input_ids` and `attention_mask` [N, L] and,
+            for images, `pixel_values` and its companions. Where the backbone is not causal, all Meta Tokens are
+            appended and `num_meta` is among the inputs, for the model to slice by.
 
         Raises:
             TypeError: If an input or `num_meta` is of the wrong type, or the backbone's processor knows no such
@@ -152,7 +164,7 @@ class MetaEmbedProcessor(ProcessorMixin):
             ValueError: If there are no inputs, an input cannot be read, a number is out of range, the backbone does
                 not take such inputs, or these inputs may not share a batch (see [`group`]).
         """
-        items = [inputs] if is_single(inputs) else as_batch(inputs)
+        items = parse_all(inputs)
         if not items:
             raise ValueError("there is nothing to process: the list of inputs is empty.")
         num_meta = self.resolve_num_meta(side, num_meta)
@@ -164,46 +176,44 @@ class MetaEmbedProcessor(ProcessorMixin):
                 f"this backbone cannot take these inputs in one batch without changing their embeddings. Process "
                 f"them by groups, {groups} as processor.group says, or use model.encode_queries and encode_documents."
             )
-        if instruction is None:
-            instruction = getattr(self.config, f"{side}_instruction")
+        instruction = getattr(self.config, f"{side}_instruction") if instruction is None else instruction
         if instruction is not None:
             check_text("instruction", instruction)
         suffix = "".join(self._appended_tokens(side, num_meta))
         texts: list[str] = []
-        media: dict[str, list[list]] = {"image": [], "video": []}  # a list for each input
+        images: list[list] = []  # a list for each input
+        videos: list[list] = []
         indices = indices or list(range(len(items)))
-        for index, item in zip(indices, items, strict=True):
-            try:
-                messages = to_messages(item)
-                self._check_media(messages)
-            except (TypeError, ValueError) as error:
-                error_type = TypeError if isinstance(error, TypeError) else ValueError
-                raise error_type(f"input {index}: {error}") from error
-            if max_length is not None:
-                messages = cut_text(messages, self.tokenizer, max_length)
-            texts.append(render(self.backbone_processor, self._escaped(messages, instruction)) + suffix)
-            parts = [part for message in messages for part in message["content"]]
-            for kind, lists in media.items():
-                lists.append([part[kind] for part in parts if part["type"] == kind])
-        features = self._call_backbone(texts, media["image"], media["video"], indices, kwargs)
+        with ExitStack() as stack:  # deletes the files of fetched videos
+            for index, item in zip(indices, items, strict=True):
+                with naming(index):
+                    self._check_media(item)
+                    messages = item.load(self.policy if policy is None else policy, stack)
+                    if max_length is not None:
+                        messages = cut_text(messages, self.tokenizer, max_length)
+                    texts.append(render(self.backbone_processor, self._escaped(messages, instruction)) + suffix)
+                parts = [part for message in messages for part in message["content"]]
+                images.append([part["image"] for part in parts if part["type"] == "image"])
+                videos.append([part["video"] for part in parts if part["type"] == "video"])
+            with TOKENIZING, default_device_cpu():
+                features = self._call_backbone(texts, images, videos, indices, kwargs)
         self._check_meta_tokens(features["input_ids"], side, num_meta)
         if not self.config.traits.causal:
             features["num_meta"] = num_meta
         return features
 
-    def resolve_num_meta(self, side: str, num_meta: int | None) -> int:
-        """Return the number of vectors of a call: what was asked, else the configuration's default, else all.
+    def parse(self, inputs: Any) -> list[Item]:
+        """Return one input, or a batch of them, as a list of items that [`process`] takes: see [`Item`]."""
+        return parse_all(inputs)
 
-        Raises:
-            TypeError: If `num_meta` is not a whole number.
-            ValueError: If it is outside 1..R.
-        """
+    def resolve_num_meta(self, side: str, num_meta: int | None) -> int:
+        """Return the number of vectors of a call, 1..R: what was asked, else the configuration's default, else all."""
         if num_meta is None:
             num_meta = self.config.num_meta(side)
         size = self.config.num_tokens(side)
         return size if num_meta is None else check_count(f"num_meta of a {side}", num_meta, size)
 
-    def group(self, inputs: list[Any]) -> list[list[int]]:
+    def group(self, inputs: Any) -> list[list[int]]:
         """Split a batch into lists of indices of inputs that may be processed together.
 
         One list, except where the backbone would let inputs with different numbers of images change each other (or
@@ -212,9 +222,9 @@ class MetaEmbedProcessor(ProcessorMixin):
         would force all videos to one length.
         """
         groups: dict[Any, list[int]] = {}
-        for index, item in enumerate(inputs):
-            images = 0 if self.config.traits.mixes_images else count_images(item)
-            alone = has_video(item) or (images and not self.config.traits.batches_images)
+        for index, item in enumerate(parse_all(inputs)):
+            images = 0 if self.config.traits.mixes_images else item.num_images
+            alone = item.has_video or (images and not self.config.traits.batches_images)
             groups.setdefault(("alone", index) if alone else images, []).append(index)
         return list(groups.values())
 
@@ -225,44 +235,68 @@ class MetaEmbedProcessor(ProcessorMixin):
             tokens = meta_token_names("query", self.config.num_query_tokens) + tokens
         return tokens
 
-    def escape(self, text: str) -> str:
-        """Break every special token that stands literally in a user's text: see [`escape`]."""
-        return escape(text, self._special_token)
+    def _check_media(self, item: Item) -> None:
+        for kind, held in (("image", item.num_images), ("video", item.has_video)):
+            if held and getattr(self, f"{kind}_processor") is None:
+                raise ValueError(f"this backbone takes no {kind}s ({type(self.backbone_processor).__name__}).")
+
+    # -- Text of users that looks like structure -----------------------------------------------------------------
 
     @cached_property
-    def _special_token(self) -> Any:
-        return special_token_pattern(self.backbone_processor)
+    def _special(self) -> tuple[re.Pattern | None, set[int]]:
+        """What matches any string that means structure and not text, and the ids of these strings."""
+        tokenizer = self.tokenizer
+        tokens = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+        tokens.update(tokenizer.all_special_tokens)
+        # Placeholders that a processor searches for as strings; not all of them are in the vocabulary.
+        places = (value for name, value in vars(self.backbone_processor).items() if name.endswith("_token"))
+        tokens.update(place for place in places if isinstance(place, (str, AddedToken)))
+        strings = sorted((token for token in map(str, tokens) if len(token.strip()) > 1), key=len, reverse=True)
+        ids = set(tokenizer.convert_tokens_to_ids(strings)) - {tokenizer.unk_token_id, None}
+        return (re.compile("|".join(map(re.escape, strings))) if strings else None), ids
+
+    def escape(self, text: str) -> str:
+        """Break every special token in a user's text, so that it stays text.
+
+        Also those that only the tokenizer's normalization would make (of fullwidth or uppercase letters).
+
+        Raises:
+            ValueError: If the tokenizer makes special tokens of the text however it is broken.
+        """
+        pattern, special = self._special
+        text = escape(text, pattern)
+        for _ in range(10 if self.tokenizer.is_fast else 0):
+            with TOKENIZING:
+                tokens = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+            places = zip(tokens["input_ids"], tokens["offset_mapping"], strict=True)
+            if not (found := [place for token, place in places if token in special]):
+                return text
+            for start, end in reversed(found):
+                text = text[:start] + break_token(text[start:end]) + text[end:]
+        if self.tokenizer.is_fast:
+            raise ValueError(f"the tokenizer makes special tokens of the text {shorten(text)}. Take them out of it.")
+        return text
 
     def _escaped(self, messages: list[Message], instruction: str | None) -> list[Message]:
-        """Return the messages as the chat template takes them: text escaped, pictures as mere places."""
-        skeleton = [
-            {
-                "role": message["role"],
-                "content": [part if part["type"] == "text" else {"type": part["type"]} for part in message["content"]],
-            }
-            for message in messages
-        ]
-        if instruction:
-            first = next((message for message in skeleton if message["role"] == "user"), skeleton[0])
-            first["content"].insert(0, {"type": "text", "text": instruction + "\n"})
-        for message in skeleton:
-            message["content"] = [
-                {"type": "text", "text": self.escape(part["text"])} if part["type"] == "text" else part
-                for part in join_texts(message["content"])
-            ]
+        """Return the messages as the chat template takes them: text escaped and joined, pictures as mere places."""
+        user = next((message for message in messages if message["role"] == "user"), messages[0])
+        skeleton = []
+        for message in messages:
+            content: list[dict[str, Any]] = []
+            before = [{"type": "text", "text": instruction + "\n"}] if instruction and message is user else []
+            for kind, parts in itertools.groupby([*before, *message["content"]], key=lambda part: part["type"]):
+                if kind == "text":  # neighbours as one text, in which no token can hide by being split
+                    content.append({"type": "text", "text": self.escape("".join(part["text"] for part in parts))})
+                else:
+                    content += [{"type": kind} for _ in parts]
+            skeleton.append({"role": message["role"], "content": content})
         return skeleton
 
-    def _check_media(self, messages: list[Message]) -> None:
-        for message in messages:
-            for part in message["content"]:
-                if part["type"] != "text" and getattr(self, f"{part['type']}_processor") is None:
-                    raise ValueError(
-                        f"this backbone takes no {part['type']}s ({type(self.backbone_processor).__name__})."
-                    )
+    # -- Through the backbone's processor ------------------------------------------------------------------------
 
     @cached_property
     def _keywords(self) -> set[str]:
-        """Every keyword that some part of the backbone's processor heeds."""
+        """Every keyword that some part of the backbone's processor uses."""
         inner = self.backbone_processor
         if isinstance(inner, PreTrainedTokenizerBase):
             return set(TextKwargs.__annotations__)
@@ -273,7 +307,7 @@ class MetaEmbedProcessor(ProcessorMixin):
         return names
 
     def _check_keywords(self, kwargs: dict[str, Any]) -> None:
-        """A keyword that nobody heeds must not pass in silence: transformers only warns, and once."""
+        """Raise for a keyword that has no effect: transformers only warns, and once."""
         options = dict(kwargs)
         for kind in ("text", "images", "videos"):
             options.update(kwargs.get(f"{kind}_kwargs") or {})
@@ -347,14 +381,8 @@ class MetaEmbedProcessor(ProcessorMixin):
 
     # -- Saving and loading --------------------------------------------------------------------------------------
 
-    def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> None:
-        """Save the backbone's processor whole, and beside it what turns it into this one.
-
-        Args:
-            save_directory: Folder to write to.
-            push_to_hub: Whether to push the folder to the Hub too.
-            **kwargs: Passed on to `push_to_hub`.
-        """
+    def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> list[str]:
+        """Save the backbone's processor whole, and what turns it into this one, in the file whose name is returned."""
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         self.backbone_processor.save_pretrained(folder)
@@ -371,20 +399,14 @@ class MetaEmbedProcessor(ProcessorMixin):
         custom_object_save(self, folder)
         if push_to_hub:
             self.push_to_hub(kwargs.pop("repo_id", folder.name), **kwargs)
+        return [str(path)]
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> MetaEmbedProcessor:
-        """Load a processor that [`save_pretrained`] wrote.
-
-        Args:
-            pretrained_model_name_or_path: Hub id or folder.
-            **kwargs: Where to load from (`revision`, `cache_dir`, `token`, `local_files_only`, `trust_remote_code`).
-
-        Returns:
-            The processor.
+        """Load a processor that [`save_pretrained`] wrote; `kwargs` say where from (`revision`, `token`, ...).
 
         Raises:
-            ValueError: If there is no MetaEmbed processor there.
+            ValueError: If there is no MetaEmbed processor there, or it names something else as the backbone's.
         """
         content, _ = ProcessorMixin.get_processor_dict(pretrained_model_name_or_path, **kwargs)
         if "metaembed" not in content:
@@ -400,13 +422,25 @@ class MetaEmbedProcessor(ProcessorMixin):
             )
             inner = get_class_from_dynamic_module(saved["backbone_auto_map"], pretrained_model_name_or_path, **kwargs)
         else:
-            inner = getattr(transformers, saved["backbone_processor"], AutoTokenizer)
-        if isinstance(inner, type) and issubclass(inner, PreTrainedTokenizerBase):
+            inner = getattr(transformers, str(saved["backbone_processor"]), AutoTokenizer)
+        if inner is not AutoTokenizer and not (
+            isinstance(inner, type) and issubclass(inner, (ProcessorMixin, PreTrainedTokenizerBase))
+        ):
+            raise ValueError(
+                f"{pretrained_model_name_or_path} names {shorten(saved['backbone_processor'])} as its backbone's "
+                "processor, which is neither a processor nor a tokenizer."
+            )
+        if issubclass(inner, PreTrainedTokenizerBase):
             inner = AutoTokenizer  # it alone knows how to load every tokenizer class
         backbone_processor = inner.from_pretrained(pretrained_model_name_or_path, **kwargs)
         # A field that came later than the checkpoint takes its default.
         known = {*PROCESSING_FIELDS, *BackboneTraits.__annotations__}  # version 0.1 saved the traits flat
         return cls(backbone_processor, MetaEmbedConfig(**{name: saved[name] for name in saved if name in known}))
+
+
+def default_device_cpu() -> Any:
+    """Return a context in which new tensors are on the CPU, whatever `torch.set_default_device` said."""
+    return nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
 
 
 def meta_token_names(side: str, count: int) -> list[str]:
@@ -424,55 +458,20 @@ def tokenizer_of(processor: Any) -> PreTrainedTokenizerBase:
     return processor if isinstance(processor, PreTrainedTokenizerBase) else processor.tokenizer
 
 
-def special_token_pattern(processor: Any) -> re.Pattern | None:
-    """Return what matches any string that means structure and not text to a processor or its tokenizer."""
-    tokenizer = tokenizer_of(processor)
-    tokens = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    tokens.update(tokenizer.all_special_tokens)
-    # Placeholders that a processor searches for as strings; not all of them are in the vocabulary.
-    places = (value for name, value in vars(processor).items() if name.endswith("_token"))
-    tokens.update(place for place in places if isinstance(place, (str, AddedToken)))
-    strings = (str(token) for token in tokens)
-    breakable = sorted((token for token in strings if len(token.strip()) > 1), key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, breakable))) if breakable else None
-
-
 def escape(text: str, special_token: re.Pattern | None) -> str:
-    """Break every special token that stands literally in a user's text, so that it stays text.
-
-    A space goes after the token's first letter: `<|image_pad|>` becomes `< |image_pad|>`. Otherwise a text that
-    quotes a Meta Token or an image placeholder would change the structure of the sequence.
-    """
+    """Break every special token that stands literally in a text: `<|image_pad|>` becomes `< |image_pad|>`."""
     while special_token and special_token.search(text):
-        text = special_token.sub(_broken, text)
+        text = special_token.sub(lambda match: break_token(match[0]), text)
     return text
 
 
-def _broken(match: re.Match) -> str:
-    return re.sub(r"^(\s*\S)", r"\1 ", match[0])
-
-
-def join_texts(parts: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the parts of a message with neighbouring texts as one, in which no token can hide by being split."""
-    joined: list[dict[str, Any]] = []
-    for part in parts:
-        if joined and part["type"] == joined[-1]["type"] == "text":
-            part = {"type": "text", "text": joined.pop()["text"] + part["text"]}
-        joined.append(part)
-    return joined
+def break_token(token: str) -> str:
+    """Return `token` with a space after its first letter."""
+    return re.sub(r"^(\s*\S)", r"\1 ", token) if token.strip() else f"{token} "
 
 
 def cut_text(messages: list[Message], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Message]:
-    """Cut the text of one input to its first `max_length` tokens, counted over all its parts.
-
-    Args:
-        messages: The messages of one input. Not changed.
-        tokenizer: Counts the tokens.
-        max_length: Number of tokens of text to keep.
-
-    Returns:
-        The messages with the same images and videos and, where the text was longer, less text.
-    """
+    """Return the messages of one input with the first `max_length` tokens of text, counted over all its parts."""
     cut = []
     for message in messages:
         content = []
@@ -487,27 +486,23 @@ def cut_text(messages: list[Message], tokenizer: PreTrainedTokenizerBase, max_le
 
 
 def _first_tokens(text: str, tokenizer: PreTrainedTokenizerBase, count: int) -> tuple[str, int]:
-    if not tokenizer.is_fast:
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    with TOKENIZING:
+        fast = tokenizer.is_fast
+        tokens = tokenizer(text, add_special_tokens=False, return_offsets_mapping=fast, verbose=False)
+    ids = tokens["input_ids"]
+    if not fast:
         return (text, len(ids)) if len(ids) <= count else (tokenizer.decode(ids[:count]), count)
-    offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    offsets = tokens["offset_mapping"]
     if len(offsets) <= count:
         return text, len(offsets)
     return text[: offsets[count - 1][1]] if count else "", count
 
 
 def render(processor: Any, messages: list[Message]) -> str:
-    """Render messages to the backbone's prompt, through its chat template where it has one.
-
-    Args:
-        processor: The backbone's processor or tokenizer.
-        messages: Messages whose content is a list of parts. Images and videos become the backbone's placeholders.
-
-    Returns:
-        The prompt.
+    """Return the backbone's prompt of messages, through its chat template where it has one.
 
     Raises:
-        ValueError: If the chat template leaves out what the messages say.
+        ValueError: If the chat template leaves out what the messages say, or does not end.
     """
     owner = processor if getattr(processor, "chat_template", None) else tokenizer_of(processor)
     as_strings = [{**message, "content": _plain(processor, message)} for message in messages]
@@ -518,14 +513,40 @@ def render(processor: Any, messages: list[Message]) -> str:
     # Templates for text alone expect strings, and render a list of parts as nothing, or as Python writes a list.
     forms = (messages, as_strings) if media or owner is processor else (as_strings, messages)
     for form in forms:
-        prompt = owner.apply_chat_template(form, tokenize=False)
-        if all(text in prompt for text in texts) and not any(
-            str(message["content"]) in prompt for message in messages
-        ):
+        prompt = _bounded(owner.apply_chat_template, form)
+        written = "[{'type':" in prompt and any(str(message["content"]) in prompt for message in messages)
+        if not written and _holds(prompt, texts):
             return prompt
     raise ValueError(
-        f"the chat template of {type(owner).__name__} leaves out what the messages say: {shorten(repr(prompt), 1000)}."
+        f"the chat template of {type(owner).__name__} leaves out what the messages say: {shorten(prompt, 1000)}."
     )
+
+
+def _bounded(apply: Any, form: list[Message]) -> str:
+    """Apply a chat template, which is code of whoever made the checkpoint: a loop without end is an error."""
+    end, before = time.monotonic() + RENDER_SECONDS + len(form) / 1000, sys.gettrace()
+
+    def check(frame: FrameType, *_: Any) -> Any:
+        if time.monotonic() > end:
+            raise ValueError("the chat template takes too long: it may loop without end.")
+        return check if frame.f_code.co_filename == "<template>" else None
+
+    sys.settrace(check)  # of this thread alone
+    try:
+        return apply(form, tokenize=False)
+    finally:
+        sys.settrace(before)
+
+
+def _holds(prompt: str, texts: list[str]) -> bool:
+    """Whether every text is in the prompt. They nearly always come in order, which takes one pass."""
+    place = 0
+    for text in texts:
+        found = prompt.find(text, place)
+        if found < 0 and text not in prompt:
+            return False
+        place = max(found + len(text), place)
+    return True
 
 
 def _plain(processor: Any, message: Message) -> str:

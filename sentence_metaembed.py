@@ -1,4 +1,4 @@
-"""The sentence-transformers door: a module that makes a MetaEmbedModel a `MultiVectorEncoder`."""
+"""The sentence-transformers entry point: a module that makes a MetaEmbedModel a `MultiVectorEncoder`."""
 
 from __future__ import annotations
 
@@ -11,24 +11,27 @@ from torch import Tensor
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from .configuration_metaembed import SIDES
-from .inputs_metaembed import as_batch, count_images
-from .modeling_metaembed import MetaEmbedModel
+from .inputs_metaembed import InputPolicy, Item, is_batch, is_single
+from .modeling_metaembed import MetaEmbedModel, check_finite
 
 try:  # in a `try`, so that transformers does not ask users of AutoModel alone to install it
     from sentence_transformers import MultiVectorEncoder
     from sentence_transformers.base.modules import InputModule
 except ImportError as error:
-    raise ImportError("this door needs sentence-transformers: pip install 'sentence-transformers>=6.0'") from error
+    raise ImportError(
+        "this entry point needs sentence-transformers: pip install 'sentence-transformers>=6.0'"
+    ) from error
+
+try:
+    from metaembed.cards import adopt_card
+except ImportError:  # without the package, the card that is there is kept
+    adopt_card = None
 
 if TYPE_CHECKING:
     from .processing_metaembed import MetaEmbedProcessor
 
-HUB_NAMES = {  # sentence-transformers' names of where to load from, and transformers'
-    "token": "token",
-    "cache_folder": "cache_dir",
-    "revision": "revision",
-    "local_files_only": "local_files_only",
-}
+# sentence-transformers' names of where to load from, and transformers'
+HUB_NAMES = dict(token="token", cache_folder="cache_dir", revision="revision", local_files_only="local_files_only")
 
 
 class MetaEmbedTransformer(InputModule):
@@ -43,7 +46,7 @@ class MetaEmbedTransformer(InputModule):
         >>> encoder[0].query_num_meta = 4  # what evaluators, which know no `num_meta`, will use; saved with the model
     """
 
-    forward_kwargs = {"task", "num_meta"}
+    forward_kwargs = {"task", "num_meta", "policy"}
     save_in_root = True
 
     def __init__(self, model: MetaEmbedModel):
@@ -54,6 +57,15 @@ class MetaEmbedTransformer(InputModule):
     def processor(self) -> MetaEmbedProcessor:
         """The model's processor."""
         return self.model.processor
+
+    @property
+    def policy(self) -> InputPolicy:
+        """What may be read and fetched for an input. Not saved."""
+        return self.processor.policy
+
+    @policy.setter
+    def policy(self, policy: InputPolicy) -> None:
+        self.processor.policy = policy
 
     @property
     def tokenizer(self) -> Any:
@@ -100,59 +112,70 @@ class MetaEmbedTransformer(InputModule):
         prompt: str | None = None,
         task: str | None = None,
         num_meta: int | None = None,
+        policy: InputPolicy | None = None,
+        processing_kwargs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """Turn inputs into model inputs.
+        """Turn inputs, whatever [`MetaEmbedModel.encode_queries`] takes, into model inputs.
 
         Args:
-            inputs: Queries or documents: whatever [`MetaEmbedModel.encode_queries`] takes.
-            prompt: Instruction put before each input. None or "" (what sentence-transformers sends where there is no
-                prompt): the configuration's default.
+            inputs: Queries or documents.
+            prompt: Instruction put before each input. None or "" (no prompt): the configuration's default.
             task: "query" or "document". None means "document".
             num_meta: Number of vectors of each. None: the persistent default, else all.
-            **kwargs: `processing_kwargs`, a dict for the backbone's processor; and what sentence-transformers sends
-                along for modules of other kinds.
+            policy: What may be read and fetched. None: `policy` of this module.
+            processing_kwargs: `max_length`, and options of the backbone's processor.
+            **kwargs: What sentence-transformers sends along for modules of other kinds.
 
         Returns:
-            The model inputs. Where inputs with different numbers of images may not share a batch, several of them as
-            `groups`, each with the `rows` it fills.
+            The model inputs; in `groups`, each with its `rows`, where inputs may not share a batch.
+
+        Raises:
+            TypeError: If `processing_kwargs` has what is an argument of its own.
         """
         side = "query" if task == "query" else "document"
-        options = dict(num_meta=num_meta, instruction=prompt or None, **(kwargs.get("processing_kwargs") or {}))
-        inputs = as_batch(inputs)
-        groups = self.processor.group(inputs)
+        options = {"num_meta": num_meta, "instruction": prompt or None, "policy": policy}
+        if own := options.keys() & (processing_kwargs or {}).keys():
+            raise TypeError(f"{min(own)} is no option of the processor: pass it outside processing_kwargs.")
+        options.update(processing_kwargs or {})
+        items = self.processor.parse(inputs)
+        groups = self.processor.group(items)
         if len(groups) == 1:
-            return self._process(inputs, side, options)
+            return self._process(items, side, options)
         parts = [
-            {**self._process([inputs[i] for i in rows], side, options), "rows": torch.tensor(rows)} for rows in groups
+            {**self._process([items[i] for i in rows], side, {**options, "indices": rows}), "rows": torch.tensor(rows)}
+            for rows in groups
         ]
         # The trainer tells the columns of a batch apart by their input_ids, and counts rows by them.
-        return {"input_ids": torch.empty(len(inputs), 0, dtype=torch.long), "groups": parts}
+        longest = max((part["input_ids"].shape[1] for part in parts), default=0)
+        input_ids = torch.zeros(len(items), longest, dtype=torch.long)
+        for part in parts:
+            input_ids[part["rows"], : part["input_ids"].shape[1]] = part["input_ids"]
+        return {"input_ids": input_ids, "groups": parts}
 
-    def _process(self, inputs: list[Any], side: str, options: dict[str, Any]) -> dict[str, Any]:
-        features = dict(self.processor.process(inputs, side, **options))
-        counts = [count_images(item) for item in inputs]
+    def _process(self, items: list[Item], side: str, options: dict[str, Any]) -> dict[str, Any]:
+        features = dict(self.processor.process(items, side, **options))
+        counts = [item.num_images for item in items]
         if any(counts):  # says which images are whose, where a cached loss cuts the batch into smaller ones
             features["num_images_per_sample"] = torch.tensor(counts)
         return features
 
     def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
-        """Embed model inputs.
-
-        Args:
-            features: What [`preprocess`] returned.
-            **kwargs: `task` and `num_meta`, which `preprocess` has heeded already.
+        """Embed what [`preprocess`] returned.
 
         Returns:
             `features` with `token_embeddings` [N, r, D] and an `attention_mask` [N, r] that keeps them all.
+
+        Raises:
+            ValueError: If, in evaluation mode, an embedding is not finite.
         """
+        device = features["input_ids"].device
+        parts = features.get("groups", [features])
+        embeddings = torch.cat([self._embed(part, device) for part in parts])  # [N, r, D]
         if "groups" in features:
-            device = features["input_ids"].device
-            rows = torch.cat([part["rows"] for part in features["groups"]]).to(device)
-            stacked = torch.cat([self._embed(part, device) for part in features["groups"]])  # [N, r, D]
-            embeddings = stacked[rows.argsort()]
-        else:
-            embeddings = self._embed(features, features["input_ids"].device)
+            embeddings = embeddings[torch.cat([part["rows"] for part in parts]).to(device).argsort()]
+        if not self.training:
+            check_finite(embeddings, list(range(len(embeddings))))
         features["token_embeddings"] = embeddings
         features["attention_mask"] = torch.ones(embeddings.shape[:2], dtype=torch.bool, device=embeddings.device)
         return features
@@ -166,18 +189,16 @@ class MetaEmbedTransformer(InputModule):
         return self.model(**inputs).embeddings
 
     def on_model_ready(self, model: MultiVectorEncoder) -> None:
-        """Let the encoder that this is a module of write our card."""
-        try:
-            from metaembed.cards import adopt_card
-        except ImportError:
-            return
-        adopt_card(model)
+        """Let the encoder that this is a module of write our card, and take batches of any kind."""
+        if adopt_card is not None:
+            adopt_card(model)
+        model.is_singular_input = is_one_input
 
     def save(self, output_path: str, *args: Any, **kwargs: Any) -> None:
         """Save the model, whole, as [`MetaEmbedModel.save_pretrained`] does; but the card is the encoder's to write.
 
         The prompts of the encoder, which has saved them by now, are saved as the configuration's instructions, so
-        that the other doors apply them too.
+        that the other entry points apply them too.
 
         Raises:
             ValueError: If a prompt and the configuration's instruction disagree.
@@ -191,7 +212,7 @@ class MetaEmbedTransformer(InputModule):
             if prompt and instruction and prompt != instruction:
                 raise ValueError(
                     f"encoder.prompts[{side!r}] is {prompt!r}, but the {field} of the model's configuration, which "
-                    f"other doors apply, is {instruction!r}. Set encoder[0].model.config.{field} or the prompt."
+                    f"other entry points apply, is {instruction!r}. Set encoder[0].model.config.{field} or the prompt."
                 )
         try:
             for side, (field, instruction) in zip(SIDES, own.items(), strict=True):
@@ -213,23 +234,10 @@ class MetaEmbedTransformer(InputModule):
         backend: str = "torch",
         **kwargs: Any,
     ) -> MetaEmbedTransformer:
-        """Load the module of a saved model.
-
-        Args:
-            model_name_or_path: Hub id or folder.
-            subfolder: Unused: the module stands in the root.
-            trust_remote_code: Unused: this code runs already.
-            model_kwargs: For [`MetaEmbedModel.from_pretrained`] (`dtype`, `attn_implementation`, ...).
-            processor_kwargs: Not taken: `processing_kwargs` of a call is checked to have an effect.
-            config_kwargs: Not taken: what may be changed is changed after loading.
-            backend: "torch".
-            **kwargs: Where to load from.
-
-        Returns:
-            The module.
+        """Load the module of a saved model, with `model_kwargs` for [`MetaEmbedModel.from_pretrained`].
 
         Raises:
-            ValueError: If an option is given that is not taken.
+            ValueError: If an option is given that has no effect.
         """
         if processor_kwargs:
             raise ValueError(
@@ -238,9 +246,8 @@ class MetaEmbedTransformer(InputModule):
             )
         if config_kwargs:
             raise ValueError(
-                f"a MetaEmbed model takes no config_kwargs, got {config_kwargs}. Set encoder[0].query_num_meta and "
-                "document_num_meta, or the fields of encoder[0].model.config, after loading; dtype and "
-                "attn_implementation are model_kwargs."
+                f"a MetaEmbed model takes no config_kwargs, got {config_kwargs}. Set encoder[0].query_num_meta or the "
+                "fields of encoder[0].model.config after loading; dtype and attn_implementation are model_kwargs."
             )
         if backend != "torch":
             raise ValueError(f'a MetaEmbed model has the backend "torch" only, got {backend!r}.')
@@ -248,22 +255,23 @@ class MetaEmbedTransformer(InputModule):
         return cls(MetaEmbedModel.from_pretrained(model_name_or_path, **where, **(model_kwargs or {})))
 
 
+def is_one_input(inputs: Any) -> bool:
+    """Whether `inputs` is no batch: then sentence-transformers passes it on, and the processor says what is wrong."""
+    return is_single(inputs) or not is_batch(inputs) or getattr(inputs, "ndim", 0) == 4
+
+
 def to_multi_vector_encoder(model: MetaEmbedModel, **kwargs: Any) -> MultiVectorEncoder:
-    """Return `model` as a `MultiVectorEncoder`, to train, evaluate or save with sentence-transformers.
+    """Return `model`, shared and not copied, as a `MultiVectorEncoder`, to train, evaluate or save.
 
     The module's class is loaded from its file as transformers loads a Hub repository's: sentence-transformers then
     saves the file along, and what it saves needs this package no more than what the model saves itself.
 
     Args:
-        model: The model, with its processor. Shared, not copied.
+        model: The model, with its processor.
         **kwargs: For `MultiVectorEncoder` (`device`, `prompts`, `model_card_data`, ...).
-
-    Returns:
-        The encoder.
 
     Example:
         >>> encoder = to_multi_vector_encoder(MetaEmbedModel.from_backbone("Qwen/Qwen2.5-VL-3B-Instruct"))
-        >>> trainer = MultiVectorEncoderTrainer(model=encoder, train_dataset=dataset, loss=MMRLoss(encoder))
     """
     reference = f"{Path(__file__).stem}.{MetaEmbedTransformer.__name__}"
     module_class = get_class_from_dynamic_module(reference, str(Path(__file__).parent))

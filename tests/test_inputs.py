@@ -5,6 +5,7 @@ import io
 import socket
 import struct
 import zlib
+from contextlib import ExitStack
 
 import numpy as np
 import pytest
@@ -12,7 +13,14 @@ import torch
 from PIL import Image, features
 
 from metaembed import inputs_metaembed
-from metaembed.inputs_metaembed import count_images, has_video, is_single, read_image, text_length, to_messages
+from metaembed.inputs_metaembed import InputPolicy, is_single, parse, parse_all, read_image
+
+HERE = InputPolicy(private_addresses=True)  # pictures are served from this machine
+
+
+def to_messages(item):
+    with ExitStack() as stack:
+        return parse(item).load(InputPolicy(), stack)
 
 
 @pytest.fixture(scope="module")
@@ -122,20 +130,19 @@ def test_a_url_and_base64_keep_transparency_and_16_bits(grey, tmp_path, served):
         (tmp_path / "picture.png").write_bytes(content)
         expected = np.asarray(read_image(tmp_path / "picture.png"))
         for source in (f"{served}/picture.png", data_url(content), base64.b64encode(content).decode()):
-            np.testing.assert_array_equal(np.asarray(read_image(source)), expected)
+            np.testing.assert_array_equal(np.asarray(read_image(source, HERE)), expected)
 
 
-def test_a_server_that_fails_or_stays_silent_is_an_error_that_names_the_url(tmp_path, served, monkeypatch):
+def test_a_server_that_fails_or_stays_silent_is_an_error_that_names_the_url(tmp_path, served):
     with pytest.raises(ValueError, match=f"{served}/missing.png' cannot be read: the server answered 404"):
-        read_image(f"{served}/missing.png")
+        read_image(f"{served}/missing.png", HERE)
     (tmp_path / "page.html").write_text("no picture")
     with pytest.raises(ValueError, match=f"{served}/page.html' cannot be read"):
-        read_image(f"{served}/page.html")
-    monkeypatch.setattr(inputs_metaembed, "TIMEOUT", 0.1)
+        read_image(f"{served}/page.html", HERE)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}/picture.png"
         with pytest.raises(ValueError, match=f"{url}' cannot be read.*timed out"):
-            read_image(url)
+            read_image(url, InputPolicy(private_addresses=True, timeout=0.1))
 
 
 def test_base64_of_a_photograph_is_read():
@@ -167,7 +174,7 @@ def test_an_error_does_not_repeat_a_long_source():
             to_messages(item)
         assert len(str(error.value)) < 1200
     with pytest.raises(TypeError) as error:
-        inputs_metaembed.as_batch({long})
+        parse_all({long})
     assert len(str(error.value)) < 1200
 
 
@@ -283,9 +290,11 @@ def test_what_is_one_input_and_what_is_a_batch(grey):
     assert not any(map(is_single, [*batches, torch.tensor(pixels[None])]))
 
 
-def test_counting_images_loads_none(grey):
+def test_parsing_reads_no_image(grey):
     conversation = [{"role": "user", "content": ["a", {"type": "image", "image": "nowhere.png"}, grey]}]
-    assert [count_images(item) for item in ("a", grey, {"image": ["x.png"] * 3}, conversation)] == [0, 1, 3, 2]
+    items = parse_all(["a", grey, {"image": ["x.png"] * 3}, conversation])
+    assert [item.num_images for item in items] == [0, 1, 3, 2]
+    assert [item.text_length for item in items] == [1, 0, 0, 1]
 
 
 def test_messages_keep_roles_and_order(grey):
@@ -306,7 +315,6 @@ def test_malformed_messages_are_errors(message):
 
 @pytest.mark.parametrize("chat", [[{"role": "user"}], [{"role": "user", "content": "a"}, "b"]])
 def test_malformed_chats_are_the_same_errors_when_encoded(qwen, chat):
-    assert count_images(chat) == 0 and not has_video(chat) and text_length(chat) < 3
     for encode in (qwen.encode_documents, qwen.processor.process_documents):
         with pytest.raises(TypeError, match="input 0: each chat message must be"):
             encode([chat])

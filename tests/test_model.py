@@ -275,7 +275,7 @@ def test_what_is_no_input_is_an_error_that_says_so(qwen, bad):
 
 
 def test_an_error_names_the_place_of_the_input_in_the_users_list(qwen, tmp_path):
-    items = ["a", "a much longer text", tmp_path / "missing.png", "b", None]
+    items = ["a", "a much longer text", tmp_path / "missing.png", "b", "c"]
     with pytest.raises(ValueError, match=r"^input 2: .*missing\.png"):
         qwen.encode_documents(items, batch_size=1)
     with pytest.raises(TypeError, match=r"^input 4: cannot encode None"):

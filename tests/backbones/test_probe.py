@@ -11,7 +11,7 @@ from PIL import Image
 from tiny import build
 from transformers.video_utils import VideoMetadata
 
-from metaembed import MetaEmbedModel
+from metaembed import InputPolicy, MetaEmbedModel
 from metaembed.backbones.probe import measure
 from metaembed.configuration_metaembed import BackboneTraits
 from metaembed.sentence_metaembed import to_multi_vector_encoder
@@ -124,9 +124,12 @@ def test_a_video_may_be_frames_as_an_array_or_as_images():
     assert distance(batch[2], rows) < 1e-5 and distance(batch[0], model.encode_documents(two)) < 1e-5
 
 
-def test_a_video_may_be_a_path_that_the_backbones_own_processor_reads(monkeypatch):
+def test_a_video_may_be_a_path_that_the_backbones_own_processor_reads(monkeypatch, tmp_path):
     """A decoder stands in for torchcodec, which needs FFmpeg."""
     model, asked = load("qwen3_vl"), []
+    monkeypatch.chdir(tmp_path)
+    Path("0.mp4").touch()
+    Path("1.mp4").touch()
 
     def decode(path):
         asked.append(path)
@@ -166,9 +169,10 @@ def test_videos_and_images_are_refused_where_the_backbone_takes_none():
 def test_an_image_may_be_a_url(tmp_path, served):
     picture(0).save(tmp_path / "picture.png")
     model, url = load("qwen2_5_vl"), f"{served}/picture.png"
-    assert distance(model.encode_documents({"image": url}), model.encode_documents(picture(0))) == 0
+    policy = InputPolicy(private_addresses=True)
+    assert distance(model.encode_documents({"image": url}, policy=policy), model.encode_documents(picture(0))) == 0
     with pytest.raises(ValueError, match=r"input 0: .*missing\.png' cannot be read: the server answered 404"):
-        model.encode_documents({"image": f"{served}/missing.png"})
+        model.encode_documents({"image": f"{served}/missing.png"}, policy=policy)
 
 
 @pytest.mark.parametrize("name", ["bert", "paligemma"])
