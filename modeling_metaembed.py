@@ -232,15 +232,6 @@ class MetaEmbedModel(PreTrainedModel):
         return self._origin[1].get("revision") if self._origin else None
 
     @property
-    def earlier_card(self) -> str | None:
-        """The model card where the model was loaded from, or None if there is none (any more)."""
-        try:
-            path = find_file(self._origin[0], "README.md", **self._origin[1]) if self._origin else None
-        except OSError:
-            return None
-        return None if path is None else Path(path).read_text(encoding="utf-8")
-
-    @property
     def processor(self) -> MetaEmbedProcessor:
         """The processor: the one saved with the model, or set since."""
         if self._processor is None:

@@ -7,7 +7,6 @@ Meta Tokens with the query ones first, and `custom_text_proj`, the projection, w
 
 from __future__ import annotations
 
-import inspect
 import json
 import re
 from pathlib import Path
@@ -22,7 +21,7 @@ from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoConfig, AutoP
 
 from ..configuration_metaembed import check_count
 from ..loading_metaembed import HUB_ARGUMENTS, check_loading, headless, names_inside
-from .create import set_linear
+from .create import SETTINGS, set_linear
 from .loading import load_backbone
 
 WEIGHTS = re.compile(r"(adapter_model|model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)")
@@ -82,7 +81,7 @@ def convert(
             missing, the Meta Tokens are missing or too few, or an adapter is of a kind that is not supported.
     """
     check_count("num_query_tokens", num_query_tokens, 2**31)
-    settings = {name: kwargs.pop(name) for name in inspect.signature(cls.from_backbone).parameters if name in kwargs}
+    settings = {name: kwargs.pop(name) for name in (*SETTINGS, "seed") if name in kwargs}
     hub = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
     options = {"dtype": "auto", **kwargs}
     folder = _folder(checkpoint, revision, hub) / subfolder

@@ -122,11 +122,9 @@ def sample_of(tensor: Tensor) -> Tensor:
 
 def card_of_source(model: Any) -> str | None:
     """Return the model card of where a model was loaded from, or None where there is none (any more)."""
-    source, hub = model.config._name_or_path, getattr(model, "_hub_arguments", None)
-    if not source or hub is None:
+    source, where = getattr(model, "_origin", None) or (None, {})
+    if source is None:
         return None
-    names = ("revision", "cache_dir", "token", "local_files_only", "subfolder")
-    where = {name: hub[name] for name in names if hub.get(name) is not None}
     try:
         path = cached_file(source, "README.md", _raise_exceptions_for_missing_entries=False, **where)
     except OSError:
