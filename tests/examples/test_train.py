@@ -277,14 +277,14 @@ def test_a_killed_run_ends_where_an_unbroken_one_does(data, tmp_path, capsys):
     rates = ["--meta_token_learning_rate", 1e-2, "--projection_learning_rate", 5e-3]
     run = [*SIZES, "--mini_batch_size", 4, "--embedding_dim", 24, "--lora_r", 4, "--num_train_epochs", 2, *rates]
     killed = start(ROOT / "examples" / "train.py", *options(data, tmp_path / "killed", *run))
-    train.main(options(data, tmp_path / "unbroken", *run))
-    unbroken = capsys.readouterr().out
     while not (tmp_path / "killed" / "checkpoint-2" / "trainer_state.json").exists():
         assert killed.poll() is None, killed.stdout.read()
         time.sleep(0.005)
     killed.send_signal(signal.SIGKILL)
     killed.communicate()
     assert not (tmp_path / "killed" / "final").exists(), "the run was over before it was killed"
+    train.main(options(data, tmp_path / "unbroken", *run))
+    unbroken = capsys.readouterr().out
     train.main(options(data, tmp_path / "killed", *run, "--resume"))
     resumed = capsys.readouterr().out
     expected, actual = history(tmp_path / "unbroken"), history(tmp_path / "killed")
