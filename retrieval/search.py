@@ -233,8 +233,8 @@ def select_candidates(
 ) -> tuple[Tensor, Tensor]:
     """Return the `k` best of every query's own candidates: see `SelectingKernel.rescore`."""
     if selects(kernel, stores):
-        options = {"check": not stores[0].checked}
-        return kernel.rescore(*_arguments(queries, stores), candidates, counts, k, **options)
+        check = not stores[0].checked
+        return kernel.rescore(*_arguments(queries, stores), candidates, counts, k, check)
     k = min(k, candidates.shape[1])
     values, positions = queries.new_full((len(queries), k), -torch.inf), candidates.new_full((len(queries), k), -1)
     for i, count in enumerate(counts.tolist()):
@@ -251,7 +251,7 @@ def selects(kernel: Kernel | None, stores: Sequence[Store]) -> TypeGuard[Selecti
 
 
 def _arguments(queries: Tensor, stores: Sequence[Store]) -> tuple[list[Slabs], Tensor, str]:
-    segments = [[(slab.stored, slab.scales) for slab in store.slabs] for store in stores]
+    segments: list[Slabs] = [[(slab.stored, slab.scales) for slab in store.slabs] for store in stores]
     return segments, queries, stores[0].quantization
 
 

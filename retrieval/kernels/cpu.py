@@ -26,6 +26,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -95,6 +96,9 @@ class CpuKernel:
         except (OSError, AttributeError) as error:
             hint = "set XDG_CACHE_HOME to a folder of a file system from which programs may be run (not noexec)"
             raise KernelUnavailable(f"{library} cannot be loaded ({error}); {hint}") from error
+        documents: list[Any]
+        queries: list[Any]
+        end: list[Any]
         documents, queries, end = [p, i64, p, i64], [i64, i32, p, p, i64, i64], [i32, i32, i64, p]
         self._scores.argtypes = [*documents, p, i64, *queries, p, i64, *end]
         self._rescore.argtypes = [*documents, p, p, i64, *queries, p, *end]
@@ -315,7 +319,7 @@ def _build(architecture: str) -> Path:
 
 def _run(command: list[str]) -> str:
     """Run a compiler and return what it prints. It is stopped with all its children if it takes too long."""
-    options = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    options: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     with subprocess.Popen(command, start_new_session=True, **options) as process:
         try:
             printed = process.communicate(timeout=_PATIENCE)[0].decode(errors="replace")
