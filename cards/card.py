@@ -223,7 +223,10 @@ def still_true(model: Any, folder: Path, weights: str) -> tuple[dict[str, str], 
         Its sections, and from its metadata what the weights do not tell. Both empty where there is no such card.
     """
     present = folder / "README.md"
-    for text in (present.read_text(encoding="utf-8") if present.is_file() else None, model.earlier_card):
+    for text in (
+        present.read_text(encoding="utf-8") if present.is_file() else None,
+        getattr(model, "earlier_card", None),
+    ):
         if text is not None and is_ours(text) and weights in text:
             sections = dict(re.findall(r"^## (\w+)\n\n(.*?)\n*(?=^## |\Z)", text, re.MULTILINE | re.DOTALL))
             data = ModelCard(text).data.to_dict()
