@@ -1,11 +1,11 @@
-"""Try every architecture of transformers' image-text-to-text mapping and write down what came of it.
+"""Try every architecture of transformers' image-text-to-text mapping as a backbone, and write the table of results.
 
     python benchmarks/backbones.py [--only qwen3_vl,paligemma] [--output docs/backbones.md]
 
 With `--only`, the rows of the other architectures stay as they are in the output file.
 
-Each is built tiny, with random weights and its real processor (see `tests/tiny.py`), and put through every check of
-`tests/conformance.py`.
+Each architecture is built tiny, with random weights and its real processor (see `tests/tiny.py`), and must pass every
+check of `tests/conformance.py`.
 """
 
 from __future__ import annotations
@@ -29,46 +29,46 @@ from tqdm.auto import tqdm  # noqa: E402
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES  # noqa: E402
 
 ALSO = ["modernvbert", "qwen3", "llama", "bert", "modernbert"]
-SECONDS = 300  # for one architecture
+TIME_LIMIT = 300  # seconds for one architecture
 LONGEST_REASON = 600  # characters
 
 HEADER = """\
 # Backbones
 
-Written by `make backbones`, with transformers {version}: every architecture of its image-text-to-text mapping, and
-some others, each built tiny with random weights and its real processor, and put through every check of
+Written by `make backbones` with transformers {version}. The table covers every architecture of its image-text-to-text
+mapping and some others. Each is built tiny, with random weights and its real processor, and must pass every check of
 `tests/conformance.py`: {checks}.
 
-**{works} of {total} work.** The others are named with the reason. There is no list of backbones in the package:
-whatever passes what `MetaEmbedModel.from_backbone` tries at creation is a backbone.
+**{works} of {total} work.** For the others, the second table gives the reason. The package has no list of backbones:
+a model is a backbone if it passes the checks of `MetaEmbedModel.from_backbone`.
 
-- *prefix*: "fewer tokens" where the backbone is causal, so that only the Meta Tokens asked for are appended; "slice"
-  where it is not, so that all are appended and the first are kept.
-- *batches*: "mixed" where inputs with any numbers of images share a batch; "by images" where only equal numbers of
-  images do; "alone" where each input with images is encoded by itself. `encode_queries` and `encode_documents` see to
-  it.
+- *prefix*: "fewer tokens" if the backbone is causal, so that `num_meta` Meta Tokens are enough; "slice" if it is not,
+  so that all Meta Tokens are appended and the first `num_meta` rows are kept.
+- *batches*: "mixed" if inputs with any numbers of images can share a batch; "by images" if only inputs with equal
+  numbers of images can; "alone" if each input with images is encoded by itself. `encode_queries` and
+  `encode_documents` form the batches accordingly.
 
-## Work
+## Backbones that work
 
 | architecture | inputs | prefix | batches |
 |---|---|---|---|
 {table}
 
-## Do not
+## Backbones that do not work
 
-| architecture | where | reason |
+| architecture | stage | reason |
 |---|---|---|
 {reasons}
 """
 
 
 class TooLongError(Exception):
-    """Raised when an architecture takes longer than it may."""
+    """Raised when an architecture takes longer than the time limit."""
 
 
 def raise_too_long(*_) -> None:
-    """Handle the alarm."""
-    raise TooLongError(f"took longer than {SECONDS} s")
+    """Raise `TooLongError` when the alarm goes off."""
+    raise TooLongError(f"took longer than {TIME_LIMIT} s")
 
 
 def attempt(name: str) -> tuple[bool, list[str]]:
@@ -79,7 +79,7 @@ def attempt(name: str) -> tuple[bool, list[str]]:
     """
     stage = "built tiny"
     signal.signal(signal.SIGALRM, raise_too_long)
-    signal.alarm(SECONDS)
+    signal.alarm(TIME_LIMIT)
     try:
         build(name)
         stage = "created"
@@ -102,16 +102,16 @@ def attempt(name: str) -> tuple[bool, list[str]]:
 
 
 def read(path: Path) -> dict[str, tuple[bool, str]]:
-    """Return the results in a file that this command wrote."""
+    """Return the results in a file written by this command."""
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    works, _, fails = text.partition("## Do not")
+    works, _, fails = text.partition("## Backbones that do not work")
     rows = [(worked, line) for worked, part in ((True, works), (False, fails)) for line in part.splitlines()]
     rows = [(worked, line) for worked, line in rows if line.startswith("| ") and "| architecture |" not in line]
     return {line.split(" ")[1]: (worked, line) for worked, line in rows}
 
 
 def main() -> None:
-    """Try them all and write the table."""
+    """Try all architectures, or the named ones, and write the tables."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", help="names of architectures, separated by commas")
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "backbones.md")

@@ -1,14 +1,18 @@
-"""What is to be said of each architecture beyond its name, to build it tiny with its real processor."""
+"""The special cases of `tiny.py`: what it needs to know to build an architecture tiny, beyond its name.
+
+An architecture without a special case has no entry. To add one, name the fewest fields of [`Architecture`] that let
+`from_backbone` pass, and build on an entry with the same processor (`replace(QWEN2, ...)`).
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-IMAGE_SIZE, PATCH_SIZE = 56, 14  # of towers that take one size only: 16 patches
+IMAGE_SIZE, PATCH_SIZE = 56, 14  # for vision towers with a fixed size: 16 patches
 PATCHES = (IMAGE_SIZE // PATCH_SIZE) ** 2
 
-# What tokenizers call the special tokens that processors ask them for.
+# The tokenizer's names for the special tokens that processors ask it for.
 NAMED = {
     "bos_token": "<s>",
     "eos_token": "</s>",
@@ -65,20 +69,20 @@ LITERAL = SPECIAL.split() + [f"<row_{row}_col_{column}>" for row in range(1, 4) 
 
 @dataclass(frozen=True)
 class Architecture:
-    """What is to be said of an architecture beyond its name.
+    """A special case of an architecture.
 
     Args:
         config: Fields of the configuration to set, by dotted path.
-        parts: Parts of the configuration to add, and the model types they are of.
-        ids: Fields of the configuration that hold the ids of these tokens (one, or several separated by spaces).
-        image: What an image is in a prompt. "": the processor's own placeholder.
-        video: The same for a video.
-        image_options: For the image processor.
-        video_options: For the video processor.
-        options: For the processor.
-        named: What the tokenizer calls its special tokens, where it differs from NAMED.
-        template: Whether there is a chat template.
-        like: The model type whose processor it uses.
+        parts: Parts of the configuration to add, and their model types.
+        ids: Fields of the configuration for the ids of these tokens (one, or several separated by spaces).
+        image: The placeholder of an image in a prompt. "": the processor's own.
+        video: The placeholder of a video. "": the processor's own.
+        image_options: Options for the image processor.
+        video_options: Options for the video processor.
+        options: Options for the processor.
+        named: The tokenizer's names for special tokens, where they differ from NAMED.
+        template: Whether the processor has a chat template.
+        like: The model type whose processor it uses, where it has none of its own.
     """
 
     config: dict[str, Any] = field(default_factory=dict)
@@ -105,7 +109,7 @@ def vision(**fields: Any) -> dict[str, Any]:
 
 
 def rope(*sections: int, **more: Any) -> dict[str, Any]:
-    """Return rotary position embeddings in sections, for heads of 16 dimensions."""
+    """Return settings of rotary position embeddings in sections, for heads of 16 dimensions."""
     return {"rope_type": "default", "rope_theta": 1e4, "mrope_section": list(sections), **more}
 
 

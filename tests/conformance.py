@@ -1,7 +1,8 @@
-"""What every backbone must do, as functions of one model: run by `test_backbones.py` and by the table of backbones."""
+"""What every backbone must do, a function each: run by `test_backbones.py` and by `benchmarks/backbones.py`."""
 
 from __future__ import annotations
 
+import copy
 import functools
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from metaembed import MetaEmbedModel
 
 SIDES = ("query", "document")
 TOKENS = {"query": 2, "document": 4}
-CLOSE = 2e-4  # of float32 rows of unit vectors; a leak between rows changes them by a hundred times as much
+CLOSE = 2e-4  # distance of float32 unit vectors; a leak between rows changes them a hundred times as much
 
 
 def picture(seed: int, width: int = 112, height: int = 84) -> Image.Image:
@@ -29,20 +30,27 @@ def video(seed: int, frames: int = 4) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (frames, 56, 84, 3), dtype=np.uint8)
 
 
-@functools.lru_cache(maxsize=1)
+@functools.cache
 def load(name: str) -> MetaEmbedModel:
+    """Return the tiny model of an architecture, shared by all checks: change a `fork` of it only."""
     backbone, processor = build(name)
     return MetaEmbedModel.from_backbone(
         backbone, processor=processor, num_query_tokens=TOKENS["query"], num_document_tokens=TOKENS["document"]
     )
 
 
+def fork(name: str) -> MetaEmbedModel:
+    """Return a copy of the model of an architecture, to be changed."""
+    return copy.deepcopy(load(name))
+
+
 def encode(model: MetaEmbedModel, side: str, *args, **kwargs) -> torch.Tensor:
     return (model.encode_queries if side == "query" else model.encode_documents)(*args, **kwargs)
 
 
+@functools.cache
 def inputs_of(model: MetaEmbedModel) -> dict[str, object]:
-    """Return one input of each kind that the backbone takes."""
+    """Return one input of each kind that the backbone takes: `test_backbones.py` states which these are."""
     inputs: dict[str, object] = {"text": "a red apple and the green pear"}
     if model.processor.image_processor is not None:
         inputs["image"] = picture(0)
@@ -64,6 +72,21 @@ def takes(model: MetaEmbedModel, item: object) -> bool:
     return True
 
 
+@functools.cache
+def rows_of(model: MetaEmbedModel, side: str) -> dict[str, torch.Tensor]:
+    """Return the rows of each of these inputs, encoded by itself."""
+    return {kind: encode(model, side, item) for kind, item in inputs_of(model).items()}
+
+
+def batch_of(model: MetaEmbedModel, side: str) -> tuple[list, list[torch.Tensor]]:
+    """Return inputs of each kind and of several lengths, and the rows of each, encoded by itself."""
+    more = ["cat", "the green pear on a blue table " * 5]
+    return [*inputs_of(model).values(), *more], [
+        *rows_of(model, side).values(),
+        *(encode(model, side, t) for t in more),
+    ]
+
+
 def distance(a: torch.Tensor, b: torch.Tensor) -> float:
     assert a.shape == b.shape, (a.shape, b.shape)
     return float((a - b).norm(dim=-1).max())
@@ -71,7 +94,7 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> float:
 
 def check_every_kind_of_input_is_embedded(model: MetaEmbedModel) -> None:
     for side in SIDES:
-        rows = {kind: encode(model, side, item) for kind, item in inputs_of(model).items()}
+        rows = rows_of(model, side)
         for kind, row in rows.items():
             assert row.shape == (TOKENS[side], model.config.hidden_size), kind
             torch.testing.assert_close(row.norm(dim=-1), torch.ones(TOKENS[side]), msg=kind)
@@ -86,30 +109,28 @@ def check_every_kind_of_input_is_embedded(model: MetaEmbedModel) -> None:
 def check_fewer_tokens_equal_the_prefix(model: MetaEmbedModel) -> None:
     for side in SIDES:
         for kind, item in inputs_of(model).items():
-            whole = encode(model, side, item)
+            whole = rows_of(model, side)[kind]
             for r in range(1, TOKENS[side]):
                 part = encode(model, side, item, num_meta=r)
                 assert distance(part, whole[:r]) < CLOSE, (side, kind, r)
 
 
 def check_a_batch_equals_one_by_one(model: MetaEmbedModel) -> None:
-    items = [*inputs_of(model).values(), "cat", "the green pear on a blue table " * 5]
-    together = model.encode_documents(items)
-    for item, row in zip(items, together, strict=True):
-        assert distance(model.encode_documents(item), row) < CLOSE, item
+    items, alone = batch_of(model, "document")
+    for item, row, rows in zip(items, alone, model.encode_documents(items), strict=True):
+        assert distance(row, rows) < CLOSE, item
 
 
 def check_either_padding_side_gives_equal_rows(model: MetaEmbedModel) -> None:
     """Or, where positions count the padding, the left one is refused."""
-    items = [*inputs_of(model).values(), "cat", "the green pear on a blue table " * 5]
     if not model.config.traits.pads_left:
         with pytest.raises(ValueError, match="padding"):
-            model.encode_documents(items, padding_side="left")
+            model.encode_documents(batch_of(model, "document")[0], padding_side="left")
         return
     for side in SIDES:
-        left = encode(model, side, items, padding_side="left")
-        for item, row in zip(items, left, strict=True):
-            assert distance(encode(model, side, item), row) < CLOSE, item
+        items, alone = batch_of(model, side)
+        for item, row, rows in zip(items, alone, encode(model, side, items, padding_side="left"), strict=True):
+            assert distance(row, rows) < CLOSE, item
 
 
 def check_special_tokens_in_user_text_are_text(model: MetaEmbedModel) -> None:
@@ -119,16 +140,21 @@ def check_special_tokens_in_user_text_are_text(model: MetaEmbedModel) -> None:
     places = [value for name, value in vars(processor.backbone_processor).items() if name.endswith("_token")]
     names += [str(place) for place in places if isinstance(place, (str, AddedToken)) and str(place)]
 
-    def structure(item: object) -> list[int]:
-        ids = processor.process_documents(item)["input_ids"][0]
-        return ids[torch.isin(ids, special)].tolist()
-
-    plain = structure("apple")
-    for name in names:
-        assert structure(f"apple {name}{name} pear") == plain, name
+    def split(name: str) -> list:
         half = len(name) // 2
-        split = [f"apple {name[:half]}", {"type": "text", "text": f"{name[half:]} pear"}]
-        assert structure([{"role": "user", "content": split}]) == plain, name
+        parts = [f"apple {name[:half]}", {"type": "text", "text": f"{name[half:]} pear"}]
+        return [{"role": "user", "content": parts}]
+
+    def structures(items: list) -> list[list[int]]:
+        features = processor.process_documents(items)
+        rows = zip(features["input_ids"], features["attention_mask"].bool(), strict=True)
+        return [ids[mask & torch.isin(ids, special)].tolist() for ids, mask in rows]
+
+    (plain,) = structures(["apple"])
+    whole = structures([f"apple {name}{name} pear" for name in names])
+    halves = structures([split(name) for name in names])
+    for name, *found in zip(names, whole, halves, strict=True):
+        assert found == [plain, plain], name
     model.encode_documents("".join(names))
 
 
@@ -140,12 +166,12 @@ def check_saving_and_loading_changes_nothing(model: MetaEmbedModel, folder: Path
         assert before.keys() == after.keys(), kind
         for name, value in before.items():
             assert torch.equal(torch.as_tensor(value), torch.as_tensor(after[name])), (kind, name)
-        assert distance(model.encode_documents(item), loaded.encode_documents(item)) < 1e-5, kind
+        assert distance(rows_of(model, "document")[kind], loaded.encode_documents(item)) < 1e-5, kind
 
 
 def check_a_training_step_changes_what_it_should(name: str) -> None:
     """The Meta Tokens and the LoRA weights, all of them, and nothing else."""
-    model = load.__wrapped__(name)
+    model = fork(name)
     embedding = next(n for n, module in model.named_modules() if module is model.get_input_embeddings())
     ids = model.config.query_token_ids + model.config.document_token_ids
     lora = LoraConfig(
@@ -155,8 +181,7 @@ def check_a_training_step_changes_what_it_should(name: str) -> None:
     before = {n: p.detach().clone() for n, p in trained.named_parameters()}
     trainable = [p for p in trained.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(trainable, lr=10.0)
-    loss = mmr_loss(model)
-    loss.backward()
+    mmr_loss(model, inputs_of(load(name))).backward()
     optimizer.step()
     after = dict(trained.named_parameters())
     changed = {n for n, value in before.items() if not torch.equal(value, after[n])}
@@ -182,9 +207,8 @@ def linear_names(model: MetaEmbedModel) -> list[str]:
     return list(used)[:2]
 
 
-def mmr_loss(model: MetaEmbedModel) -> torch.Tensor:
+def mmr_loss(model: MetaEmbedModel, items: dict[str, object]) -> torch.Tensor:
     """The paper's loss, written out for two queries and two documents."""
-    items = inputs_of(model)
     queries = model(**model.processor.process_queries(["a red apple", "a green pear"])).embeddings
     documents = torch.cat(
         [
@@ -203,31 +227,31 @@ def mmr_loss(model: MetaEmbedModel) -> torch.Tensor:
 
 def check_bfloat16(name: str) -> None:
     model = load(name)
-    rough = load.__wrapped__(name).to(torch.bfloat16)
+    rough = fork(name).to(torch.bfloat16)
     for kind, item in inputs_of(model).items():
         rows = rough.encode_documents(item)
         assert rows.dtype == torch.float32
         # Random weights amplify rounding, most of all where layers are many to so few dimensions.
-        assert cosine_similarity(rows, model.encode_documents(item), dim=-1).min() > 0.7, kind
+        assert cosine_similarity(rows, rows_of(model, "document")[kind], dim=-1).min() > 0.7, kind
 
 
 def check_gradient_checkpointing_changes_nothing(name: str) -> None:
     gradients = []
     for checkpointing in (False, True):
-        model = load.__wrapped__(name)
+        model = fork(name)
         if checkpointing:
             model.gradient_checkpointing_enable()
         torch.manual_seed(0)  # the same dropout
-        mmr_loss(model.train()).backward()
+        mmr_loss(model.train(), inputs_of(load(name))).backward()
         gradients.append(model.get_input_embeddings().weight.grad)
     torch.testing.assert_close(*gradients, atol=1e-4, rtol=1e-3)
 
 
 def check_sdpa_equals_eager(name: str) -> None:
-    model, eager = load(name), load.__wrapped__(name)
+    model, eager = load(name), fork(name)
     eager.set_attn_implementation("eager")
     for kind, item in inputs_of(model).items():
-        assert distance(model.encode_documents(item), eager.encode_documents(item)) < CLOSE, kind
+        assert distance(rows_of(model, "document")[kind], eager.encode_documents(item)) < CLOSE, kind
 
 
 def check_max_length_cuts_the_text_alone(model: MetaEmbedModel) -> None:

@@ -1,8 +1,8 @@
 """Tiny, randomly initialised checkpoints of any architecture of transformers, each with its real processor.
 
-A configuration is the architecture's default one made small by the names of its fields; the processor is the real
-one, around a tokenizer trained on the spot that knows the special tokens of all of them. What remains to be said of
-an architecture stands in `architectures.py`.
+The configuration is the architecture's default one, made small by the names of its fields. The processor is the real
+one, around a tokenizer trained on the spot with the special tokens of all architectures. Special cases are in
+`architectures.py`.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def build_tokenizer(**named: str) -> PreTrainedTokenizerFast:
 
 
 def shrink(config: dict[str, Any]) -> dict[str, Any]:
-    """Return the dictionary of a configuration with its sizes made small, by the names of its fields."""
+    """Return a configuration's dictionary with small sizes, found by the names of its fields."""
     layers = config.get("num_hidden_layers")
     small: dict[str, Any] = {}
     for name, value in config.items():
@@ -88,7 +88,9 @@ def shrink(config: dict[str, Any]) -> dict[str, Any]:
             continue
         if isinstance(value, dict):
             small[name] = shrink(value)
-        elif isinstance(value, list) and len(value) == layers:  # one entry a layer: the last ones show every kind
+        elif (
+            isinstance(value, list) and len(value) == layers
+        ):  # an entry for each layer: the last two cover every kind
             small[name] = [min(entry, SIZES[name]) if name in SIZES else entry for entry in value[-2:]]
         elif name in SIZES and isinstance(value, int) and not isinstance(value, bool):
             small[name] = min(value, SIZES[name])
@@ -100,7 +102,7 @@ def shrink(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def shrink_images(cls: type, options: dict[str, Any]) -> dict[str, Any]:
-    """Return options of an image or video processor whose pictures have a fixed size, for small ones."""
+    """Return options of an image or video processor with small images, where their size is fixed."""
     square = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
     size, small = getattr(cls, "size", None), {}
     if isinstance(size, dict) and "height" in size:
@@ -199,7 +201,7 @@ def build(model_type: str, dtype: torch.dtype = torch.float32) -> tuple[PreTrain
 
 @torch.no_grad()
 def enliven(model: PreTrainedModel) -> None:
-    """Draw weights so that every part of a tiny model matters: the usual 0.02 suits wide ones, gates start closed."""
+    """Draw weights so that every part of a tiny model matters: 0.02 suits wide models, and gates start closed."""
     for name, parameter in model.named_parameters():
         if parameter.ndim > 1:
             parameter.normal_(std=0.3 if "embed" in name else parameter[0].numel() ** -0.5)

@@ -1,6 +1,7 @@
-"""Weights trained with the paper's own code give, here, the embeddings that their procedure gives."""
+"""Weights trained with the paper's own code give the same embeddings here as with its procedure."""
 
 import copy
+import functools
 import json
 
 import pytest
@@ -20,8 +21,8 @@ from metaembed.loading_metaembed import load_backbone
 R_Q, R_C, DIM = 3, 5, 24
 
 
-def their_full_model():
-    """Their class in its parts: a headed backbone, Meta Tokens, a projection."""
+@functools.cache
+def built():
     backbone, processor = build("qwen2_5_vl", dtype=torch.float64)
     headed = Qwen2_5_VLForConditionalGeneration(backbone.config).double().eval()
     headed.model.load_state_dict(backbone.state_dict())
@@ -30,7 +31,12 @@ def their_full_model():
     return headed, processor, tokens, nn.Linear(32, DIM).double()
 
 
-def their_procedure(headed, processor, tokens, projection, item):
+def paper_model():
+    """The class of the paper's code in its parts: a headed backbone, its processor, Meta Tokens, a projection."""
+    return copy.deepcopy(built())
+
+
+def paper_procedure(headed, processor, tokens, projection, item):
     """Written out from the paper: left padding, `[input; M_q; M_c]` as `inputs_embeds`, explicit positions, slices."""
     model = headed.model
     image, text = item
@@ -66,7 +72,7 @@ def assert_equal(model, headed, processor, tokens, projection):
     with torch.no_grad():
         for image, text in ITEMS:
             item = {"image": image, "text": text}
-            query, document = their_procedure(headed, processor, tokens, projection, (image, text))
+            query, document = paper_procedure(headed, processor, tokens, projection, (image, text))
             ours = [
                 model(**features).embeddings[0]
                 for features in (model.processor.process_queries(item), model.processor.process_documents(item))
@@ -87,7 +93,7 @@ OLD_NAMES = [("model.visual.", "visual."), ("model.language_model.", "model.")] 
 @pytest.mark.parametrize("old_names", [False, True])
 @pytest.mark.parametrize("projected", [True, False])
 def test_a_full_state_dict(tmp_path, projected, old_names):
-    headed, processor, tokens, projection = their_full_model()
+    headed, processor, tokens, projection = paper_model()
     projection = projection if projected else None
     state = dict(headed.state_dict())
     for new, old in OLD_NAMES if old_names else []:
@@ -95,9 +101,9 @@ def test_a_full_state_dict(tmp_path, projected, old_names):
     state["prompt_embed_tokens.weight"] = tokens
     if projection:
         state.update({f"custom_text_proj.{name}": value for name, value in projection.state_dict().items()})
-    write(tmp_path / "theirs", state, headed.config)
+    write(tmp_path / "paper", state, headed.config)
     model = MetaEmbedModel.from_authors_checkpoint(
-        tmp_path / "theirs", processor=processor, num_query_tokens=R_Q, dtype=torch.float64
+        tmp_path / "paper", processor=processor, num_query_tokens=R_Q, dtype=torch.float64
     )
     assert model.config.document_sees_query_tokens and model.config.num_document_tokens == R_C
     assert_equal(model, headed, processor, tokens, projection)
@@ -142,7 +148,7 @@ OPTIONS = dict(num_query_tokens=R_Q, dtype=torch.float64)
 
 @pytest.mark.parametrize("old_names", [False, True])
 def test_a_peft_adapter(tmp_path, old_names):
-    headed, processor, tokens, projection = their_full_model()
+    headed, processor, tokens, projection = paper_model()
     base = write_base(tmp_path / "base", headed, processor)
     state = {**own_weights(tokens, projection), **lora_on(headed, old_names)}
     adapter = write_adapter(tmp_path / "adapter", state, base_model_name_or_path=base)
@@ -154,7 +160,7 @@ def test_a_peft_adapter(tmp_path, old_names):
 
 
 def test_a_peft_adapter_whose_base_is_said(tmp_path):
-    headed, processor, tokens, projection = their_full_model()
+    headed, processor, tokens, projection = paper_model()
     base = write_base(tmp_path / "base", headed, processor)
     state = {**own_weights(tokens, projection), **lora_on(headed)}
     adapter = write_adapter(tmp_path / "adapter", state, base_model_name_or_path="/where/it/was/trained")
@@ -167,18 +173,16 @@ def test_a_peft_adapter_whose_base_is_said(tmp_path):
 
 
 def test_an_adapter_on_a_full_state_dict(tmp_path):
-    headed, processor, tokens, projection = their_full_model()
-    write(tmp_path / "theirs", {**headed.state_dict(), "prompt_embed_tokens.weight": tokens - 1}, headed.config)
+    headed, processor, tokens, projection = paper_model()
+    write(tmp_path / "paper", {**headed.state_dict(), "prompt_embed_tokens.weight": tokens - 1}, headed.config)
     adapter = write_adapter(tmp_path / "adapter", {**own_weights(tokens, projection), **lora_on(headed)})
-    model = MetaEmbedModel.from_authors_checkpoint(
-        tmp_path / "theirs", adapter=adapter, processor=processor, **OPTIONS
-    )
+    model = MetaEmbedModel.from_authors_checkpoint(tmp_path / "paper", adapter=adapter, processor=processor, **OPTIONS)
     assert_equal(model, headed, processor, tokens, projection)
 
 
 @pytest.mark.parametrize("format", ["safetensors", "bin"])
 def test_a_full_state_dict_in_shards(tmp_path, format):
-    headed, processor, tokens, projection = their_full_model()
+    headed, processor, tokens, projection = paper_model()
     state = {name: value.clone() for name, value in {**headed.state_dict(), **own_weights(tokens, projection)}.items()}
     headed.config.save_pretrained(tmp_path)
     names = sorted(state)
@@ -208,11 +212,11 @@ def test_code_in_a_bin_file_is_not_run(tmp_path, capsys):
 
 
 def test_weights_in_two_files_at_once_are_an_error(tmp_path):
-    headed, processor, tokens, _ = their_full_model()
-    write(tmp_path / "theirs", {**headed.state_dict(), "prompt_embed_tokens.weight": tokens}, headed.config)
-    save_file({"prompt_embed_tokens.weight": tokens}, tmp_path / "theirs" / "model-00001-of-00002.safetensors")
+    headed, processor, tokens, _ = paper_model()
+    write(tmp_path / "paper", {**headed.state_dict(), "prompt_embed_tokens.weight": tokens}, headed.config)
+    save_file({"prompt_embed_tokens.weight": tokens}, tmp_path / "paper" / "model-00001-of-00002.safetensors")
     with pytest.raises(ValueError, match=r"prompt_embed_tokens\.weight more than once"):
-        MetaEmbedModel.from_authors_checkpoint(tmp_path / "theirs", processor=processor, **OPTIONS)
+        MetaEmbedModel.from_authors_checkpoint(tmp_path / "paper", processor=processor, **OPTIONS)
 
 
 LAYER = "model.language_model.layers.0.self_attn.q_proj"
@@ -256,19 +260,19 @@ def lora(name, rank=2, inside=32, outside=32, value=0.0):
         ({}, {"init_lora_weights": "pissa_niter_4"}, "pissa"),
     ],
 )
-def test_an_adapter_that_does_not_fit_is_an_error_that_says_where(tmp_path, authors_base, weights, settings, message):
+def test_an_adapter_that_does_not_fit_is_an_error_that_says_where(tmp_path, paper_base, weights, settings, message):
     adapter = write_adapter(tmp_path / "adapter", {"prompt_embed_tokens.weight": ZERO, **weights}, **settings)
     with pytest.raises(ValueError, match=message):
-        MetaEmbedModel.from_authors_checkpoint(adapter, base=authors_base, num_query_tokens=R_Q)
+        MetaEmbedModel.from_authors_checkpoint(adapter, base=paper_base, num_query_tokens=R_Q)
 
 
 @pytest.fixture(scope="module")
-def authors_base(tmp_path_factory):
-    headed, processor, _, _ = their_full_model()
-    return write_base(tmp_path_factory.mktemp("authors") / "base", headed.float(), processor)
+def paper_base(tmp_path_factory):
+    headed, processor, _, _ = paper_model()
+    return write_base(tmp_path_factory.mktemp("paper") / "base", headed.float(), processor)
 
 
-def test_an_adapter_of_rank_stabilised_lora_is_scaled_by_the_root_of_its_rank(tmp_path, authors_base):
+def test_an_adapter_of_rank_stabilised_lora_is_scaled_by_the_root_of_its_rank(tmp_path, paper_base):
     plain, rooted = (
         MetaEmbedModel.from_authors_checkpoint(
             write_adapter(
@@ -281,7 +285,7 @@ def test_an_adapter_of_rank_stabilised_lora_is_scaled_by_the_root_of_its_rank(tm
                 lora_alpha=alpha,
                 use_rslora=root,
             ),
-            base=authors_base,
+            base=paper_base,
             num_query_tokens=R_Q,
         )
         .backbone.language_model.layers[0]
@@ -292,29 +296,29 @@ def test_an_adapter_of_rank_stabilised_lora_is_scaled_by_the_root_of_its_rank(tm
 
 
 @pytest.mark.parametrize("option", [{"num_query_tokens": "3"}, {"query_instructions": "x"}, {"budget": [[1, 1]]}])
-def test_an_option_that_means_nothing_is_an_error(tmp_path, authors_base, option):
+def test_an_option_that_means_nothing_is_an_error(tmp_path, paper_base, option):
     adapter = write_adapter(tmp_path / "adapter", {"prompt_embed_tokens.weight": ZERO})
     with pytest.raises(TypeError, match=next(iter(option))):
-        MetaEmbedModel.from_authors_checkpoint(adapter, base=authors_base, **{"num_query_tokens": R_Q, **option})
+        MetaEmbedModel.from_authors_checkpoint(adapter, base=paper_base, **{"num_query_tokens": R_Q, **option})
 
 
 @pytest.mark.parametrize("full", [True, False])
-def test_options_reach_the_backbone_and_the_model(tmp_path, authors_base, full):
-    headed, _, tokens, _ = their_full_model()
+def test_options_reach_the_backbone_and_the_model(tmp_path, paper_base, full):
+    headed, _, tokens, _ = paper_model()
     if full:
-        checkpoint = tmp_path / "theirs"
+        checkpoint = tmp_path / "paper"
         write(checkpoint, {**headed.state_dict(), "prompt_embed_tokens.weight": tokens}, headed.config)
     else:
         checkpoint = write_adapter(tmp_path / "adapter", {"prompt_embed_tokens.weight": tokens})
     model = MetaEmbedModel.from_authors_checkpoint(
-        checkpoint, base=authors_base, attn_implementation="eager", query_instruction="find", **OPTIONS
+        checkpoint, base=paper_base, attn_implementation="eager", query_instruction="find", **OPTIONS
     )
     assert model.backbone.config._attn_implementation == "eager" and model.dtype == torch.float64
     assert model.config.query_instruction == "find"
 
 
 @pytest.mark.parametrize("asked", [None, "v2"])
-def test_each_repository_has_a_revision_of_its_own(tmp_path, monkeypatch, authors_base, asked):
+def test_each_repository_has_a_revision_of_its_own(tmp_path, monkeypatch, paper_base, asked):
     adapter = write_adapter(
         tmp_path / "adapter",
         {"prompt_embed_tokens.weight": ZERO},
@@ -329,7 +333,7 @@ def test_each_repository_has_a_revision_of_its_own(tmp_path, monkeypatch, author
 
     def load(source, revision=None, cache_dir=None, **kwargs):
         asked_for[source] = revision, {"cache_dir": cache_dir}
-        return load_backbone(authors_base, **kwargs)
+        return load_backbone(paper_base, **kwargs)
 
     monkeypatch.setattr(paper_checkpoint, "snapshot_download", download)
     monkeypatch.setattr(paper_checkpoint, "load_backbone", load)
@@ -351,15 +355,15 @@ def test_each_repository_has_a_revision_of_its_own(tmp_path, monkeypatch, author
 
 
 def test_a_checkpoint_without_a_processor_says_what_to_pass(tmp_path):
-    headed, _, tokens, _ = their_full_model()
-    write(tmp_path / "theirs", {**headed.state_dict(), "prompt_embed_tokens.weight": tokens}, headed.config)
+    headed, _, tokens, _ = paper_model()
+    write(tmp_path / "paper", {**headed.state_dict(), "prompt_embed_tokens.weight": tokens}, headed.config)
     with pytest.raises(ValueError, match="`processor`"):
-        MetaEmbedModel.from_authors_checkpoint(tmp_path / "theirs", **OPTIONS)
+        MetaEmbedModel.from_authors_checkpoint(tmp_path / "paper", **OPTIONS)
 
 
 @pytest.mark.parametrize("change", ["stray", "missing", "no tokens", "too few tokens"])
 def test_weights_that_are_not_accounted_for_are_errors(tmp_path, change):
-    headed, processor, tokens, _ = their_full_model()
+    headed, processor, tokens, _ = paper_model()
     state = {**headed.state_dict(), "prompt_embed_tokens.weight": tokens}
     if change == "stray":
         state["model.language_model.stray.weight"] = tokens
@@ -367,9 +371,9 @@ def test_weights_that_are_not_accounted_for_are_errors(tmp_path, change):
         del state["model.language_model.norm.weight"]
     elif change == "no tokens":
         del state["prompt_embed_tokens.weight"]
-    write(tmp_path / "theirs", state, headed.config)
+    write(tmp_path / "paper", state, headed.config)
     wanted = {"stray": "stray", "missing": "norm", "no tokens": "prompt_embed_tokens", "too few tokens": "16"}[change]
     with pytest.raises(ValueError, match=wanted):
         MetaEmbedModel.from_authors_checkpoint(
-            tmp_path / "theirs", processor=processor, num_query_tokens=16 if "few" in change else R_Q
+            tmp_path / "paper", processor=processor, num_query_tokens=16 if "few" in change else R_Q
         )

@@ -1,16 +1,19 @@
-"""Facts that are measured and not assumed: what a backbone takes, what may share a batch, and what is refused."""
+"""What a backbone takes, what may share a batch, and what is refused: measured, not assumed."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conformance import distance, inputs_of, load, picture, video
+from conformance import distance, fork, inputs_of, load, picture, video
 from PIL import Image
 from tiny import build
 from transformers.video_utils import VideoMetadata
 
 from metaembed import MetaEmbedModel
+from metaembed.backbones.probe import measure
+from metaembed.configuration_metaembed import BackboneTraits
 from metaembed.sentence_metaembed import to_multi_vector_encoder
 
 
@@ -30,7 +33,7 @@ def test_image_resolution_holds_for_one_call_and_changes_no_shared_state():
 
 
 @pytest.mark.parametrize("options", [{"max_pixel": 1}, {"images_kwargs": {"max_pixel": 1}}])
-def test_a_keyword_that_nobody_heeds_is_an_error(options):
+def test_a_keyword_that_no_processor_knows_is_an_error(options):
     with pytest.raises(TypeError, match="max_pixel"):
         load("qwen2_5_vl").encode_documents(picture(0), **options)
 
@@ -42,7 +45,7 @@ def test_impossible_max_length_is_an_error(max_length):
 
 
 @pytest.mark.parametrize("name, mixes, batches", [("mllama", False, True), ("minicpmv4_6", False, False)])
-def test_inputs_that_would_change_each_other_are_kept_apart_through_both_doors(name, mixes, batches):
+def test_inputs_that_would_change_each_other_are_kept_apart_at_both_entry_points(name, mixes, batches):
     model = load(name)
     assert (model.config.traits.mixes_images, model.config.traits.batches_images) == (mixes, batches)
     items = [*inputs_of(model).values(), picture(7), "cat"]
@@ -69,6 +72,37 @@ def test_what_cannot_be_a_backbone_is_refused_at_creation_with_the_reason(name, 
         MetaEmbedModel.from_backbone(backbone, processor=processor)
 
 
+@pytest.mark.parametrize("broken, kind", [("text", "a text failed"), ("image", "a text with an image failed")])
+def test_a_probe_that_fails_names_its_input_and_the_reason(broken, kind, monkeypatch):
+    backbone, processor = build("qwen2_5_vl")
+    forward = type(backbone).forward
+
+    def fail(self, *args, pixel_values=None, **kwargs):
+        if broken == "text" or pixel_values is not None:
+            raise RuntimeError("out of luck")
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(backbone), "forward", fail)
+    with pytest.raises(ValueError, match=rf"^Qwen2_5_VLModel cannot be a MetaEmbed backbone: {kind}: out of luck$"):
+        MetaEmbedModel.from_backbone(backbone, processor=processor)
+
+
+def test_the_traits_do_not_depend_on_those_of_an_earlier_measurement():
+    """Every question is asked with the answers before it, and no leftover of a question after it."""
+    model = fork("mllama")
+    expected = dataclasses.replace(model.config.traits)
+    model.config.traits = BackboneTraits(
+        causal=not expected.causal,
+        mixes_images=not expected.mixes_images,
+        batches_images=not expected.batches_images,
+        pads_left=not expected.pads_left,
+        text_through_tokenizer=not expected.text_through_tokenizer,
+        nests_images=not expected.nests_images,
+    )
+    measure(model)
+    assert model.config.traits == expected
+
+
 def test_text_beyond_the_backbones_length_is_an_error_and_can_be_cut():
     model = load("bert")
     with pytest.raises(ValueError, match="max_length"):
@@ -91,7 +125,7 @@ def test_a_video_may_be_frames_as_an_array_or_as_images():
 
 
 def test_a_video_may_be_a_path_that_the_backbones_own_processor_reads(monkeypatch):
-    """A decoder stands in for torchcodec, which wants FFmpeg."""
+    """A decoder stands in for torchcodec, which needs FFmpeg."""
     model, asked = load("qwen3_vl"), []
 
     def decode(path):
@@ -117,7 +151,7 @@ def test_a_video_may_be_a_path_that_the_backbones_own_processor_reads(monkeypatc
 
 
 @pytest.mark.parametrize("bad", [[], [picture(0), picture(1, 56, 56)], 3, np.zeros((2, 3), np.uint8)])
-def test_what_is_no_video_is_an_error_that_says_so(bad):
+def test_what_is_not_a_video_is_an_error_that_says_so(bad):
     with pytest.raises((TypeError, ValueError), match=r"video|frames|array|image"):
         load("qwen3_vl").encode_documents({"video": bad})
 

@@ -1,5 +1,8 @@
 """A trained retriever is a backbone too: its weights are kept, and its projection where the shapes fit."""
 
+import copy
+import functools
+
 import pytest
 import torch
 from conformance import picture
@@ -31,13 +34,20 @@ RETRIEVERS = {
 }
 
 
-def save_retriever(name, folder):
+@functools.cache
+def retriever_of(name):
+    """A retriever, its processor, and the plain processor of its backbone. Do not change them: copy them."""
     model_type, config_class, model_class, processor_class = RETRIEVERS[name]
     backbone, processor = build(model_type)
     retriever = model_class(config_class(vlm_config=backbone.config, embedding_dim=24)).eval()
     retriever.vlm.load_state_dict(backbone.state_dict())
+    return retriever, processor_class(processor.image_processor, processor.tokenizer), processor
+
+
+def save_retriever(name, folder):
+    retriever, processor, _ = retriever_of(name)
     retriever.save_pretrained(folder)
-    processor_class(processor.image_processor, processor.tokenizer).save_pretrained(folder)
+    processor.save_pretrained(folder)
     return retriever
 
 
@@ -61,9 +71,8 @@ def test_a_late_interaction_retriever_keeps_its_weights(name, embedding_dim, tmp
     torch.testing.assert_close(again.encode_documents("a red apple"), rows[0])
 
 
-def test_a_loaded_model_with_a_head_gives_its_backbone(tmp_path):
-    retriever = save_retriever("colqwen2", tmp_path)
-    _, processor = build("qwen2_vl")
+def test_a_loaded_model_with_a_head_gives_its_backbone():
+    retriever, _, processor = copy.deepcopy(retriever_of("colqwen2"))
     model = MetaEmbedModel.from_backbone(retriever, processor=processor, embedding_dim=24)
     assert model.backbone is retriever.vlm
     assert torch.equal(model.projection.weight, retriever.embedding_proj_layer.weight)

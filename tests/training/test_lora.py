@@ -1,12 +1,15 @@
-"""Adapters train the right weights, save what stands on its own, and load whole or not at all, through every door."""
+"""Adapters train the right weights, are saved to stand alone, and load whole or not at all, at every entry point."""
 
+import copy
 import json
 import shutil
 
 import pytest
 import torch
+from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from tiny_models import picture, save_tiny_backbone
+from tiny_models import picture, save_tiny_backbone, tiny_model
+from torch import nn
 
 from metaembed import MetaEmbedModel
 from metaembed.sentence_metaembed import to_multi_vector_encoder
@@ -21,30 +24,38 @@ def embeddings(model):
     return torch.cat([model.encode_queries(QUERIES).flatten(), model.encode_documents(DOCUMENTS).flatten()])
 
 
-def trained(backbone, steps=3):
-    """A model with an adapter that was really trained, so that none of its parts is at its first value."""
-    torch.manual_seed(0)
-    model = MetaEmbedModel.from_backbone(backbone, num_query_tokens=4, num_document_tokens=8, embedding_dim=24)
-    model.add_adapter(lora_config(model, r=4, lora_alpha=4))
-    encoder = to_multi_vector_encoder(model, device="cpu").train()
-    loss = CachedMMRLoss(encoder, mini_batch_size=2)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    for _ in range(steps):
-        batch = [encoder.preprocess(QUERIES, task="query"), encoder.preprocess(DOCUMENTS[:2], task="document")]
-        sum(loss(batch).values()).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return model.eval()
-
-
 @pytest.fixture(scope="module")
 def backbone(tmp_path_factory):
     return save_tiny_backbone(tmp_path_factory.mktemp("hub") / "tiny-qwen2.5-vl")
 
 
 @pytest.fixture(scope="module")
-def model(backbone):
-    return trained(backbone)
+def untrained(backbone):
+    """A model with no adapter. Do not change it: copy it, or take `plain`."""
+    return MetaEmbedModel.from_backbone(backbone, num_query_tokens=4, num_document_tokens=8, embedding_dim=24)
+
+
+@pytest.fixture
+def plain(untrained):
+    """A model with no adapter, of this test alone."""
+    return copy.deepcopy(untrained)
+
+
+@pytest.fixture(scope="module")
+def model(untrained):
+    """A model with an adapter that was really trained, so that none of its parts is at its first value."""
+    torch.manual_seed(0)
+    model = copy.deepcopy(untrained)
+    model.add_adapter(lora_config(model, r=4, lora_alpha=4))
+    encoder = to_multi_vector_encoder(model, device="cpu").train()
+    loss = CachedMMRLoss(encoder, mini_batch_size=2)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(3):
+        batch = [encoder.preprocess(QUERIES, task="query"), encoder.preprocess(DOCUMENTS[:2], task="document")]
+        sum(loss(batch).values()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval()
 
 
 @pytest.fixture(scope="module")
@@ -54,10 +65,8 @@ def adapter(model, tmp_path_factory):
     return folder
 
 
-def test_the_recipe_trains_the_language_model_the_meta_tokens_and_the_projection(backbone):
-    model = MetaEmbedModel.from_backbone(backbone, num_query_tokens=4, num_document_tokens=8, embedding_dim=24)
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    model = trained(backbone)
+def test_the_recipe_trains_the_language_model_the_meta_tokens_and_the_projection(untrained, model):
+    before, model = untrained.state_dict(), copy.deepcopy(model)
     names = {name for name, p in model.named_parameters() if p.requires_grad}
     kinds = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     assert {name.split(".lora_")[0].rsplit(".", 1)[-1] for name in names if "lora_" in name} == set(kinds)
@@ -78,6 +87,59 @@ def test_the_recipe_trains_the_language_model_the_meta_tokens_and_the_projection
     assert rows.any(dim=1).nonzero().flatten().tolist() == ids
 
 
+def recipe(model):
+    config = lora_config(model)
+    return config.target_modules, config.trainable_token_indices, config.modules_to_save
+
+
+def trainable(model, adapter="default"):
+    """What an adapter trains, by names without the adapter's own and those of wrappers."""
+    names = [name.replace("_orig_mod.", "") for name, p in model.named_parameters() if p.requires_grad]
+    return {name.replace(f".{adapter}", "") for name in names if f".{adapter}" in name}
+
+
+def test_the_recipe_of_a_model_with_an_adapter_fits_it_too(plain):
+    """For a second adapter: its patterns would be of the first one's layers."""
+    expected = recipe(plain)
+    plain.add_adapter(lora_config(plain))
+    first = trainable(plain)
+    assert len(first) == 2 * 7 * 2 + 3
+    assert recipe(plain) == expected
+    plain.add_adapter(lora_config(plain), "second")
+    assert trainable(plain, "second") == first
+
+
+@pytest.mark.parametrize("wrap", [torch.compile, nn.DataParallel, lambda m: get_peft_model(m, lora_config(m))])
+def test_the_recipe_of_a_wrapped_model_is_that_of_the_model(plain, wrap):
+    expected = recipe(plain)
+    assert recipe(wrap(plain)) == expected
+
+
+def test_the_recipe_of_a_compiled_backbone_fits_it_and_one_that_is_not_compiled(untrained, plain):
+    compiled, other = copy.deepcopy(untrained), copy.deepcopy(untrained)
+    compiled.backbone = torch.compile(compiled.backbone)
+    config = lora_config(compiled)
+    plain.add_adapter(lora_config(plain))
+    for model in (compiled, other):
+        model.add_adapter(copy.deepcopy(config))
+        assert trainable(model) == trainable(plain)
+
+
+def test_the_recipe_of_something_else_is_an_error_that_says_what_to_pass(plain):
+    with pytest.raises(TypeError, match=r"expected a MetaEmbedModel, got MultiVectorEncoder.*encoder\[0\]\.model"):
+        lora_config(to_multi_vector_encoder(plain, device="cpu"))
+    with pytest.raises(TypeError, match="expected a MetaEmbedModel, got str"):
+        lora_config("you/your-metaembed")
+
+
+def test_a_backbone_without_numbered_blocks_needs_target_modules(plain):
+    plain.backbone.language_model.layers = nn.ModuleDict({"only": plain.backbone.language_model.layers[0]})
+    plain.backbone.visual = None
+    with pytest.raises(ValueError, match="pass `target_modules`"):
+        lora_config(plain)
+    assert lora_config(plain, target_modules=["q_proj"]).target_modules == {"q_proj"}
+
+
 def test_an_adapter_holds_only_what_was_trained(adapter, backbone):
     assert not (adapter / "model.safetensors").exists()
     sizes = {name: value.shape for name, value in load_file(adapter / "adapter_model.safetensors").items()}
@@ -86,8 +148,7 @@ def test_an_adapter_holds_only_what_was_trained(adapter, backbone):
     assert json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"] == backbone
 
 
-def test_every_loader_gives_equal_embeddings(model, adapter, backbone):
-    from peft import PeftModel
+def test_every_loader_gives_equal_embeddings(model, adapter, plain):
     from sentence_transformers import MultiVectorEncoder
     from transformers import AutoModel
 
@@ -96,13 +157,10 @@ def test_every_loader_gives_equal_embeddings(model, adapter, backbone):
         "MetaEmbedModel": MetaEmbedModel.from_pretrained(adapter),
         "AutoModel": AutoModel.from_pretrained(adapter, trust_remote_code=True),
     }
-    plain = MetaEmbedModel.from_backbone(backbone, num_query_tokens=4, num_document_tokens=8, embedding_dim=24, seed=7)
     assert not torch.allclose(embeddings(plain), expected, atol=1e-2)
+    wrapped = copy.deepcopy(plain)
     plain.load_adapter(str(adapter))
     loaded["load_adapter"] = plain
-    wrapped = MetaEmbedModel.from_backbone(
-        backbone, num_query_tokens=4, num_document_tokens=8, embedding_dim=24, seed=8
-    )
     loaded["PeftModel"] = PeftModel.from_pretrained(wrapped, str(adapter)).eval()
     for name, other in loaded.items():
         assert torch.equal(embeddings(other), expected), name
@@ -110,9 +168,7 @@ def test_every_loader_gives_equal_embeddings(model, adapter, backbone):
     torch.testing.assert_close(torch.stack(encoder.encode_query(QUERIES)), model.encode_queries(QUERIES))
 
 
-def test_merged_equals_unmerged(model, adapter, tmp_path):
-    from peft import PeftModel
-
+def test_merged_equals_unmerged(model, adapter, plain, tmp_path):
     expected = embeddings(model)
     merged = MetaEmbedModel.from_pretrained(adapter)
     merge_adapter(merged)
@@ -120,10 +176,7 @@ def test_merged_equals_unmerged(model, adapter, tmp_path):
     merged.save_pretrained(tmp_path / "merged")
     assert not (tmp_path / "merged" / "adapter_config.json").exists()
     assert torch.equal(embeddings(MetaEmbedModel.from_pretrained(tmp_path / "merged")), embeddings(merged))
-    by_peft = MetaEmbedModel.from_backbone(
-        model.adapter_base[0], num_query_tokens=4, num_document_tokens=8, embedding_dim=24
-    )
-    by_peft = PeftModel.from_pretrained(by_peft, str(adapter)).merge_and_unload()
+    by_peft = PeftModel.from_pretrained(plain, str(adapter)).merge_and_unload()
     by_peft.save_pretrained(tmp_path / "by-peft")
     again = MetaEmbedModel.from_pretrained(tmp_path / "by-peft")
     torch.testing.assert_close(embeddings(again), expected, atol=1e-5, rtol=0)
@@ -171,35 +224,27 @@ def test_a_missing_part_raises(adapter, tmp_path, part):
 
 
 @pytest.mark.parametrize("part", ["lora_A", "lora_B"])
-def test_a_missing_part_raises_in_peft_too(adapter, backbone, tmp_path, part):
+def test_a_missing_part_raises_in_peft_too(adapter, plain, tmp_path, part):
     """Which itself only warns of these; where other parts are missing it raises a KeyError."""
-    from peft import PeftModel
 
     def change(weights):
         del weights[next(name for name in weights if part in name)]
 
     folder = broken(adapter, tmp_path, change)
-    plain = MetaEmbedModel.from_backbone(backbone, num_query_tokens=4, num_document_tokens=8, embedding_dim=24)
     with pytest.raises(ValueError, match=f"missing from what is loaded, so would be random: .*{part}"):
         PeftModel.from_pretrained(plain, str(folder))
 
 
-def test_a_second_adapter_does_not_need_the_first(model, adapter, backbone):
-    from peft import PeftModel
-
-    plain = MetaEmbedModel.from_backbone(backbone, num_query_tokens=4, num_document_tokens=8, embedding_dim=24)
+def test_a_second_adapter_does_not_need_the_first(model, adapter, plain):
     wrapped = PeftModel.from_pretrained(plain, str(adapter), adapter_name="first")
     wrapped.load_adapter(str(adapter), adapter_name="second")
     wrapped.set_adapter("second")
     torch.testing.assert_close(embeddings(wrapped.eval()), embeddings(model))
 
 
-def test_an_adapter_that_peft_saved_says_how_it_loads(backbone, tmp_path):
+def test_an_adapter_that_peft_saved_says_how_it_loads(backbone, plain, tmp_path):
     """It knows the base, but not the Meta Tokens; what the error advises is done here."""
-    from peft import get_peft_model
-
-    sizes = dict(num_query_tokens=4, num_document_tokens=8, embedding_dim=24)
-    plain = MetaEmbedModel.from_backbone(backbone, **sizes)
+    model = copy.deepcopy(plain)
     wrapped = get_peft_model(plain, lora_config(plain, r=4, init_lora_weights=False))
     expected = embeddings(wrapped.eval())
     wrapped.save_pretrained(tmp_path / "peft")
@@ -207,7 +252,6 @@ def test_an_adapter_that_peft_saved_says_how_it_loads(backbone, tmp_path):
     assert saved["base_model_name_or_path"] == backbone
     with pytest.raises(ValueError, match=r"holds no config.json, no processor_config.json.* model.load_adapter"):
         MetaEmbedModel.from_pretrained(tmp_path / "peft")
-    model = MetaEmbedModel.from_backbone(backbone, **sizes)
     model.load_adapter(str(tmp_path / "peft"))
     model.save_pretrained(tmp_path / "whole")
     assert torch.equal(embeddings(MetaEmbedModel.from_pretrained(tmp_path / "whole")), expected)
@@ -230,10 +274,7 @@ def test_an_unused_part_raises(adapter, tmp_path):
         MetaEmbedModel.from_pretrained(broken(adapter, tmp_path, change))
 
 
-def test_what_would_not_load_is_not_saved(model, adapter, backbone, tmp_path):
-    from peft import get_peft_model
-
-    plain = MetaEmbedModel.from_backbone(backbone, num_query_tokens=4, num_document_tokens=8)
+def test_what_would_not_load_is_not_saved(model, adapter, plain, tmp_path):
     with pytest.raises(ValueError, match="holds an adapter"):
         plain.save_pretrained(adapter)
     plain.save_pretrained(tmp_path)
@@ -245,8 +286,6 @@ def test_what_would_not_load_is_not_saved(model, adapter, backbone, tmp_path):
 
 
 def test_an_adapter_of_an_unknown_backbone_is_not_saved(backbone, tmp_path):
-    from tiny_models import tiny_model
-
     model = tiny_model()
     model.add_adapter(lora_config(model))
     with pytest.raises(ValueError, match="must name the model it belongs to"):
