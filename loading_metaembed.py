@@ -90,15 +90,11 @@ def check_loading(source: Any, info: Mapping[str, Any]) -> None:
         raise ValueError(f"the weights of {source} did not load completely: {'; '.join(problems)}.")
 
 
-# -- Backbones --------------------------------------------------------------------------------------------------------
+# -- Backbones
 
 
 def load_plain_model(source: Any, **kwargs: Any) -> tuple[PreTrainedModel, set[str], list[str]]:
     """Load a model that contains a backbone: a plain backbone, one with a head, or a late-interaction retriever.
-
-    Args:
-        source: Hub id or folder.
-        **kwargs: For `from_pretrained` of the model.
 
     Returns:
         The model, of which [`headless`] is the backbone; the backbone weights that the checkpoint lacks, allowed only
@@ -164,7 +160,7 @@ def resize_embedding(backbone: PreTrainedModel, last_id: int) -> None:
         text_config.vocab_size = last_id + 1
 
 
-# -- Adapters ---------------------------------------------------------------------------------------------------------
+# -- Adapters
 
 
 def import_peft() -> Any:
@@ -190,35 +186,27 @@ def find_adapter(source: str | Path, **hub: Any) -> dict[str, Any] | None:
 
 
 def load_with_adapter(
-    cls: Any,
-    source: str | Path,
-    adapter: dict[str, Any],
-    hub: dict[str, Any],
-    trusted: bool,
-    *,
-    is_trainable: bool = False,
-    trusted_base: str | None = None,
-    **kwargs: Any,
+    cls: Any, source: str | Path, adapter: dict[str, Any], hub: dict[str, Any], options: dict[str, Any]
 ) -> Any:
-    """Rebuild a model (`cls` is `MetaEmbedModel`) from an adapter repository and the base that it names.
+    """Rebuild a model from an adapter repository and the base that it names.
 
     Args:
-        cls: The class of the model.
+        cls: `MetaEmbedModel`.
         source: Hub id or folder of the adapter.
         adapter: Its adapter configuration.
         hub: Where to load `source` from.
-        trusted: Whether code in `source` may run.
-        is_trainable: Whether the adapter is to be trained further.
-        trusted_base: The base, if code in its repository may run too.
-        **kwargs: For `from_pretrained` of the base.
+        options: Further options of `from_pretrained`: `is_trainable` (train the adapter further), `trust_remote_code`
+            (of `source`), `trusted_base` (the base, if code in its repository may run too), and those of the base.
 
     Raises:
-        ValueError: If a weight is missing, the repository lacks what the model is rebuilt from, or the base is an
-            adapter itself, or brings code that the user has not said to trust.
+        ValueError: If a weight or file is missing, or the base is an adapter itself or brings code nobody trusted.
     """
+    options = {name: value for name, value in options.items() if name not in (*HUB_ARGUMENTS, "adapter_kwargs")}
+    trusted, trusted_base = options.pop("trust_remote_code"), options.pop("trusted_base", None)
+    is_trainable = options.pop("is_trainable", False)
     import_peft()
     check_stands_alone(source, adapter, hub)
-    config = kwargs.pop("config", None) or cls.config_class.from_pretrained(source, **hub)
+    config = options.pop("config", None) or cls.config_class.from_pretrained(source, **hub)
     base, commit = adapter["base_model_name_or_path"], adapter.get("revision")
     base_hub = {**{name: hub[name] for name in hub if name not in ("revision", "subfolder")}, "revision": commit}
     if find_adapter(base, **base_hub) is not None:
@@ -228,7 +216,7 @@ def load_with_adapter(
     content = PreTrainedConfig.get_config_dict(base, **base_hub)[0]
     missing: set[str] = set()
     if content.get("model_type") == config.model_type:  # no code of its repository is needed
-        model, _ = cls._load_whole(base, **base_hub, **kwargs)
+        model, _ = cls._load_whole(base, **base_hub, **options)
         config.backbone_config = model.config.backbone_config
         model.config = config
     else:
@@ -238,9 +226,8 @@ def load_with_adapter(
                 f"trust_remote_code=True is trust in {source} only. If you trust {base} too, also pass "
                 f"trusted_base={base!r}."
             )
-        whole, missing, _ = load_plain_model(
-            base, trust_remote_code=trusted and trusted_base == base, **base_hub, **kwargs
-        )
+        code = {"trust_remote_code": trusted and trusted_base == base}
+        whole, missing, _ = load_plain_model(base, **code, **base_hub, **options)
         backbone = headless(whole)
         resize_embedding(backbone, config.document_token_ids[-1])  # the adapter brings the values
         config.backbone_config = backbone.config
@@ -264,9 +251,8 @@ def check_stands_alone(source: str | Path, adapter: dict[str, Any], hub: dict[st
     if lacks:
         raise ValueError(
             f"the adapter {source} does not stand on its own: it holds {', '.join(lacks)}. It was saved by peft "
-            "(get_peft_model), which knows only weights. Create the model as it was before training, "
-            f"MetaEmbedModel.from_backbone(...), then model.load_adapter({str(source)!r}), and save that: "
-            "model.save_pretrained(folder). Adapters added by model.add_adapter(lora_config(model)) are saved whole."
+            "(get_peft_model), which knows only weights. Create the model as it was before training, with "
+            f"MetaEmbedModel.from_backbone(...), then model.load_adapter({str(source)!r}), and save that."
         )
 
 
@@ -316,11 +302,11 @@ def fill_adapter(model: PreTrainedModel, source: str | Path, adapter_name: str, 
         actual[name].copy_(value)
 
 
-# -- Saving -----------------------------------------------------------------------------------------------------------
+# -- Saving
 
 
-def check_saves_whole(model: Any, folder: Path) -> None:
-    """Raise if what is saved in `folder` would not load as `model` (a `MetaEmbedModel`): its messages say why."""
+def check_saves_whole(model: Any, folder: Path | None, publish: bool) -> None:
+    """Raise if what is saved in `folder` would not load as `model`, or not for others if it is to `publish`."""
     config, adapter = model.config, model._hf_peft_config_loaded
     config.validate()
     rows = getattr(model.get_input_embeddings(), "num_embeddings", None)  # not of the weight, which may be sharded
@@ -338,7 +324,7 @@ def check_saves_whole(model: Any, folder: Path) -> None:
             "get_peft_model: its model.save_pretrained saves an adapter that every loader takes."
         )
     other = "model.safetensors" if adapter else ADAPTER_CONFIG
-    if (folder / other).is_file():
+    if folder and (folder / other).is_file():
         what, held = ("an adapter", "a whole model") if adapter else ("a whole model", "an adapter")
         raise ValueError(f"{folder} holds {held} ({other}); {what} saved beside it would not load. Save elsewhere.")
     if adapter and model.adapter_base[0] is None:
@@ -346,15 +332,14 @@ def check_saves_whole(model: Any, folder: Path) -> None:
             "an adapter must name the model it belongs to, and this one was made of a loaded backbone of unknown "
             "origin. Pass the backbone to from_backbone by its Hub id, or set model.adapter_base = (id, None)."
         )
-
-
-def check_publishable(model: Any) -> None:
-    """Raise a `ValueError` if `model` has an adapter whose base is a folder of this machine."""
-    if model._hf_peft_config_loaded and hub_id(model.adapter_base[0]) is None:
-        raise ValueError(
-            f"the adapter names a folder of this machine as its base ({model.adapter_base[0]}), so nobody else could "
-            "load it, and would read its path. Set model.adapter_base = (Hub id, None) before pushing."
+    if adapter and hub_id(model.adapter_base[0]) is None:
+        problem = (
+            f"the adapter names a folder of this machine as its base ({model.adapter_base[0]}): nobody else can load "
+            "it. Set model.adapter_base = (Hub id, None) before saving."
         )
+        if publish:
+            raise ValueError(problem)
+        logger.warning(problem)
 
 
 @contextmanager
@@ -406,11 +391,6 @@ def write_repository_files(folder: Path, model: Any) -> None:
     if model._hf_peft_config_loaded:
         config.save_pretrained(folder)
         name, commit = model.adapter_base
-        if hub_id(name) is None:
-            logger.warning(
-                f"The adapter in {folder} names a folder of this machine as its base ({name}): nobody else can load "
-                "it. Set model.adapter_base = (Hub id, None) before saving."
-            )
         path = folder / ADAPTER_CONFIG
         write_json(path, {**read_json(path), "base_model_name_or_path": name, "revision": commit})
 

@@ -31,7 +31,6 @@ from .loading_metaembed import (
     HUB_ARGUMENTS,
     check_adapter_whole,
     check_loading,
-    check_publishable,
     check_saves_whole,
     commit_of,
     fill_adapter,
@@ -57,11 +56,7 @@ _MODES = threading.Lock()
 
 @dataclass
 class MetaEmbedOutput(ModelOutput):
-    """Output of [`MetaEmbedModel`].
-
-    Args:
-        embeddings: Unit vectors [N, r, D] in Meta Token order; float32, or float64 where the model is.
-    """
+    """Output of [`MetaEmbedModel`]: unit vectors [N, r, D] in Meta Token order, in float32 or float64."""
 
     embeddings: Tensor | None = None
 
@@ -72,16 +67,7 @@ class MetaEmbedModel(PreTrainedModel):
     Implements MetaEmbed (Xiao et al., ICLR 2026, arXiv 2509.18095). Create one from a plain backbone with
     [`from_backbone`]; load a saved one with `from_pretrained`, or `AutoModel.from_pretrained(trust_remote_code=True)`.
 
-    Args:
-        config: The configuration.
-        backbone: The backbone. None: it is built from the configuration.
-
-    Raises:
-        TypeError: If a field of the configuration is of the wrong type.
-        ValueError: If the configuration does not fit together, or is that of a plain backbone.
-
     Example:
-        >>> model = AutoModel.from_pretrained("you/your-metaembed", trust_remote_code=True)
         >>> queries = model.encode_queries(["a red apple"], num_meta=4)       # [1, 4, D]
         >>> documents = model.encode_documents([Image.open("apple.png")], num_meta=16)  # [1, 16, D]
         >>> model.score(queries, documents)                                   # [1, 1]
@@ -98,7 +84,8 @@ class MetaEmbedModel(PreTrainedModel):
     _supports_attention_backend = True
 
     _processor: MetaEmbedProcessor | None = None
-    _origin: tuple[str, dict[str, Any]] | None = None  # where the model was loaded from: never with the Hub's token
+    commit: str | None = None  # of the Hub repository that the model was loaded from
+    _hub_arguments: dict[str, Any] | None = None  # where it was loaded from, for its card; never the Hub's token
     adapter_base: tuple[str | None, str | None] = (None, None)  # Hub id and commit that an adapter must name
 
     def __init__(self, config: MetaEmbedConfig, backbone: PreTrainedModel | None = None):
@@ -121,18 +108,15 @@ class MetaEmbedModel(PreTrainedModel):
 
     @classmethod
     def from_backbone(cls, backbone: str | Path | PreTrainedModel, **kwargs: Any) -> MetaEmbedModel:
-        """Create a MetaEmbed model from a plain backbone: with new Meta Tokens, ready to be trained.
+        """Create a MetaEmbed model from a plain backbone, ready to be trained: see [`backbones.create.from_backbone`].
 
         Args:
             backbone: Hub id or folder of a backbone (or of a trained retriever), or a loaded model.
             **kwargs: `num_query_tokens`, `num_document_tokens`, `embedding_dim`, `budgets`, `query_instruction`, ...,
-                and options of `AutoModel.from_pretrained`: see [`backbones.create.from_backbone`].
+                and options of `AutoModel.from_pretrained`.
 
         Raises:
-            ImportError: If the package is not installed: this method needs more than travels with a checkpoint.
-
-        Example:
-            >>> model = MetaEmbedModel.from_backbone("Qwen/Qwen2.5-VL-3B-Instruct", dtype=torch.bfloat16)
+            ImportError: If the package is not installed: this needs more than travels with a checkpoint.
         """
         try:
             from metaembed.backbones.create import from_backbone
@@ -142,15 +126,7 @@ class MetaEmbedModel(PreTrainedModel):
 
     @classmethod
     def from_authors_checkpoint(cls, checkpoint: str | Path, **kwargs: Any) -> MetaEmbedModel:
-        """Create a model from weights trained with the paper's own code: see [`backbones.paper_checkpoint.convert`].
-
-        Args:
-            checkpoint: Hub id or folder of their weights: a full state dict, or a PEFT adapter.
-            **kwargs: `base`, `adapter`, `num_query_tokens`, `revision`, `base_revision`, ...
-
-        Raises:
-            ImportError: If the package is not installed.
-        """
+        """Create a model from the authors' weights (Hub id or folder): see [`backbones.paper_checkpoint.convert`]."""
         try:
             from metaembed.backbones.paper_checkpoint import convert
         except ImportError as error:
@@ -166,8 +142,7 @@ class MetaEmbedModel(PreTrainedModel):
 
         Raises:
             TypeError: If a field of the configuration is of the wrong type.
-            ValueError: If a weight is missing from the checkpoint, of another shape, or unexpected; or if the
-                configuration, with what the call overrides, does not fit together.
+            ValueError: If weights are missing, unexpected or of another shape, or the configuration does not fit.
         """
         source, wants_info = pretrained_model_name_or_path, kwargs.pop("output_loading_info", False)
         hub = {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None}
@@ -177,17 +152,14 @@ class MetaEmbedModel(PreTrainedModel):
         if commit := commit_of(source, **hub):
             kwargs["revision"] = hub["revision"] = commit  # of the processor too, whatever is pushed meanwhile
         if source is not None and (adapter := find_adapter(source, **hub)) is not None:
-            spent = {*HUB_ARGUMENTS, "trust_remote_code", "adapter_kwargs"}
-            options = {name: value for name, value in kwargs.items() if name not in spent}
-            model, info = load_with_adapter(cls, source, adapter, hub, trusted, **options), {}
+            model, info = load_with_adapter(cls, source, adapter, hub, {**kwargs, "trust_remote_code": trusted}), {}
         else:
             model, info = cls._load_whole(source, *model_args, **kwargs)
-        if source is not None:
-            # Now and not at first use: the folder may be gone by then, or a relative path mean another one.
-            if model._processor is None and find_file(source, PROCESSOR_FILE, **hub):
-                model.processor = MetaEmbedProcessor.from_pretrained(source, trust_remote_code=trusted, **hub)
-            where = {name: value for name, value in hub.items() if name not in ("token", "force_download")}
-            model._origin = (lasting_name(source), where)
+        # Now and not at first use: the folder may be gone by then, or a relative path mean another one.
+        if source is not None and model._processor is None and find_file(source, PROCESSOR_FILE, **hub):
+            model.processor = MetaEmbedProcessor.from_pretrained(source, trust_remote_code=trusted, **hub)
+        model.commit = commit
+        model._hub_arguments = {name: value for name, value in hub.items() if name not in ("token", "force_download")}
         return (model, info) if wants_info else model
 
     @classmethod
@@ -196,7 +168,8 @@ class MetaEmbedModel(PreTrainedModel):
         model, info = super().from_pretrained(source, *args, output_loading_info=True, **kwargs)
         check_loading(source or "the state dict", info)
         if source is not None:
-            model.adapter_base = (lasting_name(source), kwargs.get("revision"))
+            model.name_or_path = model.config._name_or_path = lasting_name(source)
+            model.adapter_base = (model.name_or_path, kwargs.get("revision"))
         return model, info
 
     def add_adapter(self, adapter_config: Any, adapter_name: str | None = None) -> None:
@@ -206,11 +179,7 @@ class MetaEmbedModel(PreTrainedModel):
         upcast_adapter(self)
 
     def load_adapter(self, peft_model_id: str | None = None, adapter_name: str | None = None, *args, **kwargs):
-        """Load an adapter onto this model, completely or not at all: see transformers' `load_adapter`.
-
-        Raises:
-            ValueError: If a trained part is missing from the adapter, or not in the model.
-        """
+        """Load an adapter, completely or not at all (else a `ValueError`): see transformers' `load_adapter`."""
         import_peft()
         conversions = self.__dict__.get("_weight_conversions")
         info = super().load_adapter(peft_model_id, adapter_name, *args, **kwargs)
@@ -225,11 +194,6 @@ class MetaEmbedModel(PreTrainedModel):
         """Refuse a part of an adapter: peft's own `PeftModel.from_pretrained` would leave the rest random."""
         check_adapter_whole(self, {name.removeprefix(prefix) for name in state_dict if name.startswith(prefix)})
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
-    @property
-    def commit(self) -> str | None:
-        """The commit of the Hub repository that the model was loaded from, or None."""
-        return self._origin[1].get("revision") if self._origin else None
 
     @property
     def processor(self) -> MetaEmbedProcessor:
@@ -255,25 +219,20 @@ class MetaEmbedModel(PreTrainedModel):
     def save_pretrained(self, save_directory: str | Path, *, model_card: bool = True, **kwargs: Any) -> None:
         """Save a folder that is a complete Hub repository, loadable without this package.
 
-        It holds the weights (safetensors), the configuration, the processor, the Python files, the files of
-        sentence-transformers and, if the package is installed, a model card (one that a person wrote is kept). If the
-        model is sharded over several processes (FSDP), call it in all of them: the first one writes.
+        If the model is sharded over several processes (FSDP), call this in all of them: the first one writes.
 
         Args:
             save_directory: Folder to write to.
-            model_card: Whether to write the card.
+            model_card: Whether to write a card, if the package is installed. One that a person wrote is kept.
             **kwargs: For transformers' `save_pretrained`. With `push_to_hub=True`, also for [`push_to_hub`].
 
         Raises:
-            TypeError: If a field of the configuration is of the wrong type.
-            ValueError: If what is saved would not load: nothing is written.
+            ValueError: If what is saved would not load (or TypeError, for a field's type): nothing is written.
         """
         folder = Path(save_directory)
         push, name = kwargs.pop("push_to_hub", False), kwargs.pop("repo_id", folder.name)
         hub = {key: kwargs.pop(key) for key in ("private", "revision", "create_pr", "commit_message") if key in kwargs}
-        check_saves_whole(self, folder)
-        if push:
-            check_publishable(self)
+        check_saves_whole(self, folder, publish=push)
         with uncompiled(self):
             state = kwargs.pop("state_dict", None) or gather_weights(self)
             state = state and {name.replace("_orig_mod.", ""): value for name, value in state.items()}
@@ -293,40 +252,31 @@ class MetaEmbedModel(PreTrainedModel):
     def push_to_hub(
         self, repo_id: str, *, token: str | bool | None = None, revision: str | None = None, **kwargs: Any
     ) -> CommitInfo:
-        """Save the model to a repository of the Hub. Python files of older versions there are deleted.
+        """Save the model to a repository of the Hub, where Python files of older versions are deleted.
 
         Args:
             repo_id: Where to; created if it does not exist.
             token: Of the Hub.
             revision: Branch; created if it does not exist, except for a pull request to it.
-            **kwargs: `private` (whether a new repository is), `create_pr` (open a pull request instead),
-                `commit_message` and `commit_description`; and for [`save_pretrained`].
-
-        Returns:
-            The commit.
+            **kwargs: `private`, `create_pr`, `commit_message`, `commit_description`; and for [`save_pretrained`].
 
         Raises:
             ValueError: If the model cannot be saved, or is an adapter that names a folder of this machine.
         """
-        check_publishable(self)
-        create_pr, message = kwargs.pop("create_pr", False), kwargs.pop("commit_message", None)
-        description = kwargs.pop("commit_description", None)
+        check_saves_whole(self, None, publish=True)
+        commit = {name: kwargs.pop(name) for name in ("commit_description", "create_pr") if name in kwargs}
+        commit["commit_message"] = kwargs.pop("commit_message", None) or f"Upload {type(self).__name__}"
         api = HfApi(token=token)
         repo_id = api.create_repo(repo_id, private=kwargs.pop("private", None), exist_ok=True).repo_id
-        if revision is not None and not create_pr and not revision.startswith("refs/"):
+        if revision is not None and not commit.get("create_pr") and not revision.startswith("refs/"):
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         with tempfile.TemporaryDirectory() as folder:
             if api.file_exists(repo_id, "README.md", revision=revision):  # saving keeps what a person wrote
                 shutil.copy(api.hf_hub_download(repo_id, "README.md", revision=revision), folder)
             self.save_pretrained(folder, repo_id=repo_id, **kwargs)
+            stale = ["*_metaembed.py", "kernels_metaembed.*"]  # what is not uploaded now
             return api.upload_folder(
-                repo_id=repo_id,
-                folder_path=folder,
-                delete_patterns=["*_metaembed.py", "kernels_metaembed.*"],  # of what is not uploaded now
-                revision=revision,
-                create_pr=create_pr,
-                commit_message=message or f"Upload {type(self).__name__}",
-                commit_description=description,
+                repo_id=repo_id, folder_path=folder, delete_patterns=stale, revision=revision, **commit
             )
 
     def to_sentence_transformers(self, **kwargs: Any) -> Any:
@@ -348,19 +298,16 @@ class MetaEmbedModel(PreTrainedModel):
     def forward(
         self, input_ids: Tensor, num_meta: int | None = None, return_dict: bool | None = None, **kwargs: Any
     ) -> MetaEmbedOutput | tuple[Tensor]:
-        """Embed a batch of model inputs. The input ids say which side it is.
+        """Return the embeddings [N, r, D] of a batch of model inputs, whose side the input ids tell.
 
-        `torch.export` and `torch.compile(fullgraph=True)` need `num_meta`. Inputs that hold fewer Meta Tokens are then
-        not an error, which would depend on data, but rows of NaN.
+        `torch.export` and `torch.compile(fullgraph=True)` need `num_meta`. Inputs with fewer Meta Tokens give rows
+        of NaN then, as an error would depend on data.
 
         Args:
             input_ids: Token ids [N, L], each row with the same number of Meta Tokens.
             num_meta: Return only the first `num_meta` vectors. None: all that the ids ask for.
-            return_dict: Whether to return a [`MetaEmbedOutput`] (the default) and not a tuple.
+            return_dict: False: return a tuple.
             **kwargs: Whatever else the processor returned (`attention_mask`, `pixel_values`, ...).
-
-        Returns:
-            The embeddings [N, r, D].
 
         Raises:
             TypeError: If `num_meta` is not a whole number.
@@ -398,23 +345,23 @@ class MetaEmbedModel(PreTrainedModel):
 
     def _last_hidden_state(self, input_ids: Tensor, **inputs: Any) -> Tensor:
         """Run the backbone, with or without a head, on ids [N, L]; return its last hidden states [N, L, hidden]."""
+        name, length = type(self.backbone).__name__, input_ids.shape[1]
         longest = getattr(self.backbone.config.get_text_config(), "max_position_embeddings", None)
-        if longest and input_ids.shape[1] > longest:
+        if longest and length > longest:
             raise ValueError(
-                f"an input is {input_ids.shape[1]} tokens long, and {type(self.backbone).__name__} takes at most "
-                f"{longest}. Cut its text with `max_length`, or make its images smaller."
+                f"an input is {length} tokens long, and {name} takes at most {longest}. Cut its text with "
+                "`max_length`, or make its images smaller."
             )
         if self._takes_use_cache:
             inputs["use_cache"] = False  # nothing is generated
-        if self._has_head:  # spare the logits
-            output = self.backbone(input_ids=input_ids, output_hidden_states=True, logits_to_keep=1, **inputs)
-            hidden = output.hidden_states[-1]
-        else:
-            hidden = self.backbone(input_ids=input_ids, **inputs).last_hidden_state
+        if self._has_head:
+            inputs.update(output_hidden_states=True, logits_to_keep=1)  # spare the logits
+        output = self.backbone(input_ids=input_ids, **inputs)
+        hidden = output.hidden_states[-1] if self._has_head else output.last_hidden_state
         if hidden.shape[:2] != input_ids.shape:
             raise ValueError(
-                f"{type(self.backbone).__name__} returned hidden states of shape {tuple(hidden.shape)} for input ids "
-                f"of shape {tuple(input_ids.shape)}: none for some tokens, so none for the Meta Tokens."
+                f"{name} returned hidden states of shape {tuple(hidden.shape)} for input ids of shape "
+                f"{tuple(input_ids.shape)}: none for some tokens, so none for the Meta Tokens."
             )
         return hidden
 
@@ -574,12 +521,7 @@ def execution_device(model: nn.Module) -> torch.device:
 
 
 def check_meta_tokens(is_meta: Tensor, num_meta: int | None) -> int:
-    """Return the number of vectors asked for, `num_meta` or all, if each row of `is_meta` [N, L] has so many.
-
-    Raises:
-        TypeError: If `num_meta` is not a whole number.
-        ValueError: If rows have no Meta Tokens, or different numbers of them, or fewer than `num_meta`.
-    """
+    """Return the number of vectors asked for, `num_meta` or all, if each row of `is_meta` [N, L] has so many."""
     counts = is_meta.sum(dim=1)  # [N]
     if (counts != counts[0]).any() or counts[0] == 0:
         raise ValueError(

@@ -118,19 +118,14 @@ def test_a_configuration_and_weights_alone_make_a_model(model):
         MetaEmbedModel.from_pretrained(None, config=model.config, state_dict=short)
 
 
-def test_defaults_of_torch_change_nothing(model, folder):
-    expected = model.encode_queries("a red apple")
+def test_a_default_dtype_of_torch_changes_nothing(model, folder):
     torch.set_default_dtype(torch.bfloat16)
-    torch.set_default_device("meta")
     try:
         loaded = MetaEmbedModel.from_pretrained(folder)
-        made = tiny_model(layers=1, embedding_dim=8)
     finally:
-        torch.set_default_device(None)
         torch.set_default_dtype(torch.float32)
-    for each in (loaded, made):
-        assert each.dtype == torch.float32 and each.device.type == "cpu"
-    assert torch.equal(loaded.encode_queries("a red apple"), expected)
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.float32}
+    assert torch.equal(loaded.encode_queries("a red apple"), model.encode_queries("a red apple"))
 
 
 # -- From model inputs to embeddings --------------------------------------------------------------------------------
@@ -233,18 +228,16 @@ def test_trust_in_an_adapter_is_not_trust_in_its_base(model, adapter, tmp_path):
     config = json.loads((base / "config.json").read_text())
     config["auto_map"] = {"AutoConfig": "code.Config"}
     (base / "config.json").write_text(json.dumps(config))
-    (base / "code.py").write_text(
-        f"open({str(ran)!r}, 'w').close()\nfrom transformers import Qwen2_5_VLConfig as Base\nclass Config(Base): pass\n"
-    )
+    code = f"open({str(ran)!r}, 'w').close()\nfrom transformers import PreTrainedConfig\n"
+    (base / "code.py").write_text(code + "class Config(PreTrainedConfig): pass\n")
     rebase(adapter, base)
-    with pytest.raises(
-        ValueError, match=f"{re.escape(str(adapter))} is based on {re.escape(str(base))}.*trusted_base"
-    ):
+    message = f"{re.escape(str(adapter))} is based on {re.escape(str(base))}.*trusted_base"
+    with pytest.raises(ValueError, match=message):
         MetaEmbedModel.from_pretrained(adapter, trust_remote_code=True)
+    MetaEmbedModel.from_pretrained(adapter)  # without that code, which transformers does not need
     assert not ran.exists()
-    MetaEmbedModel.from_pretrained(adapter)  # without its code, which transformers does not need
-    assert not ran.exists()
-    MetaEmbedModel.from_pretrained(adapter, trust_remote_code=True, trusted_base=str(base))
+    with pytest.raises(ValueError, match="Unrecognized configuration class"):
+        MetaEmbedModel.from_pretrained(adapter, trust_remote_code=True, trusted_base=str(base))
     assert ran.exists()
 
 

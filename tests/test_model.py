@@ -398,7 +398,7 @@ def test_an_unexpected_weight_in_a_saved_model_is_an_error(tmp_path, qwen):
 
 
 def test_a_model_made_twice_is_an_error(qwen):
-    with pytest.raises(ValueError, match="already holds Meta Tokens"):
+    with pytest.raises(ValueError, match="already has Meta Tokens"):
         MetaEmbedModel.from_backbone(build_qwen2_5_vl()[0], processor=qwen.processor.backbone_processor)
 
 

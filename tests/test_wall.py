@@ -14,9 +14,8 @@ from transformers.dynamic_module_utils import get_imports, get_relative_import_f
 from metaembed.loading_metaembed import TRAVELLING
 from metaembed.training.lora import lora_config
 
-EVERY = {
-    f"{name}_metaembed.py" for name in "configuration inputs processing modeling loading scoring sentence".split()
-}
+NAMES = ("configuration", "inputs", "processing", "modeling", "loading", "scoring", "sentence")
+EVERY = {f"{name}_metaembed.py" for name in NAMES}
 
 
 @pytest.fixture(scope="module")
@@ -57,8 +56,8 @@ def test_a_file_that_travels_imports_only_its_siblings_and_what_users_have(name)
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.level:
             assert node.level == 1 and f"{node.module}.py" in EVERY, f"line {node.lineno} leaves the flat files"
-    docstrings = [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("from .")]
-    assert len(docstrings) == sum(
+    imports = [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("from .")]
+    assert len(imports) == sum(
         isinstance(node, ast.ImportFrom) and node.level == 1
         for node in ast.parse(path.read_text(encoding="utf-8")).body
     ), "an import is hidden in a string"
