@@ -87,15 +87,7 @@ DEFAULT_POLICY = InputPolicy()
 
 @dataclass(frozen=True)
 class Item:
-    """One query or document, checked in form; its pictures and videos are not read yet.
-
-    Args:
-        messages: Messages with a "role" and a "content": a list of parts, whose images and videos are as the user
-            passed them.
-        num_images: How many images it has.
-        has_video: Whether it has a video.
-        text_length: Characters of text.
-    """
+    """One query or document, checked in form. The images and videos in its messages are as the user passed them."""
 
     messages: list[Message]
     num_images: int
@@ -117,10 +109,7 @@ def _load(part: dict[str, Any], policy: InputPolicy, stack: ExitStack) -> dict[s
 
 
 def is_single(inputs: Any) -> bool:
-    """Whether `inputs` is one query or document, and not a batch of them.
-
-    Lists and tuples are batches, except chat messages (a list of dicts with a "role"), which are one input.
-    """
+    """Whether `inputs` is one query or document. Lists and tuples are batches, except chat messages."""
     if is_conversation(inputs):
         return True
     if isinstance(inputs, (np.ndarray, torch.Tensor)):  # [N, height, width, channels] and [N] of strings are batches
@@ -172,19 +161,13 @@ def parse(value: Any) -> Item:
 
     Args:
         value: A string (text), a PIL image, a `pathlib.Path`, `bytes` or an open file of an image, an array, a dict
-            with `text`, `image` and/or `video` (one or a list of each), or chat messages, whose content may interleave
-            them: strings, images, such dicts, or parts with a "type" that hold one text, image or video each (also as
-            "url" or "path"). Inside a dict, an image may also be a path, URL or base64 as a string. In a dict, images
-            come first and the text last.
+            with `text`, `image` and/or `video` (one or a list of each; images come first and the text last), or chat
+            messages, whose content may interleave strings, images, such dicts, and parts with a "type" that hold one
+            text, image or video each (also as "url" or "path"). In a dict, a string may be a path, URL or base64.
 
     Raises:
         TypeError: If `value` is none of these.
-        ValueError: If it holds neither text nor picture, a part does not hold what its type says, a role is not a
-            plain word, or a text is not valid Unicode.
-
-    Example:
-        >>> parse({"text": "a red apple"}).messages
-        [{'role': 'user', 'content': [{'type': 'text', 'text': 'a red apple'}]}]
+        ValueError: If it is empty or malformed, or a text is not valid Unicode.
     """
     if isinstance(value, Item):
         return value

@@ -216,10 +216,9 @@ class MetaEmbedProcessor(ProcessorMixin):
     def group(self, inputs: Any) -> list[list[int]]:
         """Split a batch into lists of indices of inputs that may be processed together.
 
-        One list, except where the backbone would let inputs with different numbers of images change each other (or
-        refuses them): then one list for each number of images, or, where even equal numbers change each other, one for
-        each input with images. An input with a video stands alone: most backbones stack the frames of a batch, which
-        would force all videos to one length.
+        One list, except where the backbone would let inputs with different numbers of images change each other: then
+        one for each number of images, or, where even equal numbers do, for each input with images. An input with a
+        video stands alone: most backbones stack the frames of a batch, which would force all to one length.
         """
         groups: dict[Any, list[int]] = {}
         for index, item in enumerate(parse_all(inputs)):
@@ -318,8 +317,8 @@ class MetaEmbedProcessor(ProcessorMixin):
             )
         if options.get("padding_side") == "left" and not self.config.traits.pads_left:
             raise ValueError(
-                "this backbone counts positions from the left, padding and all, so with padding_side='left' an "
-                "embedding would depend on the rest of its batch. Leave the padding on the right."
+                "with padding_side='left', embeddings of this backbone would depend on the rest of the batch: it "
+                "counts padding as positions. Leave the padding on the right."
             )
         if "truncation" in options:
             raise ValueError(
@@ -327,8 +326,7 @@ class MetaEmbedProcessor(ProcessorMixin):
             )
         if options.get("return_tensors", "pt") != "pt":
             raise ValueError(
-                f"`return_tensors` must be 'pt', what the model takes, got {options['return_tensors']!r}. "
-                "Convert what is returned: encode_queries and encode_documents take `convert_to_numpy`."
+                f"`return_tensors` must be 'pt', got {options['return_tensors']!r}. Convert what is returned."
             )
 
     def _call_backbone(
@@ -444,12 +442,7 @@ def default_device_cpu() -> Any:
 
 
 def meta_token_names(side: str, count: int) -> list[str]:
-    """Return the Meta Tokens of `side` as they stand in the vocabulary.
-
-    Example:
-        >>> meta_token_names("query", 2)
-        ['<|meta_query_0|>', '<|meta_query_1|>']
-    """
+    """Return the Meta Tokens of `side` as they stand in the vocabulary."""
     return [f"<|meta_{side}_{i}|>" for i in range(count)]
 
 

@@ -34,6 +34,17 @@ if TYPE_CHECKING:
 HUB_NAMES = dict(token="token", cache_folder="cache_dir", revision="revision", local_files_only="local_files_only")
 
 
+def _num_meta(side: str) -> property:
+    def read(self: MetaEmbedTransformer) -> int | None:
+        return self.model.config.num_meta(side)
+
+    def write(self: MetaEmbedTransformer, value: int | None) -> None:
+        value = None if value is None else self.processor.resolve_num_meta(side, value)
+        setattr(self.model.config, f"{side}_num_meta", value)
+
+    return property(read, write, doc=f"Vectors of a {side} where a call names none, saved with the model. None: all.")
+
+
 class MetaEmbedTransformer(InputModule):
     """Wraps a [`MetaEmbedModel`] as the one module of a `MultiVectorEncoder`.
 
@@ -83,24 +94,7 @@ class MetaEmbedTransformer(InputModule):
         """None: nothing is cut."""
         return None
 
-    @property
-    def query_num_meta(self) -> int | None:
-        """Number of vectors of a query where a call names none, saved with the model. None: all."""
-        return self.model.config.query_num_meta
-
-    @query_num_meta.setter
-    def query_num_meta(self, value: int | None) -> None:
-        self.model.config.query_num_meta = None if value is None else self.processor.resolve_num_meta("query", value)
-
-    @property
-    def document_num_meta(self) -> int | None:
-        """Number of vectors of a document where a call names none, saved with the model. None: all."""
-        return self.model.config.document_num_meta
-
-    @document_num_meta.setter
-    def document_num_meta(self, value: int | None) -> None:
-        value = None if value is None else self.processor.resolve_num_meta("document", value)
-        self.model.config.document_num_meta = value
+    query_num_meta, document_num_meta = map(_num_meta, SIDES)
 
     def get_embedding_dimension(self) -> int:
         """Return D, the dimension of every vector."""
@@ -161,10 +155,7 @@ class MetaEmbedTransformer(InputModule):
         return features
 
     def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
-        """Embed what [`preprocess`] returned.
-
-        Returns:
-            `features` with `token_embeddings` [N, r, D] and an `attention_mask` [N, r] that keeps them all.
+        """Return the features with `token_embeddings` [N, r, D] and an `attention_mask` [N, r] that keeps them all.
 
         Raises:
             ValueError: If, in evaluation mode, an embedding is not finite.
@@ -195,10 +186,7 @@ class MetaEmbedTransformer(InputModule):
         model.is_singular_input = is_one_input
 
     def save(self, output_path: str, *args: Any, **kwargs: Any) -> None:
-        """Save the model, whole, as [`MetaEmbedModel.save_pretrained`] does; but the card is the encoder's to write.
-
-        The prompts of the encoder, which has saved them by now, are saved as the configuration's instructions, so
-        that the other entry points apply them too.
+        """Save the model, whole, with the encoder's prompts as the configuration's instructions, but not the card.
 
         Raises:
             ValueError: If a prompt and the configuration's instruction disagree.
@@ -234,23 +222,19 @@ class MetaEmbedTransformer(InputModule):
         backend: str = "torch",
         **kwargs: Any,
     ) -> MetaEmbedTransformer:
-        """Load the module of a saved model, with `model_kwargs` for [`MetaEmbedModel.from_pretrained`].
-
-        Raises:
-            ValueError: If an option is given that has no effect.
-        """
-        if processor_kwargs:
-            raise ValueError(
-                f"a MetaEmbed model takes no processor_kwargs, got {processor_kwargs}. Give the options of the "
-                'processor with a call: encoder.encode_document(..., processing_kwargs={"max_pixels": 500_000}).'
-            )
-        if config_kwargs:
-            raise ValueError(
-                f"a MetaEmbed model takes no config_kwargs, got {config_kwargs}. Set encoder[0].query_num_meta or the "
-                "fields of encoder[0].model.config after loading; dtype and attn_implementation are model_kwargs."
-            )
-        if backend != "torch":
-            raise ValueError(f'a MetaEmbed model has the backend "torch" only, got {backend!r}.')
+        """Load the module of a saved model. An option that would have no effect is a ValueError."""
+        refused = (
+            (
+                "processor_kwargs",
+                processor_kwargs,
+                'pass processing_kwargs={"max_pixels": 500_000} to encode_document',
+            ),
+            ("config_kwargs", config_kwargs, "set the fields of encoder[0].model.config after loading"),
+            ("backend", None if backend == "torch" else backend, 'it has the backend "torch" only'),
+        )
+        for name, given, instead in refused:
+            if given:
+                raise ValueError(f"a MetaEmbed model does not take {name}, got {given}: {instead}.")
         where = {HUB_NAMES[name]: value for name, value in kwargs.items() if name in HUB_NAMES and value is not None}
         return cls(MetaEmbedModel.from_pretrained(model_name_or_path, **where, **(model_kwargs or {})))
 
@@ -266,12 +250,8 @@ def to_multi_vector_encoder(model: MetaEmbedModel, **kwargs: Any) -> MultiVector
     The module's class is loaded from its file as transformers loads a Hub repository's: sentence-transformers then
     saves the file along, and what it saves needs this package no more than what the model saves itself.
 
-    Args:
-        model: The model, with its processor.
-        **kwargs: For `MultiVectorEncoder` (`device`, `prompts`, `model_card_data`, ...).
-
     Example:
-        >>> encoder = to_multi_vector_encoder(MetaEmbedModel.from_backbone("Qwen/Qwen2.5-VL-3B-Instruct"))
+        >>> encoder = to_multi_vector_encoder(model, device="cpu")
     """
     reference = f"{Path(__file__).stem}.{MetaEmbedTransformer.__name__}"
     module_class = get_class_from_dynamic_module(reference, str(Path(__file__).parent))
