@@ -122,8 +122,8 @@ def sample_of(tensor: Tensor) -> Tensor:
 
 def card_of_source(model: Any) -> str | None:
     """Return the model card of where a model was loaded from, or None where there is none (any more)."""
-    source, where = getattr(model, "_origin", None) or (None, {})
-    if source is None:
+    source, where = model.config._name_or_path, getattr(model, "_hub_arguments", None)
+    if not source or where is None:
         return None
     try:
         path = cached_file(source, "README.md", _raise_exceptions_for_missing_entries=False, **where)
