@@ -7,9 +7,10 @@ from .modeling_metaembed import MetaEmbedModel, MetaEmbedOutput
 from .processing_metaembed import MetaEmbedProcessor
 from .retrieval.cascade import cascade
 from .retrieval.collection import EmbeddingCollection
-from .retrieval.pca import fit_rotation
+from .retrieval.pca import fit_pca, fit_rotation
+from .retrieval.search import search
 from .retrieval.tune_cascade import tune_cascade
-from .scoring_metaembed import maxsim, search
+from .scoring_metaembed import maxsim
 
 __version__ = "0.1.0"
 
@@ -20,6 +21,7 @@ __all__ = [
     "MetaEmbedOutput",
     "MetaEmbedProcessor",
     "cascade",
+    "fit_pca",
     "fit_rotation",
     "maxsim",
     "search",

@@ -11,12 +11,13 @@ from scenes_embedded import MODEL, embed_scenes
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from metaembed.evaluation.tables import markdown_table
 from metaembed.retrieval.cascade import DEFAULT_STAGES, cascade
 from metaembed.retrieval.collection import EmbeddingCollection
-from metaembed.retrieval.pca import fit_rotation
-from metaembed.retrieval.quantization import PRECISIONS, bytes_per_vector
+from metaembed.retrieval.pca import fit_pca
+from metaembed.retrieval.quantization import QUANTIZATIONS, bytes_per_vector
+from metaembed.retrieval.search import search
 from metaembed.retrieval.tune_cascade import tune_cascade
-from metaembed.scoring_metaembed import search
 
 QUERIES = 200
 SCENES = 100_000
@@ -55,7 +56,7 @@ def measure_cascade(size: str) -> list[str]:
     documents = stored.to_tensor()
     n, k = len(documents), 10
     collections = {
-        p: EmbeddingCollection.from_embeddings(documents, precision=p) for p in ("float32", "bfloat16", "int8")
+        p: EmbeddingCollection.from_embeddings(documents, quantization=p) for p in ("float32", "bfloat16", "int8")
     }
     truth = search(queries, documents, k).indices
     full = {p: milliseconds(lambda q, c=c: search(q, c, k), queries) for p, c in collections.items()}
@@ -91,7 +92,7 @@ def measure_cascade(size: str) -> list[str]:
         f"{len(queries)} queries, one thread, one query at a time, processor time. Recall is against the exact search "
         "in float32; stages are tuned on half of the queries.",
         "",
-        *table(head, rows),
+        markdown_table(head, rows),
     ]
 
 
@@ -101,7 +102,7 @@ def show(stages: tuple) -> str:
 
 
 def measure_quality(size: str) -> list[str]:
-    """Precisions and fewer dimensions against float32."""
+    """Quantizations and fewer dimensions against float32."""
     torch.set_num_threads(2)
     lines = ["## Fewer bytes", "", "At (16, 64). Recall@10 is the share of what float32 finds."]
     if not MODEL.exists():
@@ -109,38 +110,35 @@ def measure_quality(size: str) -> list[str]:
     stored, queries, relevant = embed_scenes(1000 if size == "quick" else SCENES, QUERIES)
     n = min(len(stored), 5000)
     documents, relevant = stored.to_tensor()[:n], relevant[:, :n]
-    lines += ["", f"### The quickstart's task, {n:,} scenes", "", *compare(queries, documents, relevant, [64, 32, 16])]
+    lines += ["", f"### The quickstart's task, {n:,} scenes", "", compare(queries, documents, relevant, [64, 32, 16])]
     for dim, dims in ((2048, [2048, 512, 128]), (3584, [3584, 512, 128])):
         queries, documents, relevant = synthesize(500, dim)
         lines += ["", f"### Synthetic, {dim} dimensions, {len(documents):,} documents", ""]
-        lines += compare(queries, documents, relevant, dims)
+        lines.append(compare(queries, documents, relevant, dims))
     paper = 64 * bytes_per_vector("bfloat16", 3584)
     lines += ["", f"Bytes of a document of 64 vectors; the paper's, 3584 dimensions in bfloat16, takes {paper:,}:", ""]
-    rows = [
-        [
-            str(dim),
-            *(f"{64 * bytes_per_vector(p, dim):,} ({paper / 64 / bytes_per_vector(p, dim):.0f}x)" for p in PRECISIONS),
-        ]
-        for dim in (3584, 2048, 512, 128)
-    ]
-    return [*lines, *table(["dimensions", *PRECISIONS], rows)]
+    rows = []
+    for dim in (3584, 2048, 512, 128):
+        sizes = [64 * bytes_per_vector(p, dim) for p in QUANTIZATIONS]
+        rows.append([dim, *(f"{size:,} ({paper / size:.0f}x)" for size in sizes)])
+    return [*lines, markdown_table(["dimensions", *QUANTIZATIONS], rows)]
 
 
-def compare(queries: Tensor, documents: Tensor, relevant: Tensor, dims: list[int]) -> list[str]:
-    """A table of every precision at every number of dimensions."""
+def compare(queries: Tensor, documents: Tensor, relevant: Tensor, dims: list[int]) -> str:
+    """A table of every quantization at every number of dimensions."""
     truth = search(queries, documents, 10).indices
-    rotation = fit_rotation(documents[:200], max(dims))
+    pca = fit_pca(documents[:200], max(dims))
     rows = []
     for dim in dims:
-        turn = None if dim == documents.shape[2] else rotation[:, :dim].contiguous()
-        for p in PRECISIONS:
-            collection = EmbeddingCollection.from_embeddings(documents, precision=p, rotation=turn)
+        projection = None if dim == documents.shape[2] else pca[:, :dim].contiguous()
+        for p in QUANTIZATIONS:
+            collection = EmbeddingCollection.from_embeddings(documents, quantization=p, pca=projection)
             found = search(queries, collection, 10).indices
             size = collection.bytes_per_document
             rows.append(
                 [str(dim), p, f"{size:,}", f"{recall_at_10(found, truth):.3f}", f"{ndcg_at_10(found, relevant):.3f}"]
             )
-    return table(["dimensions", "precision", "bytes a document", "recall@10", "nDCG@10"], rows)
+    return markdown_table(["dimensions", "quantization", "bytes a document", "recall@10", "nDCG@10"], rows)
 
 
 def synthesize(n: int, dim: int, queries: int = 200) -> tuple[Tensor, Tensor, Tensor]:
@@ -165,8 +163,3 @@ def synthesize(n: int, dim: int, queries: int = 200) -> tuple[Tensor, Tensor, Te
         documents,
         torch.eye(n, dtype=torch.bool)[:queries],
     )
-
-
-def table(head: list[str], rows: list[list[str]]) -> list[str]:
-    """A Markdown table."""
-    return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]

@@ -20,14 +20,15 @@ import psutil
 import sentence_transformers
 import torch
 from peers import find_peers, install_peers
-from quality import measure_cascade, measure_quality, table
+from quality import measure_cascade, measure_quality
 from report import describe_load, describe_machine, write_report
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from metaembed.evaluation.tables import markdown_table
 from metaembed.retrieval.collection import EmbeddingCollection
 from metaembed.retrieval.kernels.cpu import load_kernel
-from metaembed.retrieval.quantization import PRECISIONS, bytes_per_vector
+from metaembed.retrieval.quantization import QUANTIZATIONS, bytes_per_vector
 from metaembed.scoring_metaembed import maxsim
 
 BUDGETS = [(1, 1), (2, 4), (4, 8), (8, 16), (16, 64)]
@@ -114,7 +115,7 @@ def measure_speed(n: int, dim: int, threads: int, sides: list[int]) -> tuple[lis
     torch.set_num_threads(threads)
     limits, peers = Limits(), find_peers()
     documents = make_embeddings(n, 64, dim, seed=0)
-    collections = {p: EmbeddingCollection.from_embeddings(documents, precision=p) for p in PRECISIONS}
+    collections = {p: EmbeddingCollection.from_embeddings(documents, quantization=p) for p in QUANTIZATIONS}
     lines = [f"### {title(n, dim, threads)}", ""]
     results = {}
     exact = {*peers, "metaembed, torch, float32", "metaembed, compiled, float32"}
@@ -134,8 +135,8 @@ def measure_speed(n: int, dim: int, threads: int, sides: list[int]) -> tuple[lis
         lines += [f"{count} quer{'y' if count == 1 else 'ies'}, milliseconds:", ""]
         names = [key[2] for key in results if key[:2] == (count, BUDGETS[0])]
         rows = [[name, *(f"{results[count, b, name] * 1e3:.2f}" for b in BUDGETS)] for name in names]
-        lines += [*table(["", *map(str, BUDGETS)], rows), ""]
-        print("\n".join(lines[-len(rows) - 5 :]), flush=True)
+        lines += [markdown_table(["", *map(str, BUDGETS)], rows), ""]
+        print("\n".join(lines[-4:]), flush=True)
     return lines, results | {"peers": list(peers)}
 
 
@@ -202,7 +203,9 @@ def speed(size: str) -> list[str]:
     }[size]
     ratios, details = [], []
     for n, dim, threads, sides in plan:
-        needed = n * 64 * sum(bytes_per_vector(p, dim) for p in (*PRECISIONS, "float32"))  # collections, and a tensor
+        needed = (
+            n * 64 * sum(bytes_per_vector(p, dim) for p in (*QUANTIZATIONS, "float32"))
+        )  # collections, and a tensor
         if needed > 0.7 * psutil.virtual_memory().available:
             details += [
                 f"{title(n, dim, threads)}: left out, {needed / 2**30:.0f} GiB are more than this machine has.",
@@ -212,8 +215,13 @@ def speed(size: str) -> list[str]:
         lines, results = measure_speed(n, dim, threads, sides)
         details += lines
         rows = compare(results)
-        ratios += [f"{title(n, dim, threads)}:", "", *table(["queries", "at (16, 64)", "aim", "measured"], rows), ""]
-        print("\n".join(ratios[-len(rows) - 4 :]), flush=True)
+        ratios += [
+            f"{title(n, dim, threads)}:",
+            "",
+            markdown_table(["queries", "at (16, 64)", "aim", "measured"], rows),
+            "",
+        ]
+        print("\n".join(ratios[-4:]), flush=True)
     return ["## Speed", "", *describe_method(), "", describe_load(), "", "### Ratios", "", *ratios, *details]
 
 

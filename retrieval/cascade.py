@@ -3,27 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..scoring_metaembed import (
-    Budget,
-    SearchResult,
-    check_k,
-    choose_backend,
-    prepare,
-    score_some,
-    search,
-    top_k,
-)
+from ..scoring_metaembed import Budget
+from .search import SearchResult, check_k, choose_backend, prepare, score_some, search, top_k
 
 Stage = tuple[Budget, int]  # (budget, how many documents it keeps)
 
 DEFAULT_STAGES: tuple[Stage, ...] = (((1, 1), 1000), ((4, 8), 200))  # docs/performance.md has what they give
 
 
+@dataclass(frozen=True, eq=False, repr=False)
 class CascadeResult(SearchResult):
     """What `cascade` found. Unpacks as `scores, indices`.
 
@@ -86,7 +80,7 @@ def cascade(
     n = check_same_documents(queries, documents, exact)
     if not stages:
         found = search(queries, exact, k, budget, backend=backend)
-        return _result(found.scores, found.indices, found.backend, torch.full((len(q), 1), n))
+        return CascadeResult(found.scores, found.indices, found.backend, torch.full((len(q), 1), n))
     (first, keep), *others = stages
     found = search(queries, documents, keep, first, backend=backend)
     kernel, name = choose_backend(backend, last, q)
@@ -106,8 +100,9 @@ def cascade(
         indices.append(candidates)
         scored.append(counts)
     if not scores:
-        return _result(q.new_empty(0, min(k, n)), found.indices[:, :k], name, torch.empty(0, len(later) + 1))
-    return _result(torch.stack(scores), torch.stack(indices), name, torch.tensor(scored))
+        nothing = torch.empty(0, len(later) + 1, dtype=torch.int64)
+        return CascadeResult(q.new_empty(0, min(k, n)), found.indices[:, :k], name, nothing)
+    return CascadeResult(torch.stack(scores), torch.stack(indices), name, torch.tensor(scored))
 
 
 def check_same_documents(queries: Any, documents: Any, exact: Any) -> int:
@@ -141,9 +136,3 @@ def _check_stages(stages: Sequence[Stage], k: int, margin: float | None) -> None
         before = keep
     if margin is not None and not margin >= 0:
         raise ValueError(f"margin must be 0 or more, not {margin!r}")
-
-
-def _result(scores: Tensor, indices: Tensor, backend: str, scored: Tensor) -> CascadeResult:
-    result = CascadeResult(scores, indices, backend)
-    result.scored = scored.long()
-    return result

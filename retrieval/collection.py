@@ -16,18 +16,19 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..scoring_metaembed import Slab, Store, as_stack, check_finite
-from .quantization import bytes_per_vector, check_precision, decode, encode
+from ..scoring_metaembed import as_stack, check_finite
+from .deprecated import warn_renamed
+from .quantization import bytes_per_vector, check_quantization, decode, encode
+from .search import Slab, Store
 
 _EDGES = (1, 4, 8, 16, 64)  # the document sides of the default budgets
 _MANIFEST = "collection.json"
-_ROTATION = "rotation.safetensors"
+_PCA = "rotation.safetensors"
 _UNFINISHED = ".unfinished"
 _ENCODED_AT_ONCE = 1 << 24  # numbers
 
@@ -38,20 +39,22 @@ class EmbeddingCollection:
     Args:
         vectors: How many vectors of a document are kept: the first ones of what is appended.
         input_dim: Dimensions of what is appended, and of queries.
-        precision: `"float32"`, `"bfloat16"`, `"int8"`, `"int4"` or `"binary"`.
-        rotation: `[input_dim, dim]`, as `fit_rotation` makes it, applied to documents and queries.
-        folder: Where to write; new or empty. Without one the collection lives in memory.
+        quantization: `"float32"`, `"bfloat16"`, `"int8"`, `"int4"` or `"binary"`.
+        pca: `[input_dim, dim]`, as `fit_pca` returns it, applied to documents and queries.
+        folder: Where to write; new or empty. Without one the collection is kept in memory.
+        precision: Deprecated name of `quantization`.
+        rotation: Deprecated name of `pca`.
 
     Attributes:
         dim: Dimensions kept.
         stores: What is searched, one `Store` for every `append`.
-        uncommitted: Names of files in the folder that belong to no completed `append`.
+        uncommitted: Names of files in the folder that an interrupted `append` left.
 
     Raises:
-        ValueError: if a number, the precision or the rotation does not fit, or the folder holds something.
+        ValueError: if a number, the quantization or the PCA does not fit, or the folder is not empty.
 
     Example:
-        >>> collection = EmbeddingCollection(vectors=2, input_dim=4, precision="int8")
+        >>> collection = EmbeddingCollection(vectors=2, input_dim=4, quantization="int8")
         >>> collection.append(torch.eye(4).view(2, 2, 4), ids=["first", "second"])
         >>> collection
         EmbeddingCollection(2 documents, 2 vectors of 4 dimensions, int8, 16 bytes a document)
@@ -61,20 +64,28 @@ class EmbeddingCollection:
         self,
         vectors: int,
         input_dim: int,
-        precision: str = "float32",
+        quantization: str = "float32",
         *,
-        rotation: Tensor | None = None,
+        pca: Tensor | None = None,
         folder: str | os.PathLike[str] | None = None,
+        precision: str | None = None,
+        rotation: Tensor | None = None,
     ):
+        if precision is not None:
+            warn_renamed("precision", "quantization")
+            quantization = precision
+        if rotation is not None:
+            warn_renamed("rotation", "pca")
+            pca = rotation
         if min(vectors, input_dim) < 1:
             raise ValueError(f"vectors and input_dim must be at least 1, not {vectors} and {input_dim}")
-        if rotation is not None:
-            if rotation.ndim != 2 or rotation.shape[0] != input_dim or not 1 <= rotation.shape[1] <= input_dim:
-                raise ValueError(f"rotation must be [{input_dim}, dim], not {list(rotation.shape)}")
-            check_finite(rotation, "rotation")
-        self.vectors, self.input_dim, self.precision = vectors, input_dim, check_precision(precision)
-        self.rotation = None if rotation is None else rotation.detach().float().contiguous()
-        self.dim = input_dim if rotation is None else rotation.shape[1]
+        if pca is not None:
+            if pca.ndim != 2 or pca.shape[0] != input_dim or not 1 <= pca.shape[1] <= input_dim:
+                raise ValueError(f"pca must be [{input_dim}, dim], not {list(pca.shape)}")
+            check_finite(pca, "pca")
+        self.vectors, self.input_dim, self.quantization = vectors, input_dim, check_quantization(quantization)
+        self.pca = None if pca is None else pca.detach().float().contiguous()
+        self.dim = input_dim if pca is None else pca.shape[1]
         self.stores: list[Store] = []
         self.folder: Path | None = None
         self.uncommitted: tuple[str, ...] = ()
@@ -93,7 +104,7 @@ class EmbeddingCollection:
             embeddings: What to keep.
             ids: One for every document; their positions, as text, by default.
             vectors: Keep only so many vectors of a document; all of them by default.
-            **options: `precision`, `rotation` and `folder`, as for the class.
+            **options: `quantization`, `pca` and `folder`, as for the class.
         """
         stack = as_stack(embeddings, "embeddings")
         self = cls(stack.shape[1] if vectors is None else vectors, stack.shape[2], **options)
@@ -132,9 +143,21 @@ class EmbeddingCollection:
             self._write(self.folder, store, new_ids)
         self.__dict__.pop("_position_of", None)
 
-    def rotate(self, embeddings: Tensor) -> Tensor:
+    def project(self, embeddings: Tensor) -> Tensor:
         """Do to queries `[..., input_dim]` what was done to the documents: `[..., dim]`."""
-        return embeddings if self.rotation is None else embeddings @ self.rotation.to(embeddings)
+        return embeddings if self.pca is None else embeddings @ self.pca.to(embeddings)
+
+    @property
+    def precision(self) -> str:
+        """Deprecated name of `quantization`."""
+        warn_renamed("precision", "quantization")
+        return self.quantization
+
+    @property
+    def rotation(self) -> Tensor | None:
+        """Deprecated name of `pca`."""
+        warn_renamed("rotation", "pca")
+        return self.pca
 
     def __len__(self) -> int:
         return sum(map(len, self.stores))
@@ -142,12 +165,12 @@ class EmbeddingCollection:
     def __repr__(self) -> str:
         shape = f"{len(self)} documents, {self.vectors} vectors of {self.dim} dimensions"
         where = "" if self.folder is None else f", in {self.folder}"
-        return f"EmbeddingCollection({shape}, {self.precision}, {self.bytes_per_document} bytes a document{where})"
+        return f"EmbeddingCollection({shape}, {self.quantization}, {self.bytes_per_document} bytes a document{where})"
 
     @property
     def bytes_per_document(self) -> int:
         """What a document's vectors take, in memory and on disk."""
-        return self.vectors * bytes_per_vector(self.precision, self.dim)
+        return self.vectors * bytes_per_vector(self.quantization, self.dim)
 
     @property
     def device(self) -> torch.device:
@@ -173,34 +196,26 @@ class EmbeddingCollection:
         return torch.tensor([self._position_of[i] for i in ids], dtype=torch.int64)
 
     def to_tensor(self, vectors: int | None = None) -> Tensor:
-        """The documents as kept (so rounded, and rotated): `[N, vectors, dim]` float32."""
+        """Return the documents as kept (rounded, and projected by PCA): `[N, vectors, dim]` float32."""
         if vectors is not None and not 1 <= vectors <= self.vectors:
             raise ValueError(f"vectors must be from 1 to {self.vectors}, not {vectors}")
         stores = [store.prefix(vectors or self.vectors) for store in self.stores]
-        parts = [[decode(s.stored, s.scales, self.precision, self.dim) for s in store.slabs] for store in stores]
+        parts = [[decode(s.stored, s.scales, self.quantization, self.dim) for s in store.slabs] for store in stores]
         empty = torch.empty(0, vectors or self.vectors, self.dim)
         return torch.cat([torch.cat(slabs, dim=1) for slabs in parts]) if parts else empty
 
-    def to_numpy(self, vectors: int | None = None) -> np.ndarray:
-        """As `to_tensor`, a numpy array."""
-        return self.to_tensor(vectors).cpu().numpy()
-
-    def to_list(self, vectors: int | None = None) -> list[Tensor]:
-        """As `to_tensor`, a list of `[vectors, dim]`, which sentence-transformers works with."""
-        return list(self.to_tensor(vectors))
-
     def to(self, device: torch.device | str) -> EmbeddingCollection:
         """A copy of the collection in the memory of a device."""
-        moved = EmbeddingCollection(self.vectors, self.input_dim, self.precision, rotation=self.rotation)
+        moved = EmbeddingCollection(self.vectors, self.input_dim, self.quantization, pca=self.pca)
         for store in self.stores:
             slabs = [Slab(s.stored.to(device), None if s.scales is None else s.scales.to(device)) for s in store.slabs]
-            moved.stores.append(Store(slabs, self.precision, self.dim, checked=True))
+            moved.stores.append(Store(slabs, self.quantization, self.dim, checked=True))
         moved._ids = list(self._ids)
         return moved
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the collection to a folder, new or empty, from which `load` reads it."""
-        copy = EmbeddingCollection(self.vectors, self.input_dim, self.precision, rotation=self.rotation, folder=folder)
+        copy = EmbeddingCollection(self.vectors, self.input_dim, self.quantization, pca=self.pca, folder=folder)
         for store, ids in zip(self.stores, self._ids, strict=True):
             copy._write(Path(folder), store, None if ids is None else _read_ids(ids))
 
@@ -208,7 +223,7 @@ class EmbeddingCollection:
     def load(cls, folder: str | os.PathLike[str]) -> EmbeddingCollection:
         """Open a folder. Documents are memory-mapped: read from disk when they are scored, and only so far.
 
-        Files of an `append` that was cut short are named in a warning and in `uncommitted`, and left alone.
+        Files of an interrupted `append` are named in a warning and in `uncommitted`, and left alone.
 
         Raises:
             FileNotFoundError: if the folder holds no collection.
@@ -220,20 +235,20 @@ class EmbeddingCollection:
         manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
         if manifest["format"] != 1:
             raise ValueError(f"{folder} is of format {manifest['format']}; this version reads format 1")
-        rotation = None
+        pca = None
         if manifest["rotation"]:
-            with safe_open(folder / _ROTATION, framework="pt") as file:
-                rotation = file.get_tensor("rotation")
-        self = cls(manifest["vectors"], manifest["input_dim"], manifest["precision"], rotation=rotation)
+            with safe_open(folder / _PCA, framework="pt") as file:
+                pca = file.get_tensor("rotation")
+        self = cls(manifest["vectors"], manifest["input_dim"], manifest["precision"], pca=pca)
         self.folder = folder
         for entry in manifest["files"]:
             self._read(entry)
-        known = {_MANIFEST, _ROTATION, *self._files}
+        known = {_MANIFEST, _PCA, *self._files}
         self.uncommitted = tuple(sorted(path.name for path in folder.iterdir() if path.name not in known))
         if self.uncommitted:
             warnings.warn(
-                f"{folder} holds files of no completed append: {', '.join(self.uncommitted)}; what they were to hold "
-                "is not in the collection. Append it again, then delete them.",
+                f"{folder} contains files from an interrupted append: {', '.join(self.uncommitted)}. Their documents "
+                "are not in the collection: append them again, then delete the files.",
                 stacklevel=2,
             )
         return self
@@ -268,9 +283,9 @@ class EmbeddingCollection:
         slabs: list[list[tuple[Tensor, Tensor | None]]] = [[] for _ in self._slabs]
         for part in stack.split(max(1, _ENCODED_AT_ONCE // (self.vectors * self.input_dim))):
             check_finite(part, "embeddings")
-            for parts, vectors in zip(slabs, self.rotate(part.float()).split(self._slabs, dim=1), strict=True):
-                parts.append(encode(vectors, self.precision))
-        return Store([_join(parts) for parts in slabs], self.precision, self.dim, checked=True)
+            for parts, vectors in zip(slabs, self.project(part.float()).split(self._slabs, dim=1), strict=True):
+                parts.append(encode(vectors, self.quantization))
+        return Store([_join(parts) for parts in slabs], self.quantization, self.dim, checked=True)
 
     def _begin(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -279,9 +294,9 @@ class EmbeddingCollection:
             raise ValueError(
                 f"{folder} is not empty (it holds {there[0]}); open a collection with EmbeddingCollection.load"
             )
-        if self.rotation is not None:
-            rotation = {"rotation": self.rotation.cpu()}
-            _replace(folder / _ROTATION, lambda path: save_file(rotation, path))
+        if self.pca is not None:
+            tensors = {"rotation": self.pca.cpu()}
+            _replace(folder / _PCA, lambda path: save_file(tensors, path))
         self.folder = folder
         self._commit()
 
@@ -291,8 +306,8 @@ class EmbeddingCollection:
             "format": 1,
             "vectors": self.vectors,
             "input_dim": self.input_dim,
-            "precision": self.precision,
-            "rotation": self.rotation is not None,
+            "precision": self.quantization,  # the names of format 1
+            "rotation": self.pca is not None,
             "files": [{"name": n, "documents": len(s)} for n, s in zip(self._files, self.stores, strict=True)],
         }
         _replace(self.folder / _MANIFEST, lambda path: path.write_text(json.dumps(manifest, indent=1), "utf-8"))
@@ -316,7 +331,7 @@ class EmbeddingCollection:
     def _read(self, entry: dict[str, Any]) -> None:
         """Map a file into memory, after a look at whether it is what was written."""
         assert self.folder is not None
-        path, width = self.folder / entry["name"], bytes_per_vector(self.precision, self.dim)
+        path, width = self.folder / entry["name"], bytes_per_vector(self.quantization, self.dim)
         if not path.exists():
             raise ValueError(f"{path} is missing, which holds {entry['documents']} documents of the collection")
         try:
@@ -332,7 +347,7 @@ class EmbeddingCollection:
             size = slab.stored.nbytes + (0 if slab.scales is None else slab.scales.nbytes)
             if slab.stored.shape[:2] != (entry["documents"], vectors) or size != entry["documents"] * vectors * width:
                 raise ValueError(f"{path} does not hold {entry['documents']} documents of this collection")
-        self.stores.append(Store(slabs, self.precision, self.dim, checked=True))
+        self.stores.append(Store(slabs, self.quantization, self.dim, checked=True))
         self._files.append(entry["name"])
         self._ids.append(path if "ids" in names else None)
 

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from ..scoring_metaembed import as_stack, check_finite
+from .deprecated import warn_renamed
 
 _ROWS = 1 << 16
 
 
 @torch.no_grad()
-def fit_rotation(sample: Any, dim: int) -> Tensor:
+def fit_pca(sample: Any, dim: int) -> Tensor:
     """Find the `dim` orthogonal directions that keep most of the sample's inner products (uncentred PCA).
 
     Queries and documents are both multiplied by it, so `<q, d>` stays what it was, less what lies in other directions.
@@ -23,14 +24,14 @@ def fit_rotation(sample: Any, dim: int) -> Tensor:
         dim: How many dimensions to keep, from 1 to D.
 
     Returns:
-        `[D, dim]` float32, with orthonormal columns, those that keep most first: `rotation[:, :d]` is the one for `d`.
+        `[D, dim]` float32, with orthonormal columns, those that keep most first.
 
     Raises:
         TypeError: if the sample is not of floating point.
         ValueError: if `dim` is not from 1 to D, or the sample is empty or holds NaN or infinity.
 
     Example:
-        >>> fit_rotation(torch.tensor([[[3.0, 0.0], [0.0, 1.0]]]), dim=1).abs()
+        >>> fit_pca(torch.tensor([[[3.0, 0.0], [0.0, 1.0]]]), dim=1).abs()
         tensor([[1.],
                 [0.]])
     """
@@ -44,3 +45,9 @@ def fit_rotation(sample: Any, dim: int) -> Tensor:
     for part in rows.split(_ROWS):
         moments += (part.float().T @ part.float()).double()
     return torch.linalg.eigh(moments).eigenvectors.flip(1)[:, :dim].float().contiguous()
+
+
+def fit_rotation(sample: Any, dim: int) -> Tensor:
+    """Deprecated name of `fit_pca`."""
+    warn_renamed("fit_rotation", "fit_pca")
+    return fit_pca(sample, dim)

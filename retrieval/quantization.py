@@ -14,34 +14,34 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-PRECISIONS = ("float32", "bfloat16", "int8", "int4", "binary")
+QUANTIZATIONS = ("float32", "bfloat16", "int8", "int4", "binary")
 _STORED = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _PARTS = (1.0, 0.9, 0.8, 0.7, 0.6)  # of the largest value, that int4 tries as the largest it can express
 
 
-def check_precision(precision: str) -> str:
-    """Return `precision` if there is such a one."""
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, not {precision!r}")
-    return precision
+def check_quantization(quantization: str) -> str:
+    """Return `quantization` if there is such a one."""
+    if quantization not in QUANTIZATIONS:
+        raise ValueError(f"quantization must be one of {', '.join(QUANTIZATIONS)}, not {quantization!r}")
+    return quantization
 
 
-def bytes_per_vector(precision: str, dim: int) -> int:
+def bytes_per_vector(quantization: str, dim: int) -> int:
     """Bytes that one vector takes, its scale included."""
     return {"float32": 4 * dim, "bfloat16": 2 * dim, "int8": dim + 4, "int4": (dim + 1) // 2 + 4}.get(
-        precision, (dim + 7) // 8 + 4
+        quantization, (dim + 7) // 8 + 4
     )
 
 
-def encode(vectors: Tensor, precision: str) -> tuple[Tensor, Tensor | None]:
+def encode(vectors: Tensor, quantization: str) -> tuple[Tensor, Tensor | None]:
     """Turn float vectors `[..., D]` into what is stored, and the scales `[...]` float32 where there are some."""
-    if precision in _STORED:
-        return vectors.to(_STORED[precision]), None
+    if quantization in _STORED:
+        return vectors.to(_STORED[quantization]), None
     x = vectors.float()
-    if precision == "int8":
+    if quantization == "int8":
         levels, scales = query_levels(x)
         return (levels + 128).to(torch.uint8), scales
-    if precision == "int4":
+    if quantization == "int4":
         return _encode_int4(x)
     # The sign times this scale has the product with the vector itself right: <x, scale * sign(x)> = <x, x>.
     total = x.abs().sum(dim=-1)
@@ -50,13 +50,13 @@ def encode(vectors: Tensor, precision: str) -> tuple[Tensor, Tensor | None]:
     return (_pad(x >= 0, 8).unflatten(-1, (-1, 8)) * weights).sum(dim=-1).to(torch.uint8), scales
 
 
-def decode(stored: Tensor, scales: Tensor | None, precision: str, dim: int) -> Tensor:
+def decode(stored: Tensor, scales: Tensor | None, quantization: str, dim: int) -> Tensor:
     """Turn what `encode` stored back into float32 vectors `[..., dim]`."""
     if scales is None:
         return stored.float()
-    if precision == "int8":
+    if quantization == "int8":
         levels = stored.float() - 128
-    elif precision == "int4":
+    elif quantization == "int4":
         levels = torch.stack([stored & 15, stored >> 4], dim=-1).flatten(-2)[..., :dim].float() - 8
     else:
         bits = (stored[..., None] >> torch.arange(8, device=stored.device)) & 1
@@ -70,11 +70,11 @@ def query_levels(vectors: Tensor) -> tuple[Tensor, Tensor]:
     return (vectors / _nonzero(scales)[..., None]).round().clamp(-127, 127), scales
 
 
-def round_queries(queries: Tensor, precision: str) -> Tensor:
-    """Queries `[Q, r_q, D]` with the values that documents of this precision are multiplied by, float32."""
-    if precision == "float32":
+def round_queries(queries: Tensor, quantization: str) -> Tensor:
+    """Queries `[Q, r_q, D]` with the values that documents of this quantization are multiplied by, float32."""
+    if quantization == "float32":
         return queries
-    if precision == "bfloat16":
+    if quantization == "bfloat16":
         return queries.bfloat16().float()
     levels, scales = query_levels(queries)
     return levels * scales[..., None]

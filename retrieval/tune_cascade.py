@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..scoring_metaembed import Budget, check_budget, check_k, prepare, rescore, search
+from ..scoring_metaembed import Budget, as_stack
 from .cascade import Stage, cascade, check_same_documents
+from .search import check_k, prepare, rescore, search
 
 _DEEPEST = 4096  # documents that a stage keeps at most
 
@@ -90,12 +91,10 @@ def tune_cascade(
     if budgets is None:
         pairs = [(r, c) for r, c in ((1, 1), (2, 4), (4, 8), (8, 16)) if r <= full[0]]
         budgets = [b for b in dict.fromkeys(pairs + [(full[0], c) for _, c in pairs]) if b[1] < full[1]]
-    budgets = [check_budget(b, *full) for b in budgets]
-    raw = (
-        torch.as_tensor(queries)
-        if not isinstance(queries, list)
-        else torch.stack([torch.as_tensor(x) for x in queries])
-    )
+    for tried in budgets:
+        prepare(queries, exact, tried)  # raises if it does not fit
+    budgets = [(b[0], b[1]) for b in budgets]
+    raw = as_stack(queries, "queries")
     chosen_on, verified_on = raw[::2], raw[1::2]
 
     truth = search(chosen_on, exact, k, full, backend=backend).indices

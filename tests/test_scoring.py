@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import normalize
 
-from metaembed.scoring_metaembed import maxsim, rescore, search, top_k
+from metaembed.retrieval.search import rescore, search, top_k
+from metaembed.scoring_metaembed import maxsim
 
 
 def reference(queries, documents, budget=None):
@@ -157,7 +158,7 @@ def test_the_result_names_its_backend():
         ({"documents": torch.zeros(2, 0, 5)}, ValueError, r"must be \[n, r, D\]"),
         ({"documents": torch.zeros(2, 6, 5, dtype=torch.int64)}, TypeError, "floating point"),
         ({"documents": "text"}, TypeError, "tensor, an array or a list"),
-        ({"documents": []}, ValueError, "empty list"),
+        ({"documents": []}, ValueError, "at least one"),
         ({"documents": [torch.zeros(1, 5), torch.zeros(2, 5)]}, ValueError, "equally shaped"),
         ({"documents": torch.full((2, 6, 5), float("nan"))}, ValueError, "documents hold NaN or infinity"),
         ({"documents": torch.full((2, 6, 5), float("-inf"))}, ValueError, "documents hold NaN or infinity"),
@@ -168,7 +169,7 @@ def test_the_result_names_its_backend():
         ({"budget": (True, 2)}, TypeError, "int"),
         ({"budget": (0, 2)}, ValueError, "0 query vectors; from 1 to 3"),
         ({"budget": (3, 7)}, ValueError, "7 document vectors; from 1 to 6"),
-        ({"include": [4]}, ValueError, "from 0 to 3 are there, but 4"),
+        ({"include": [4]}, ValueError, "from 0 to 3, but 4"),
         ({"exclude": [0.5]}, TypeError, "whole numbers"),
         ({"include": torch.ones(3, dtype=torch.bool)}, TypeError, "bool for each of the 4"),
         ({"backend": "fast"}, ValueError, "'auto', 'torch', 'compiled' or 'fused'"),

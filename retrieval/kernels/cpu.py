@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..quantization import PRECISIONS, decode, encode, query_levels, round_queries
+from ..quantization import QUANTIZATIONS, decode, encode, query_levels, round_queries
 
 _MOST_QUERY_VECTORS = 512
 LIMITS = f"it takes float32 and bfloat16 on the CPU, and queries of at most {_MOST_QUERY_VECTORS} vectors"
@@ -53,7 +53,7 @@ class Kernel:
     """A loaded kernel.
 
     Attributes:
-        instructions: For every precision, the instructions that it is multiplied with.
+        instructions: For every quantization, the instructions that it is multiplied with.
     """
 
     def __init__(self, library: Path):
@@ -62,14 +62,14 @@ class Kernel:
         self._library.metaembed_scores.argtypes = [p, i64, p, i64, i64, i32, p, p, i64, i64, p, i64, i32, i32]
         self._library.metaembed_instructions.restype = ctypes.c_char_p
         self.instructions = {
-            name: self._library.metaembed_instructions(kind).decode() for kind, name in enumerate(PRECISIONS)
+            name: self._library.metaembed_instructions(kind).decode() for kind, name in enumerate(QUANTIZATIONS)
         }
 
     def scores(
         self,
         slabs: Sequence[tuple[Tensor, Tensor | None]],
         queries: Tensor,
-        precision: str,
+        quantization: str,
         index: Tensor | None = None,
         check: bool = False,
     ) -> Tensor:
@@ -77,9 +77,9 @@ class Kernel:
 
         Args:
             slabs: Of all documents, `(stored [n, used, bytes or D], scales [n, used] or None)`, on the CPU, as
-                `precision_metaembed.encode` makes them; the last dimension contiguous.
+                `quantization.encode` makes them; the last dimension contiguous.
             queries: `[Q, r_q, D]` float32, not rounded yet.
-            precision: Of the documents.
+            quantization: Of the documents.
             index: `[m]` int64: score only these documents.
             check: Look for NaN and infinity in the documents.
 
@@ -95,8 +95,8 @@ class Kernel:
         if out.numel() == 0:
             return out
         scales = None
-        if precision in ("float32", "bfloat16"):
-            values = round_queries(queries, precision).contiguous()
+        if quantization in ("float32", "bfloat16"):
+            values = round_queries(queries, quantization).contiguous()
         else:
             values, scales = (x.contiguous() for x in query_levels(queries))
         described = (_Slab * len(slabs))(*(_describe(stored, of) for stored, of in slabs))
@@ -106,7 +106,7 @@ class Kernel:
             _address(index),
             n,
             dim,
-            PRECISIONS.index(precision),
+            QUANTIZATIONS.index(quantization),
             _address(values),
             _address(scales),
             count,
@@ -135,25 +135,25 @@ def load_kernel(architecture: str = "native") -> Kernel:
         KernelUntrusted: if the kernel's answers are not torch's.
     """
     kernel = Kernel(_build(architecture))
-    for precision in PRECISIONS:
-        error = _disagreement(kernel, precision)
+    for quantization in QUANTIZATIONS:
+        error = _disagreement(kernel, quantization)
         if not error < 1e-4:
-            raise KernelUntrusted(f"the compiled kernel is off by {error:.1e} on {precision} documents")
+            raise KernelUntrusted(f"the compiled kernel is off by {error:.1e} on {quantization} documents")
     return kernel
 
 
-def find_kernel(device: torch.device, dim: int) -> tuple[Kernel | None, str]:
-    """The kernel for this machine, for any dimensions, or `None` and the reason. Warns if torch disagrees with it."""
+def find_kernel(device: torch.device, dim: int) -> Kernel | str:
+    """Return the kernel for this machine, or the reason why there is none. Warns if torch disagrees with it."""
     try:
-        return load_kernel(), ""
+        return load_kernel()
     except KernelUntrusted as error:
         warnings.warn(f"{error}; torch is used instead", RuntimeWarning, stacklevel=2)
-        return None, str(error)
+        return str(error)
     except KernelUnavailable as error:
-        return None, str(error)
+        return str(error)
 
 
-def _disagreement(kernel: Kernel, precision: str) -> float:
+def _disagreement(kernel: Kernel, quantization: str) -> float:
     """The largest difference to the formula in float64, on a little of everything the kernel does."""
     generator = torch.Generator().manual_seed(0)
     worst = 0.0
@@ -164,12 +164,12 @@ def _disagreement(kernel: Kernel, precision: str) -> float:
             queries / queries.norm(dim=-1, keepdim=True),
             documents / documents.norm(dim=-1, keepdim=True),
         )
-        stored, scales = encode(documents, precision)
+        stored, scales = encode(documents, quantization)
         index = torch.randperm(n, generator=generator)[: n // 2]
-        q, d = round_queries(queries, precision).double(), decode(stored, scales, precision, dim).double()
+        q, d = round_queries(queries, quantization).double(), decode(stored, scales, quantization, dim).double()
         expected = torch.einsum("qid,njd->qnij", q, d).amax(dim=3).sum(dim=2)
         for at in (None, index):
-            got = kernel.scores([(stored, scales)], queries, precision, at)
+            got = kernel.scores([(stored, scales)], queries, quantization, at)
             wanted = expected if at is None else expected[:, at]
             difference = (got - wanted).abs().max().item()
             worst = max(worst, difference if difference == difference else float("inf"))

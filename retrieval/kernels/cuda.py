@@ -47,7 +47,7 @@ class FusedKernel:
         self,
         slabs: Sequence[tuple[Tensor, Tensor | None]],
         queries: Tensor,
-        precision: str,
+        quantization: str,
         index: Tensor | None = None,
         check: bool = False,
     ) -> Tensor:
@@ -56,7 +56,7 @@ class FusedKernel:
         Args:
             slabs: Of all documents, `(stored [n, used, D] bfloat16, None)`.
             queries: `[Q, r_q, D]` float32, not rounded yet.
-            precision: "bfloat16".
+            quantization: "bfloat16".
             index: `[m]` int64: score only these documents.
             check: Look for NaN and infinity in the documents.
 
@@ -66,7 +66,7 @@ class FusedKernel:
         Raises:
             ValueError: if `check` finds NaN or infinity.
         """
-        q = round_queries(queries, precision).bfloat16()
+        q = round_queries(queries, quantization).bfloat16()
         n = len(slabs[0][0]) if index is None else len(index)
         out = torch.empty(len(q), n, device=q.device)
         step = max(1, _COPIED // (sum(stored.shape[1] for stored, _ in slabs) * q.shape[2]))
@@ -95,15 +95,15 @@ def load_fused(device: torch.device, dim: int) -> FusedKernel:
     return kernel
 
 
-def find_kernel(device: torch.device, dim: int) -> tuple[FusedKernel | None, str]:
-    """The fused kernel, or `None` and the reason. Warns if there is one that fails or that torch disagrees with."""
+def find_kernel(device: torch.device, dim: int) -> FusedKernel | str:
+    """Return the fused kernel, or the reason why there is none. Warns if it fails or torch disagrees with it."""
     try:
-        return load_fused(device, dim), ""
+        return load_fused(device, dim)
     except ImportError as error:
-        return None, f"{_PACKAGE} cannot be imported ({error})"
+        return f"{_PACKAGE} cannot be imported ({error})"
     except Exception as error:  # whatever a GPU's compiler may say
         warnings.warn(f"{_PACKAGE} is not used: {error}; torch is used instead", RuntimeWarning, stacklevel=2)
-        return None, str(error)
+        return str(error)
 
 
 def check_fused(kernel: FusedKernel, device: torch.device, dim: int) -> None:

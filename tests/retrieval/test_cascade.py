@@ -8,8 +8,9 @@ from torch.nn.functional import normalize
 
 from metaembed.retrieval.cascade import cascade
 from metaembed.retrieval.collection import EmbeddingCollection
+from metaembed.retrieval.search import search
 from metaembed.retrieval.tune_cascade import tune_cascade
-from metaembed.scoring_metaembed import maxsim, search
+from metaembed.scoring_metaembed import maxsim
 
 
 def nested(seed, n, vectors, dim, noise=0.5):
@@ -75,7 +76,7 @@ def test_scores_are_those_of_the_last_budget():
 
 def test_the_last_documents_are_scored_from_exact_ones():
     queries, documents = nested(0, 6, 4, 32), nested(1, 300, 8, 32)
-    rough = EmbeddingCollection.from_embeddings(documents, precision="binary")
+    rough = EmbeddingCollection.from_embeddings(documents, quantization="binary")
     scores, indices = cascade(queries, rough, 3, stages=[((2, 4), 60), ((4, 8), 40)], exact=documents)
     for query, row, values in zip(queries, indices, scores, strict=True):
         left = search(query, rough, 60, (2, 4)).indices[0].sort().values
@@ -89,7 +90,7 @@ def test_the_last_documents_are_scored_from_exact_ones():
 
 def test_tuning_with_exact_documents_keeps_the_recall_of_those():
     documents = nested(1, 2000, 8, 32)
-    rough = EmbeddingCollection.from_embeddings(documents, precision="binary")
+    rough = EmbeddingCollection.from_embeddings(documents, quantization="binary")
     queries = normalize(documents[:80, :4] + 0.3 * torch.randn(80, 4, 32), dim=-1)
     tuned = tune_cascade(rough, queries, target_recall=0.95, k=5, exact=documents)
     seen = cascade(queries[1::2], rough, 5, stages=tuned.stages, exact=documents).indices

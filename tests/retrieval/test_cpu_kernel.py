@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from torch.nn.functional import normalize
 
 from metaembed.retrieval.kernels.cpu import Kernel, KernelUnavailable, _disagreement, load_kernel
-from metaembed.retrieval.quantization import PRECISIONS, decode, encode, round_queries
-from metaembed.scoring_metaembed import maxsim, search
+from metaembed.retrieval.quantization import QUANTIZATIONS, decode, encode, round_queries
+from metaembed.retrieval.search import search
+from metaembed.scoring_metaembed import maxsim
 
 FLAGS = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
 # What the compiler calls a processor, and what this machine must have to run its code.
@@ -28,8 +29,8 @@ if platform.machine() != "x86_64":
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.sampled_from(HERE), st.sampled_from(PRECISIONS), st.data())
-def test_the_kernel_equals_a_float64_reference(architecture, precision, data):
+@given(st.sampled_from(HERE), st.sampled_from(QUANTIZATIONS), st.data())
+def test_the_kernel_equals_a_float64_reference(architecture, quantization, data):
     kernel = load_kernel(architecture)
     count, n = data.draw(st.integers(1, 40)), data.draw(st.integers(1, 130))
     r_q, dim = data.draw(st.integers(1, 20)), data.draw(st.integers(1, 150) | st.sampled_from([256, 512, 1100, 2048]))
@@ -38,22 +39,22 @@ def test_the_kernel_equals_a_float64_reference(architecture, precision, data):
     queries = normalize(torch.randn(count, r_q, dim, generator=generator), dim=-1)
     documents = normalize(torch.randn(n, sum(counts), dim, generator=generator), dim=-1)
     documents[0, 0] = 0
-    slabs = [encode(part, precision) for part in documents.split(counts, dim=1)]
+    slabs = [encode(part, quantization) for part in documents.split(counts, dim=1)]
     if data.draw(st.booleans()):  # as a prefix of more vectors lies in memory: with gaps between documents
         slabs = [tuple(x if x is None else torch.cat([x, x], 1)[:, : x.shape[1]] for x in slab) for slab in slabs]
     index = data.draw(st.none() | st.lists(st.integers(0, n - 1)).map(lambda x: torch.tensor(x, dtype=torch.int64)))
-    got = kernel.scores(slabs, queries, precision, index)
-    rows = torch.cat([decode(stored, scales, precision, dim) for stored, scales in slabs], dim=1).double()
-    expected = torch.einsum("qid,njd->qnij", round_queries(queries, precision).double(), rows).amax(3).sum(2)
+    got = kernel.scores(slabs, queries, quantization, index)
+    rows = torch.cat([decode(stored, scales, quantization, dim) for stored, scales in slabs], dim=1).double()
+    expected = torch.einsum("qid,njd->qnij", round_queries(queries, quantization).double(), rows).amax(3).sum(2)
     expected = expected if index is None else expected[:, index]
     torch.testing.assert_close(got.double(), expected, atol=2e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
-def test_an_all_zero_vector_scores_zero_at_every_precision(precision):
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
+def test_an_all_zero_vector_scores_zero_at_every_precision(quantization):
     documents = torch.stack([-torch.ones(1, 8), torch.zeros(1, 8)])
-    stored, scales = encode(documents, precision)
-    scores = load_kernel().scores([(stored, scales)], torch.ones(1, 2, 8), precision)
+    stored, scales = encode(documents, quantization)
+    scores = load_kernel().scores([(stored, scales)], torch.ones(1, 2, 8), quantization)
     assert scores[0, 0] < -15.9
     assert scores[0, 1] == 0
 
@@ -91,6 +92,6 @@ def test_a_kernel_that_disagrees_with_torch_is_refused_with_a_warning(monkeypatc
         load_kernel.cache_clear()
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
-def test_the_self_check_sees_a_small_disagreement(precision):
-    assert _disagreement(load_kernel(), precision) < 2e-6
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
+def test_the_self_check_sees_a_small_disagreement(quantization):
+    assert _disagreement(load_kernel(), quantization) < 2e-6

@@ -9,7 +9,8 @@ from torch.nn.functional import normalize
 from metaembed.retrieval.collection import EmbeddingCollection
 from metaembed.retrieval.kernels import cuda as fused_metaembed
 from metaembed.retrieval.kernels.cuda import FusedKernel, check_fused, find_kernel, load_fused, takes
-from metaembed.scoring_metaembed import choose_backend, maxsim, prepare
+from metaembed.retrieval.search import choose_backend, prepare
+from metaembed.scoring_metaembed import maxsim
 
 
 def stand_in(queries, documents):
@@ -27,7 +28,7 @@ def vectors(seed, *shape):
 def test_slabs_prefixes_and_choices_give_the_scores_of_torch(budget, copied, monkeypatch):
     monkeypatch.setattr(fused_metaembed, "_COPIED", copied)
     queries, documents = vectors(0, 3, 4, 32), vectors(1, 50, 9, 32)
-    collection = EmbeddingCollection.from_embeddings(documents, precision="bfloat16")
+    collection = EmbeddingCollection.from_embeddings(documents, quantization="bfloat16")
     q, (store,) = prepare(queries, collection, budget)
     slabs = [(slab.stored, slab.scales) for slab in store.slabs]
     expected = maxsim(queries, collection, budget, backend="torch")
@@ -60,14 +61,13 @@ def test_a_kernel_that_disagrees_or_fails_is_refused_with_a_warning(monkeypatch)
 
     monkeypatch.setattr(fused_metaembed, "load_fused", fail)
     with pytest.warns(RuntimeWarning, match="out of resource"):
-        assert find_kernel(cpu, 4096) == (None, "out of resource: shared memory")
+        assert find_kernel(cpu, 4096) == "out of resource: shared memory"
 
 
 def test_without_the_library_torch_is_used_and_the_result_says_why(monkeypatch):
     monkeypatch.setitem(sys.modules, "late_interaction_kernels", None)
     load_fused.cache_clear()
-    kernel, reason = find_kernel(torch.device("cpu"), 8)
-    assert kernel is None and "late-interaction-kernels cannot be imported" in reason
+    assert "late-interaction-kernels cannot be imported" in find_kernel(torch.device("cpu"), 8)
 
 
 def test_it_is_not_to_be_had_on_the_cpu():
