@@ -14,7 +14,7 @@ import os
 import re
 import sqlite3
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ CREATE TABLE manifest (one INTEGER PRIMARY KEY CHECK (one = 1), json TEXT NOT NU
 CREATE TABLE chunks (first INTEGER PRIMARY KEY, count INTEGER NOT NULL, sums TEXT NOT NULL, sum INTEGER NOT NULL);
 CREATE TABLE tail (first INTEGER PRIMARY KEY, count INTEGER NOT NULL, vectors BLOB NOT NULL, sum INTEGER NOT NULL);
 CREATE TABLE documents (slot INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE,
-    metadata TEXT NOT NULL CHECK (json_valid(metadata)), sum INTEGER NOT NULL);
+    metadata TEXT NOT NULL, sum INTEGER NOT NULL);
 CREATE TABLE dead (number INTEGER PRIMARY KEY, slot INTEGER NOT NULL);
 """
 
@@ -55,14 +55,16 @@ class Catalog:
                 self.manifest()
 
     @classmethod
-    def create(cls, folder: Path, manifest: Mapping[str, Any], pca: bytes | None, fill: Any = None) -> None:
+    def create(
+        cls, folder: Path, manifest: Mapping[str, Any], pca: bytes | None, fill: Callable[[Catalog], None]
+    ) -> None:
         """Make the database of a folder, whole or not at all.
 
         Args:
             folder: Where.
             manifest: What `manifest` returns later.
             pca: What `pca` returns later.
-            fill: Called with the catalog before it is there for others.
+            fill: Adds what is in it from the start.
         """
         path = folder / f"{DATABASE}.{os.urandom(6).hex()}.new"
         os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))  # with the permissions of the umask
@@ -72,10 +74,8 @@ class Catalog:
         try:
             with self.errors():
                 self._db.executescript(f"PRAGMA application_id = {_APPLICATION}; BEGIN; {_SCHEMA}")
-                self._add_functions()
                 self._set_manifest(manifest, pca)
-                if fill is not None:
-                    fill(self)
+                fill(self)
                 self._db.execute("COMMIT")
                 self._db.execute("PRAGMA journal_mode = WAL")
                 self._db.close()
@@ -165,9 +165,9 @@ class Catalog:
 
     # Documents
 
-    def add(self, first: int, ids: Sequence[str], metadata: Sequence[str]) -> None:
-        """Add documents from slot `first` on; their ids are new."""
-        rows = zip(range(first, first + len(ids)), ids, metadata, strict=True)
+    def add(self, first: int, documents: Iterable[tuple[str, str]]) -> None:
+        """Add documents, `(id, metadata as JSON)`, from slot `first` on; their ids are new."""
+        rows = ((slot, *document) for slot, document in enumerate(documents, first))
         self._db.executemany("INSERT INTO documents VALUES (?, ?, ?, ?)", ((*row, _sum(*row)) for row in rows))
 
     def bury(self, slots: Sequence[int]) -> None:
@@ -199,19 +199,14 @@ class Catalog:
                 found[slot] = (row[0], json.loads(row[1]) if row[1] != "{}" else {})
         return found
 
-    def texts(self, slots: Sequence[int]) -> list[tuple[str, str]]:
-        """The id and the metadata, as JSON, of documents that are not dead."""
-        read = "SELECT id, metadata FROM documents WHERE slot = ?"
-        return [self._db.execute(read, (slot,)).fetchone() for slot in slots]
+    def all(self) -> Iterator[tuple[str, str]]:
+        """The id and the metadata, as JSON, of every document, in order of slots."""
+        return self._db.execute("SELECT id, metadata FROM documents ORDER BY slot")
 
     def after(self, slot: int, count: int) -> list[int]:
         """The slots of the next documents from a slot on, which is how to walk through all of them."""
         found = self._db.execute("SELECT slot FROM documents WHERE slot >= ? ORDER BY slot LIMIT ?", (slot, count))
         return [slot for (slot,) in found]
-
-    def ids(self) -> list[str]:
-        """All ids, in order of slots."""
-        return [i for (i,) in self._db.execute("SELECT id FROM documents ORDER BY slot")]
 
     def dead(self, after: int = 0) -> tuple[np.ndarray, int]:
         """The dead slots, those since an earlier call only if given its number; and the number of this call."""
@@ -231,7 +226,9 @@ class Catalog:
 
     def tail(self, first: int) -> Iterator[tuple[int, int, bytes]]:
         """The vectors of small adds from slot `first` on: the first slot, how many, and the bytes."""
-        for at, count, vectors, total in self._db.execute("SELECT * FROM tail WHERE first >= ? ORDER BY first", (first,)):
+        for at, count, vectors, total in self._db.execute(
+            "SELECT * FROM tail WHERE first >= ? ORDER BY first", (first,)
+        ):
             if not isinstance(vectors, bytes) or total != _sum(at, count, vectors):
                 raise self._damaged(f"the vectors of documents {at} to {at + count - 1} are not what was written")
             yield at, count, vectors
@@ -253,13 +250,16 @@ class Catalog:
             chunks.append((first, count, json.loads(sums)))
         return chunks
 
-    def add_chunk(self, first: int, count: int, sums: Sequence[int], *, replacing: bool = False) -> None:
-        """Note what was written to the files. Small adds are among it now."""
+    def add_chunk(self, first: int, count: int, sums: Sequence[int]) -> None:
+        """Note what was written to the files at a time. Small adds are among it now."""
         text = json.dumps(list(sums))
         self._db.execute("DELETE FROM tail")
-        if replacing:
-            self._db.execute("DELETE FROM chunks")
         self._db.execute("INSERT INTO chunks VALUES (?, ?, ?, ?)", (first, count, text, _sum(first, count, text)))
+
+    def forget_vectors(self) -> None:
+        """Forget what was written: all of it will be written anew."""
+        self._db.execute("DELETE FROM tail")
+        self._db.execute("DELETE FROM chunks")
 
     def verify(self, rows: int) -> list[str]:
         """Read all of the database and say what is wrong with it; `rows` is how many slots there are."""
@@ -276,9 +276,6 @@ class Catalog:
         if (alive != 1).any():
             wrong.append(f"{DATABASE}: {int((alive != 1).sum())} documents are lost, or deleted and there")
         return wrong
-
-    def _add_functions(self) -> None:
-        self._db.create_function("row_sum", 3, _sum, deterministic=True)
 
     def _damaged(self, what: str) -> DamagedIndexError:
         return DamagedIndexError(f"{self.folder / DATABASE if self.folder else 'the index'} is damaged: {what}")
@@ -442,7 +439,9 @@ def _condition(where: Any, values: list[Any], counter: list[int]) -> str:
         if not isinstance(key, str):
             raise TypeError(f"the keys of a filter must be str, not {key!r}")
         if key.startswith("$"):
-            raise ValueError(f"there is no operator {key} for filters; there are $and and $or, and for a key {_OPERATORS}")
+            raise ValueError(
+                f"there is no operator {key} for filters; there are $and and $or, and for a key {_OPERATORS}"
+            )
         path = _path(key)
         operators = wanted if isinstance(wanted, Mapping) else {"$eq": wanted}
         if not operators:
@@ -450,7 +449,9 @@ def _condition(where: Any, values: list[Any], counter: list[int]) -> str:
         for operator, operand in operators.items():
             counter[0] += 1
             if counter[0] > _MOST_CONDITIONS:
-                raise ValueError(f"a filter can have {_MOST_CONDITIONS} conditions; use $in for many values of one key")
+                raise ValueError(
+                    f"a filter can have {_MOST_CONDITIONS} conditions; use $in for many values of one key"
+                )
             parts.append(_compare(path, operator, operand, values))
     return _join(parts, "AND")
 
@@ -468,7 +469,9 @@ def _path(key: str) -> str:
     """The path of JSON for a key. In `$."a"."b"` nothing but a quote or a backslash has a meaning."""
     steps = key.split(".")
     if not all(steps) or _UNNAMEABLE.search(key):
-        raise ValueError(f"a filter cannot name the key {key!r}: no part of it may be empty or hold quotes or backslashes")
+        raise ValueError(
+            f"a filter cannot name the key {key!r}: no part of it may be empty or hold quotes or backslashes"
+        )
     return "$" + "".join(f'."{step}"' for step in steps)
 
 

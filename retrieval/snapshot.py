@@ -14,10 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..scoring_metaembed import Budget, Store, as_stack, check_k, rescore, search, top_k
+from ..scoring_metaembed import Budget, as_stack
 from .metadata import Catalog
 from .quantization import decode
-from .storage import ROLES, Buffers, DamagedIndexError, Layout, check_kept, is_segment, map_rows
+from .search import Store, check_k, rescore, search, top_k
+from .storage import ROLES, Buffers, DamagedIndexError, Layout, check_kept, check_rows, is_segment, map_rows
 
 _MOST_FILTERS = 32  # masks of filters that a snapshot remembers
 _FEW_DOCUMENTS = 4096  # that are scored in full sooner than narrowed down
@@ -56,7 +57,9 @@ class Manifest:
     def read(cls, given: Mapping[str, Any], where: Any) -> Manifest:
         """Check all of a manifest, before anything is opened or allocated by what it says."""
         if given.get("format") != 2:
-            raise DamagedIndexError(f"{where} is of format {given.get('format')!r}; this version reads formats 1 and 2")
+            raise DamagedIndexError(
+                f"{where} is of format {given.get('format')!r}; this version reads formats 1 and 2"
+            )
         try:
             self = cls(**given)
             for name, least, most in (
@@ -126,8 +129,8 @@ class Snapshot:
         catalog: A connection that sees this state.
         folder: Of the index, if it has one.
         before: An earlier snapshot: what did not change is taken from it.
-        pieces: Tensors for every part of the layout, several documents at a time, in order of slots, if they are not
-            to be found as the manifest says.
+        buffers: The vectors, if they are in memory.
+        pieces: The vectors, if they are of a folder of format 1.
     """
 
     def __init__(
@@ -136,6 +139,7 @@ class Snapshot:
         folder: Path | None = None,
         before: Snapshot | None = None,
         *,
+        buffers: Buffers | None = None,
         pieces: list[list[Tensor]] | None = None,
     ):
         self.catalog, self.folder, self._lock = catalog, folder, threading.RLock()
@@ -144,12 +148,14 @@ class Snapshot:
             self.layout = self.manifest.layout
             self.pca = _read_pca(catalog.pca(), self.manifest, folder)
             same = before is not None and before.manifest.compactions == self.manifest.compactions
-            self._carry_on = before if same else None
+            before = before if same else None
             self._base: list[Tensor] | None = None
-            self.buffers = Buffers(self.layout)
-            self.pieces = self._find_pieces() if pieces is None else pieces
-            self._find_dead()
-            self._carry_on = None
+            self.buffers = Buffers(self.layout) if buffers is None else buffers
+            if buffers is not None:
+                self.pieces = [buffers.take(self.manifest.rows)] if self.manifest.rows else []
+            else:
+                self.pieces = self._find_pieces(before) if pieces is None else pieces
+            self._find_dead(before)
         stores = [self.layout.stores(piece) for piece in self.pieces]
         self.stores: dict[str, list[Store]] = {role: [of[role] for of in stores] for role in self.manifest.kept}
         self._masks: dict[str, Tensor] = {}
@@ -157,8 +163,8 @@ class Snapshot:
     def __len__(self) -> int:
         return self.manifest.rows - self.dead_count
 
-    def _find_pieces(self) -> list[list[Tensor]]:
-        manifest, before, pieces = self.manifest, self._carry_on, []
+    def _find_pieces(self, before: Snapshot | None) -> list[list[Tensor]]:
+        manifest, pieces = self.manifest, []
         if manifest.base:
             assert self.folder is not None and manifest.segment is not None
             unchanged = before is not None and before.manifest.base == manifest.base
@@ -186,12 +192,12 @@ class Snapshot:
         if expected != self.manifest.rows:
             raise DamagedIndexError(f"{self.folder} is damaged: the vectors of small adds are not what was written")
 
-    def _find_dead(self) -> None:
+    def _find_dead(self, before: Snapshot | None) -> None:
         """Dead slots, as a bool for every slot, or `None` if there are none."""
-        before, rows = self._carry_on, self.manifest.rows
+        rows = self.manifest.rows
         slots, self._dead_number = self.catalog.dead(before._dead_number if before else 0)
         self.dead, self.dead_count = None, len(slots) + (before.dead_count if before else 0)
-        if len(slots) and not (0 <= slots.min() and slots.max() < rows):
+        if len(slots) and not (slots.min() >= 0 and slots.max() < rows):
             raise DamagedIndexError(f"{self.folder} is damaged: it deletes documents that it does not have")
         if self.dead_count:
             self.dead = torch.zeros(rows, dtype=torch.bool)
@@ -238,15 +244,52 @@ class Snapshot:
         with self._lock, self.catalog.errors():
             return self.catalog.documents(slots)
 
+    def slots(self, ids: Sequence[str]) -> dict[str, int]:
+        """The slots of those ids that are there."""
+        with self._lock, self.catalog.errors():
+            return self.catalog.slots(ids)
+
+    def after(self, slot: int, count: int) -> list[int]:
+        """The slots of the next documents from a slot on."""
+        with self._lock, self.catalog.errors():
+            return self.catalog.after(slot, count)
+
+    def ids(self) -> list[str]:
+        """All ids, in order of slots."""
+        with self._lock, self.catalog.errors():
+            return [i for i, _ in self.catalog.all()]
+
     def get(self, slots: Sequence[int]) -> list[Document]:
         """The documents of slots that are not dead."""
-        texts, role = self.documents(slots), self.best_role
-        quantization, vectors = self.manifest.kept[role]
-        groups = []
-        for part in (self.layout.stores(self.take(slots))[role],):
-            groups = [decode(s.stored, s.scales, quantization, self.manifest.kept_dim) for s in part.slabs]
-        embeddings = torch.cat(groups, dim=1) if slots else torch.empty(0, vectors, self.manifest.kept_dim)
+        texts = self.documents(slots)
+        embeddings = self._embeddings(slots)
         return [Document(*texts[slot], embedding) for slot, embedding in zip(slots, embeddings, strict=True)]
+
+    def _embeddings(self, slots: Sequence[int]) -> Tensor:
+        """What is kept of documents, as near as it can be had: `[n, vectors, kept_dim]` float32."""
+        store, dim = self.layout.stores(self.take(slots))[self.best_role], self.manifest.kept_dim
+        return torch.cat([decode(s.stored, s.scales, store.quantization, dim) for s in store.slabs], dim=1)
+
+    def verify(self) -> list[str]:
+        """Read every byte and say what is wrong."""
+        manifest, parts = self.manifest, self.layout.parts
+        with self._lock, self.catalog.errors():
+            wrong = self.catalog.verify(manifest.rows)
+            chunks = self.catalog.chunks()
+            if manifest.segment is not None:
+                for _ in self.catalog.tail(manifest.base):  # which looks at the sums
+                    pass
+        starts = np.cumsum([0, *(count for _, count, _ in chunks)]).tolist()
+        sound = all(len(sums) == len(parts) and count > 0 for _, count, sums in chunks)
+        if not sound or starts != [*(first for first, _, _ in chunks), manifest.base]:
+            wrong.append("the sums of the files are not those of its documents")
+        elif manifest.segment is not None:
+            assert self.folder is not None
+            wrong += check_rows(self.folder, manifest.segment, self.layout, chunks)
+        for piece in self.pieces:
+            if piece is not self._base and not all(t.isfinite().all() for t in piece if t.dtype.is_floating_point):
+                wrong.append("some vectors hold NaN or infinity")
+        return wrong
 
     def take(self, slots: Sequence[int] | Tensor) -> list[Tensor]:
         """The vectors of slots, which are in any order: a tensor for every part."""
@@ -329,13 +372,13 @@ class Snapshot:
         """One copy of the documents, as `search` and `rescore` take documents."""
         return SimpleNamespace(
             stores=self.stores[role],
-            rotate=self.rotate,
+            project=self.project,
             vectors=self.manifest.kept[role][1],
             input_dim=self.manifest.dim,
             device=torch.device("cpu"),
         )
 
-    def rotate(self, x: Tensor) -> Tensor:
+    def project(self, x: Tensor) -> Tensor:
         """Do to queries what was done to the documents."""
         return x if self.pca is None else x @ self.pca
 
@@ -387,7 +430,7 @@ def check_ids(ids: Any) -> list[str]:
     for i in ids:
         if not isinstance(i, str):
             raise TypeError(f"ids must be str, not {i!r}")
-        if not i or "\0" in i or not i.isprintable() and not _encodable(i):
+        if not i or "\0" in i or (not i.isprintable() and not _encodable(i)):
             raise ValueError(f"an id must not be empty, nor hold the character NUL or half a character: {i!r}")
     return ids
 
@@ -405,7 +448,9 @@ def _read_pca(raw: bytes | None, manifest: Manifest, folder: Path | None) -> Ten
     if raw is None and manifest.dim == manifest.kept_dim:
         return None
     if raw is None or len(raw) != expected:
-        raise DamagedIndexError(f"{folder} is damaged: its PCA is not of {manifest.dim} and {manifest.kept_dim} dimensions")
+        raise DamagedIndexError(
+            f"{folder} is damaged: its PCA is not of {manifest.dim} and {manifest.kept_dim} dimensions"
+        )
     pca = torch.from_numpy(np.frombuffer(raw, np.float32).copy()).view(manifest.dim, manifest.kept_dim)
     if not pca.isfinite().all():
         raise DamagedIndexError(f"{folder} is damaged: its PCA holds NaN or infinity")

@@ -33,8 +33,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..scoring_metaembed import Slab, Store, check_finite
-from .quantization import bytes_per_vector, check_precision, encode
+from ..scoring_metaembed import check_finite
+from .quantization import bytes_per_vector, check_quantization, encode
+from .search import Slab, Store
 
 ROLES = ("first", "main", "exact")  # what a copy of the vectors is for; "main" is always there
 LOCK, HOLDER = "index.lock", "index.lock.holder"
@@ -160,8 +161,10 @@ def check_kept(quantization: Any, vectors: int) -> dict[str, tuple[str, int]]:
             continue
         name, n = (given[role], vectors) if isinstance(given[role], str) else _pair(given[role])
         if not isinstance(n, int) or isinstance(n, bool) or not 1 <= n <= vectors or (role != "first" and n < vectors):
-            raise ValueError(f"quantization keeps {n!r} vectors as {role!r}: only 'first' may keep fewer than {vectors}")
-        kept[role] = (check_precision(name), n)
+            raise ValueError(
+                f"quantization keeps {n!r} vectors as {role!r}: only 'first' may keep fewer than {vectors}"
+            )
+        kept[role] = (check_quantization(name), n)
     return kept
 
 
@@ -229,20 +232,28 @@ def append_rows(
                 open_part(folder, segment, part, at).close()
             flags = os.O_WRONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
             flags |= os.O_CREAT | os.O_TRUNC if at == 0 else 0
-            file = opened.enter_context(open(os.open(folder / part.file_name(segment), flags, 0o666), "wb", buffering=0))
+            file = opened.enter_context(
+                open(os.open(folder / part.file_name(segment), flags, 0o666), "wb", buffering=0)
+            )
             file.truncate(_HEADER + at * part.row_bytes)
             if at == 0:
                 _write(file, part.header(segment))
             file.seek(_HEADER + at * part.row_bytes)
             files.append(file)
-        for block in blocks:
-            for i, (file, tensor) in enumerate(zip(files, block, strict=True)):
-                raw = memoryview(_bytes(tensor))
-                _write(file, raw)
-                sums[i] = zlib.crc32(raw, sums[i])
-            rows += len(block[0])
-        for file in files:
-            os.fsync(file.fileno())
+        try:
+            for block in blocks:
+                for i, (file, tensor) in enumerate(zip(files, block, strict=True)):
+                    raw = memoryview(_bytes(tensor))
+                    _write(file, raw)
+                    sums[i] = zlib.crc32(raw, sums[i])
+                rows += len(block[0])
+            for file in files:
+                os.fsync(file.fileno())
+        except BaseException:
+            for part, file in zip(layout.parts, files, strict=True):
+                with contextlib.suppress(OSError):
+                    file.truncate(_HEADER + at * part.row_bytes)
+            raise
     if at == 0:
         flush_folder(folder)
     return rows, sums
@@ -270,7 +281,9 @@ def open_part(folder: Path, segment: str, part: Part, rows: int) -> Any:
     try:
         header, size = file.read(_HEADER), os.fstat(file.fileno()).st_size
         if header != part.header(segment):
-            raise DamagedIndexError(f"{path} is damaged: it does not begin as {part.role} {part.kind} of this index do")
+            raise DamagedIndexError(
+                f"{path} is damaged: it does not begin as {part.role} {part.kind} of this index do"
+            )
         if size < _HEADER + rows * part.row_bytes:
             raise DamagedIndexError(
                 f"{path} is damaged: {rows} documents need {_HEADER + rows * part.row_bytes} bytes, and it has {size}"
@@ -368,7 +381,7 @@ def writer_lock(folder: Path, timeout: float) -> Iterator[None]:
         PermissionError: if the folder may not be written to.
     """
     check_regular(folder / LOCK)
-    lock = filelock.FileLock(folder / LOCK, timeout=timeout, mode=0o666, thread_local=False)
+    lock = filelock.FileLock(folder / LOCK, timeout=timeout, thread_local=False)
     try:
         lock.acquire()
     except filelock.Timeout:
