@@ -71,9 +71,7 @@ def read_format_1(folder: Path) -> FormatOne:
         piece = [tensors.get(f"{part.kind}.{part.slab}") for part in manifest.layout.parts]
         for part, tensor in zip(manifest.layout.parts, piece, strict=True):
             if tensor is None or tensor.dtype != part.dtype or tensor.shape != (documents, *part.shape):
-                raise DamagedIndexError(
-                    f"{folder / name} is damaged: it does not hold {documents} documents as it should"
-                )
+                raise DamagedIndexError(f"{folder / name} is damaged: it does not hold {documents} documents")
         pieces.append(piece)
         ids += _ids(tensors["ids"], documents, folder / name) if "ids" in tensors else [None] * documents
     if None in ids:

@@ -36,7 +36,6 @@ __all__ = ["DamagedIndexError", "Document", "MultiVectorIndex", "SearchHits", "S
 
 _SMALL = 1 << 22  # bytes of vectors that stay in the catalog before they are moved to the files
 _LONG_LOG = 1 << 22  # bytes of SQLite's log that a writer makes it go through
-_FORKED: list[Any] = []  # what a parent process has open: never to be closed in its child
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,11 +62,12 @@ class SearchHits:
 class MultiVectorIndex:
     """Documents of several vectors each, with ids and metadata, searched by late interaction at any budget.
 
-    Made by `create`, `open` or `from_embeddings`-like calls of your own; not by its constructor.
+    Make one with `create`, or open a folder with `open`.
 
-    Several processes may use one folder: one writes at a time, the others wait; readers see the state that was there
-    when they opened it, or called `refresh`, whatever is written meanwhile. When `add`, `upsert`, `delete` or `compact`
-    returns, what it did is on the disk; when it raises, it has not happened. Threads may share an index.
+    Several processes may use one folder: one writes at a time, the others wait; a reader sees the state that was there
+    when it opened the folder, or last called `refresh` or wrote, whatever is written meanwhile. When `add`, `upsert`,
+    `delete` or `compact` returns, what it did is on the disk; when it raises, it has not happened. Threads may share an
+    index.
 
     Attributes:
         folder: Where it is; `None` if it lives in memory.
@@ -115,7 +115,7 @@ class MultiVectorIndex:
                 under one set of ids, `{"first": ("binary", 1), "main": "int8", "exact": "float32"}`: `"first"` is what
                 the first stage of a cascade reads (of so many vectors, if a number is given), `"exact"` what decides
                 between the last few documents.
-            pca: `[dim, kept]` as `fit_pca` makes it: applied to documents and queries, so that fewer dimensions are kept.
+            pca: `[dim, kept]` as `fit_pca` makes it: applied to documents and queries, to keep fewer dimensions.
             pooling: How documents of any number of vectors become documents of `vectors`, see `pool`: for embeddings
                 of ColBERT, ColPali and their like. `None` takes documents that have at least `vectors` already.
             timeout: Seconds that a writer waits for another one.
@@ -172,8 +172,8 @@ class MultiVectorIndex:
         """Add documents: when this returns, they are there to stay.
 
         Args:
-            embeddings: `[n, r, dim]` with `r >= vectors` of which the first are kept, or a list of such `[r, dim]`; for
-                an index with pooling a list of `[r, dim]` of any lengths.
+            embeddings: `[n, r, dim]` with `r >= vectors`, of which the first are kept, or a list of such `[r, dim]`; an
+                index with pooling takes a list of `[r, dim]` of any lengths.
             ids: One for every document, all different and new.
             metadata: A dict for every document, of what JSON can hold.
 
@@ -390,11 +390,11 @@ class MultiVectorIndex:
             queries: `[Q, r, dim]`, or one query `[r, dim]`, or a list of equal `[r, dim]`.
             k: How many documents to return for a query; fewer if fewer are to be found.
             budget: `(query vectors, document vectors)` that decide. All of them by default.
-            stages: `"auto"` narrows large indexes down by small budgets first; `None` scores every document in full; or
-                a list of `Stage`, or of `(budget, keep)` or `(budget, quantization, keep)`, before the last scoring.
-            where: Only documents whose metadata this selects: `{"lang": "en", "page": {"$lt": 10}}`, with `$eq`, `$ne`,
-                `$lt`, `$lte`, `$gt`, `$gte`, `$in`, `$nin`, `$exists`, and `$and` and `$or` of such filters. A dot
-                leads into nested metadata.
+            stages: `"auto"` narrows large indexes down by small budgets first; `None` scores every document in full. Or
+                what comes before that: a list of `Stage`, of `(budget, keep)` or of `(budget, quantization, keep)`.
+            where: Only documents whose metadata this filter selects: `{"lang": "en", "page": {"$lt": 10}}`, with `$eq`,
+                `$ne`, `$lt`, `$lte`, `$gt`, `$gte`, `$in`, `$nin`, `$exists`, and `$and` and `$or` of such filters.
+                A dot leads into nested metadata, `"author.name"`; see `compile_where` for the rules.
             include_ids: Only these documents. Ids that are not there are passed over.
             exclude_ids: None of these.
             backend: As in `maxsim`.
@@ -432,7 +432,7 @@ class MultiVectorIndex:
             return len(snapshot)
 
     def __iter__(self) -> Iterator[Document]:
-        """Yield all documents in the order of adding, as they are at the start; those in memory that still are there."""
+        """Yield all documents in the order of adding, as they are at the start (in memory: if they still are there)."""
         with self._reading() as snapshot:
             end = snapshot.manifest.rows
         at = 0
@@ -463,7 +463,7 @@ class MultiVectorIndex:
 
     @property
     def quantization(self) -> dict[str, tuple[str, int]]:
-        """The copies of the vectors: for `"first"`, `"main"` and `"exact"` the quantization and the number of vectors."""
+        """The copies of the vectors: for `"first"`, `"main"`, `"exact"` the quantization and the number of vectors."""
         return dict(self._snapshot.manifest.kept)
 
     @property
@@ -544,7 +544,6 @@ class MultiVectorIndex:
     def _after_fork(self) -> None:
         """A connection to SQLite must not be used, nor closed, in a child process."""
         if self._pid != os.getpid():
-            _FORKED.append((self._writer, self._snapshot))
             self._writer, self._pid = None, os.getpid()
 
 

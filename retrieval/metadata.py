@@ -26,6 +26,7 @@ from .storage import DamagedIndexError, check_regular, flush_folder
 DATABASE = "index.sqlite"
 _APPLICATION = 0x4D455442
 _MOST_MANIFEST = 1 << 16  # bytes
+_INHERITED: list[sqlite3.Connection] = []  # by a child process, which must not use, nor close them
 _SCHEMA = """
 CREATE TABLE manifest (one INTEGER PRIMARY KEY CHECK (one = 1), json TEXT NOT NULL, pca BLOB, sum INTEGER NOT NULL);
 CREATE TABLE chunks (first INTEGER PRIMARY KEY, count INTEGER NOT NULL, sums TEXT NOT NULL, sum INTEGER NOT NULL);
@@ -45,7 +46,7 @@ class Catalog:
     """
 
     def __init__(self, folder: Path | None, *, read: bool = False):
-        self.folder = folder
+        self.folder, self._pid = folder, os.getpid()
         self._db = _connect_memory() if folder is None else _connect(folder)
         with self.errors():
             if folder is not None:
@@ -69,7 +70,7 @@ class Catalog:
         path = folder / f"{DATABASE}.{os.urandom(6).hex()}.new"
         os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))  # with the permissions of the umask
         self = cls.__new__(cls)
-        self.folder = folder
+        self.folder, self._pid = folder, os.getpid()
         self._db = sqlite3.connect(path, isolation_level=None)
         try:
             with self.errors():
@@ -78,11 +79,11 @@ class Catalog:
                 fill(self)
                 self._db.execute("COMMIT")
                 self._db.execute("PRAGMA journal_mode = WAL")
-                self._db.close()
+                self.close()
             os.replace(path, folder / DATABASE)
             flush_folder(folder)
         except BaseException:
-            self._db.close()
+            self.close()
             for suffix in ("", "-wal", "-shm", "-journal"):
                 Path(f"{path}{suffix}").unlink(missing_ok=True)
             raise
@@ -95,8 +96,15 @@ class Catalog:
         return self
 
     def close(self) -> None:
-        """Close the connection."""
-        self._db.close()
+        """Close the connection, unless it is a parent process's."""
+        if self._pid == os.getpid():
+            self._db.close()
+        else:
+            _INHERITED.append(self._db)
+
+    def __del__(self) -> None:
+        if hasattr(self, "_db"):  # a connection refers to itself, so it would stay open until the garbage is collected
+            self.close()
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[Catalog]:
