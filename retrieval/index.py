@@ -66,8 +66,8 @@ class MultiVectorIndex:
 
     Several processes may use one folder: one writes at a time, the others wait; a reader sees the state that was there
     when it opened the folder, or last called `refresh` or wrote, whatever is written meanwhile. When `add`, `upsert`,
-    `delete` or `compact` returns, what it did is on the disk; when it raises, it has not happened. Threads may share an
-    index.
+    `delete` or `compact` returns, what it did is on the disk; when it raises, it has not happened. Threads may share
+    an index.
 
     Attributes:
         folder: Where it is; `None` if it lives in memory.
@@ -172,8 +172,8 @@ class MultiVectorIndex:
         """Add documents: when this returns, they are there to stay.
 
         Args:
-            embeddings: `[n, r, dim]` with `r >= vectors`, of which the first are kept, or a list of such `[r, dim]`; an
-                index with pooling takes a list of `[r, dim]` of any lengths.
+            embeddings: `[n, r, dim]` with `r >= vectors`, of which the first are kept, or a list of such `[r, dim]`;
+                an index with pooling takes a list of `[r, dim]` of any lengths.
             ids: One for every document, all different and new.
             metadata: A dict for every document, of what JSON can hold.
 
@@ -390,10 +390,10 @@ class MultiVectorIndex:
             queries: `[Q, r, dim]`, or one query `[r, dim]`, or a list of equal `[r, dim]`.
             k: How many documents to return for a query; fewer if fewer are to be found.
             budget: `(query vectors, document vectors)` that decide. All of them by default.
-            stages: `"auto"` narrows large indexes down by small budgets first; `None` scores every document in full. Or
-                what comes before that: a list of `Stage`, of `(budget, keep)` or of `(budget, quantization, keep)`.
-            where: Only documents whose metadata this filter selects: `{"lang": "en", "page": {"$lt": 10}}`, with `$eq`,
-                `$ne`, `$lt`, `$lte`, `$gt`, `$gte`, `$in`, `$nin`, `$exists`, and `$and` and `$or` of such filters.
+            stages: `"auto"` narrows large indexes down by small budgets first; `None` scores every document in full.
+                Or what comes before that: a list of `Stage`, of `(budget, keep)` or of `(budget, quantization, keep)`.
+            where: Only documents whose metadata this filter selects: `{"lang": "en", "page": {"$lt": 10}}`, with
+                `$eq`, `$ne`, `$lt`, `$lte`, `$gt`, `$gte`, `$in`, `$nin`, `$exists`, and `$and` and `$or` of such filters.
                 A dot leads into nested metadata, `"author.name"`; see `compile_where` for the rules.
             include_ids: Only these documents. Ids that are not there are passed over.
             exclude_ids: None of these.
@@ -432,7 +432,7 @@ class MultiVectorIndex:
             return len(snapshot)
 
     def __iter__(self) -> Iterator[Document]:
-        """Yield all documents in the order of adding, as they are at the start (in memory: if they still are there)."""
+        """Yield all documents in the order of adding, as they are at the start (in memory, those that are left)."""
         with self._reading() as snapshot:
             end = snapshot.manifest.rows
         at = 0

@@ -19,14 +19,14 @@ def pool(embeddings: Any, vectors: int, method: str = "nested") -> Tensor:
 
     All methods begin with Ward's tree of a document's vectors, in which those that are most alike are merged first.
 
-        "nested"  every prefix is a summary: of the means of all nodes of the tree, each next vector is the one by which the
-                  document's own vectors find a better match among those chosen so far, in sum (greedy facility location)
-        "tree"    every prefix is a summary: the mean of all, then, split after split, the mean of the smaller half
-        "ward"    the means of `vectors` clusters, largest first: best at that size alone, as the hierarchical pooling of
-                  sentence-transformers makes them
+        "nested"  every prefix is a summary: the mean of all vectors, then, from the means of all nodes of the tree,
+                  always the one that improves the document's MaxSim with itself the most
+        "tree"    every prefix is a summary: the mean of all vectors, then, split after split, the mean of the smaller
+                  half
+        "ward"    the means of `vectors` clusters, largest first: for that size alone, as the hierarchical pooling of
+                  sentence-transformers does it
 
-    Means are weighted by nothing and of length 1. A document of fewer vectors than that repeats the last ones, which
-    changes no score.
+    Means have length 1. A document of fewer vectors than that repeats its own, which changes no score.
 
     Args:
         embeddings: A list of `[r, dim]` of any lengths, tensors or arrays, or a tensor `[n, r, dim]` without padding.

@@ -1,9 +1,9 @@
 """How an index keeps vectors: one file for every group of vectors, appended to, memory-mapped, and checked.
 
-The first vector of every document lies apart from the next three, these from the next four, and so on at the edges that
-budgets have, so that a budget reads only what it needs. Each such group (a *part*) is a file of its own with one row for
-every document: adding documents appends rows, and an index is one array for every part however often it was added to.
-Nothing that was written is ever changed. How many rows count is said by the catalog (see `metadata.py`), whose
+The first vector of every document lies apart from the next three, these from the next four, and so on at the edges of
+the usual budgets, so that a budget reads only what it needs. Each such group (a *part*) is a file of its own with one
+row for every document: adding documents appends rows, so there is one array for every part however often documents were
+added. Nothing that was written is ever changed. The catalog (see `metadata.py`) says how many rows count, and its
 transaction is the commit: rows behind them are of an interrupted `add`, and the next writer cuts them off.
 """
 
@@ -152,7 +152,7 @@ def check_kept(quantization: Any, vectors: int) -> dict[str, tuple[str, int]]:
     given = {"main": quantization} if isinstance(quantization, str) else quantization
     if not isinstance(given, Mapping) or "main" not in given or not set(given) <= set(ROLES):
         raise ValueError(
-            'quantization must be a name such as "int8", or a dict with "main" and perhaps "first" and "exact", such as '
+            'quantization must be a name such as "int8", or a dict with "main", and "first" or "exact", such as '
             f'{{"first": ("binary", 1), "main": "int8", "exact": "float32"}}, not {quantization!r}'
         )
     kept = {}
@@ -386,8 +386,8 @@ def writer_lock(folder: Path, timeout: float) -> Iterator[None]:
         lock.acquire()
     except filelock.Timeout:
         raise TimeoutError(
-            f"{folder} is being written to by {_holder(folder)}, and was for the {timeout:g} seconds that this process "
-            "waited; try again later, or wait longer with timeout="
+            f"{folder} is being written to by {_holder(folder)}; this process waited for {timeout:g} seconds. "
+            "Try again later, or give the index a longer timeout"
         ) from None
     except OSError as error:
         raise _explained(error, folder) from error
