@@ -393,8 +393,8 @@ class MultiVectorIndex:
             stages: `"auto"` narrows large indexes down by small budgets first; `None` scores every document in full.
                 Or what comes before that: a list of `Stage`, of `(budget, keep)` or of `(budget, quantization, keep)`.
             where: Only documents whose metadata this filter selects: `{"lang": "en", "page": {"$lt": 10}}`, with
-                `$eq`, `$ne`, `$lt`, `$lte`, `$gt`, `$gte`, `$in`, `$nin`, `$exists`, and `$and` and `$or` of such filters.
-                A dot leads into nested metadata, `"author.name"`; see `compile_where` for the rules.
+                `$eq`, `$ne`, `$lt`, `$lte`, `$gt`, `$gte`, `$in`, `$nin`, `$exists`, and `$and` and `$or` of filters. A
+                dot leads into nested metadata, `"author.name"`; see `compile_where` for the rules.
             include_ids: Only these documents. Ids that are not there are passed over.
             exclude_ids: None of these.
             backend: As in `maxsim`.
@@ -485,13 +485,17 @@ class MultiVectorIndex:
                 self._snapshot = self._read()
 
     def verify(self) -> None:
-        """Read every byte of the index and check that it is what was written.
+        """Read every byte of the index, as it is now, and check that it is what was written.
 
         Raises:
             DamagedIndexError: (a `ValueError`) that says what is damaged.
         """
-        with self._reading() as snapshot:
-            wrong = snapshot.verify()
+        wrong = None
+        while wrong is None:
+            with self._reading() as seen:
+                snapshot = seen if self.folder is None else self._read()
+                with contextlib.suppress(FileNotFoundError):  # somebody compacts: what is there now is elsewhere
+                    wrong = snapshot.verify()
         if wrong:
             raise DamagedIndexError(f"the index in {self.folder} is damaged: " + "; ".join(wrong[:10]))
 

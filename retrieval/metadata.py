@@ -418,9 +418,9 @@ def compile_where(where: Any) -> tuple[str, list[Any]]:
     """Turn a filter into a condition of SQL in which every key and every value is a bound parameter.
 
     `{"lang": "en", "page": {"$lt": 10}}` selects documents for which all of it holds; `{"$or": [filter, filter]}`
-    those for which one does. A dot leads into nested metadata: `"author.name"`. Text is compared with text, numbers with
-    numbers, booleans with booleans; lists and objects are equal to nothing. `$ne` and `$nin` select what `$eq` and `$in`
-    do not, so also documents that lack the key. `None` is equal to `null` and to a key that is not there; `$exists`
+    those for which one does. A dot leads into nested metadata: `"author.name"`. Text is compared with text, numbers
+    with numbers, booleans with booleans; lists and objects are equal to nothing. `$ne` and `$nin` select what `$eq` and
+    `$in` do not, so also documents that lack the key. `None` is equal to `null` and to a key that is not there; `$exists`
     tells the two apart.
 
     Raises:

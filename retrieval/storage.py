@@ -2,8 +2,8 @@
 
 The first vector of every document lies apart from the next three, these from the next four, and so on at the edges of
 the usual budgets, so that a budget reads only what it needs. Each such group (a *part*) is a file of its own with one
-row for every document: adding documents appends rows, so there is one array for every part however often documents were
-added. Nothing that was written is ever changed. The catalog (see `metadata.py`) says how many rows count, and its
+row for every document: adding documents appends rows, so there is one array for every part however often documents
+were added. Nothing that was written is ever changed. The catalog (see `metadata.py`) says how many rows count, and its
 transaction is the commit: rows behind them are of an interrupted `add`, and the next writer cuts them off.
 """
 
@@ -303,23 +303,28 @@ def check_rows(folder: Path, segment: str, layout: Layout, chunks: Sequence[tupl
         layout: What the files hold.
         chunks: What was written at a time: the first row, how many, and for every part the CRC-32.
     """
-    wrong = []
-    for i, part in enumerate(layout.parts):
-        with open_part(folder, segment, part, sum(count for _, count, _ in chunks)) as file:
+    wrong, rows = [], sum(count for _, count, _ in chunks)
+    with contextlib.ExitStack() as opened:  # all at once, since others may delete them meanwhile
+        files = [opened.enter_context(open_part(folder, segment, part, rows)) for part in layout.parts]
+        for i, (part, file) in enumerate(zip(layout.parts, files, strict=True)):
             for first, count, sums in chunks:
-                total, at, stop = 0, first, first + count
-                step = max(1, (1 << 24) // part.row_bytes)
-                bad = False
-                while at < stop:
-                    rows = min(step, stop - at)
-                    raw = np.frombuffer(file.read(rows * part.row_bytes), np.uint8)
-                    total, at = zlib.crc32(raw, total), at + rows
-                    bad |= not finite(part, raw, rows)
+                total, sound = _read_chunk(part, file, count)
                 if total != sums[i]:
-                    wrong.append(f"{file.name}: documents {first} to {stop - 1} are not what was written")
-                elif bad:
-                    wrong.append(f"{file.name}: documents {first} to {stop - 1} hold NaN or infinity")
+                    wrong.append(f"{file.name}: documents {first} to {first + count - 1} are not what was written")
+                elif not sound:
+                    wrong.append(f"{file.name}: documents {first} to {first + count - 1} hold NaN or infinity")
     return wrong
+
+
+def _read_chunk(part: Part, file: Any, count: int) -> tuple[int, bool]:
+    """The CRC-32 of the next rows, and whether there is no NaN or infinity among them."""
+    total, sound = 0, True
+    step = max(1, (1 << 24) // part.row_bytes)
+    for at in range(0, count, step):
+        rows = min(step, count - at)
+        raw = np.frombuffer(bytearray(file.read(rows * part.row_bytes)), np.uint8)
+        total, sound = zlib.crc32(raw, total), sound and finite(part, raw, rows)
+    return total, sound
 
 
 def finite(part: Part, raw: np.ndarray, rows: int) -> bool:
