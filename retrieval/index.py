@@ -21,6 +21,7 @@ from .snapshot import Document, Manifest, Snapshot, Stage, check_ids
 from .storage import (
     HOLDER,
     LOCK,
+    QUEUE,
     Buffers,
     DamagedIndexError,
     append_rows,
@@ -233,10 +234,6 @@ class MultiVectorIndex:
                 catalog.add_chunk(0, rows, sums)
             catalog.set_manifest(new.as_json())
             self._fresh = buffers
-        if self.folder is not None and self._writer is not None:
-            self._writer.vacuum()
-            self.refresh()
-            self._writer.checkpoint("TRUNCATE")
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the index to a folder, new or empty, from which `open` reads it.
@@ -341,10 +338,14 @@ class MultiVectorIndex:
                 try:
                     with self._writer.transaction() as catalog:
                         yield catalog, self._snapshot.manifest
+                    if self._fresh is not None:
+                        self._writer.vacuum()
                     self.refresh()
                 finally:
                     self._clean()
-                if self._writer.log_size() > _LONG_LOG:  # which goes on from its start when no reader needs it
+                if (
+                    self._fresh is not None or self._writer.log_size() > _LONG_LOG
+                ):  # which goes on from its start when no reader needs it
                     self._writer.checkpoint()
                     self.refresh()
                     self._writer.checkpoint("TRUNCATE")
@@ -393,8 +394,8 @@ class MultiVectorIndex:
             stages: `"auto"` narrows large indexes down by small budgets first; `None` scores every document in full.
                 Or what comes before that: a list of `Stage`, of `(budget, keep)` or of `(budget, quantization, keep)`.
             where: Only documents whose metadata this filter selects: `{"lang": "en", "page": {"$lt": 10}}`, with
-                `$eq`, `$ne`, `$lt`, `$lte`, `$gt`, `$gte`, `$in`, `$nin`, `$exists`, and `$and` and `$or` of filters. A
-                dot leads into nested metadata, `"author.name"`; see `compile_where` for the rules.
+                `$eq`, `$ne`, `$lt`, `$lte`, `$gt`, `$gte`, `$in`, `$nin`, `$exists`, and `$and` and `$or` of filters.
+                A dot leads into nested metadata, `"author.name"`; see `compile_where` for the rules.
             include_ids: Only these documents. Ids that are not there are passed over.
             exclude_ids: None of these.
             backend: As in `maxsim`.
@@ -559,7 +560,7 @@ def _begin(folder: Path, timeout: float, make: Callable[[], None]) -> None:
     """Make a folder that is new or empty into an index."""
 
     def check() -> None:
-        known = {LOCK, HOLDER} | {path.name for paths in segment_files(folder).values() for path in paths}
+        known = {LOCK, QUEUE, HOLDER} | {path.name for paths in segment_files(folder).values() for path in paths}
         names = {path.name for path in folder.iterdir() if not path.name.startswith(f"{DATABASE}.")} - known
         if names & {DATABASE, MANIFEST}:
             raise ValueError(f"{folder} holds an index already; open it with MultiVectorIndex.open")

@@ -26,6 +26,7 @@ from .storage import DamagedIndexError, check_regular, flush_folder
 DATABASE = "index.sqlite"
 _APPLICATION = 0x4D455442
 _MOST_MANIFEST = 1 << 16  # bytes
+_PATIENCE = 60  # seconds that a statement waits for a lock of SQLite, which nobody holds for long
 _INHERITED: list[sqlite3.Connection] = []  # by a child process, which must not use, nor close them
 _SCHEMA = """
 CREATE TABLE manifest (one INTEGER PRIMARY KEY CHECK (one = 1), json TEXT NOT NULL, pca BLOB, sum INTEGER NOT NULL);
@@ -130,7 +131,9 @@ class Catalog:
     def checkpoint(self, how: str = "PASSIVE") -> None:
         """Move what was written from the log into the database, as far as readers of earlier states allow."""
         with contextlib.suppress(sqlite3.Error):
+            self._db.execute("PRAGMA busy_timeout = 0").fetchall()  # it is no use to wait for readers
             self._db.execute(f"PRAGMA wal_checkpoint({how})").fetchall()
+        self._db.execute(f"PRAGMA busy_timeout = {_PATIENCE * 1000}").fetchall()
 
     def log_size(self) -> int:
         """Bytes of the log."""
@@ -306,7 +309,11 @@ def _connect(folder: Path) -> sqlite3.Connection:
         mode = "mode=ro" if log.exists() and log.stat().st_size else "immutable=1"
     try:
         db = sqlite3.connect(
-            f"{path.absolute().as_uri()}?{mode}", uri=True, isolation_level=None, check_same_thread=False, timeout=60
+            f"{path.absolute().as_uri()}?{mode}",
+            uri=True,
+            isolation_level=None,
+            check_same_thread=False,
+            timeout=_PATIENCE,
         )
         try:
             for pragma in ("trusted_schema = OFF", "cell_size_check = ON", "synchronous = FULL", "query_only = OFF"):
@@ -343,7 +350,7 @@ def _explained(error: sqlite3.Error, folder: Path | None) -> Exception:
         return PermissionError(errno.EROFS, f"{where} may not be written to by this process; nothing was changed")
     if name.startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB", "SQLITE_MISMATCH", "SQLITE_FORMAT", "SQLITE_ERROR")):
         return DamagedIndexError(f"{where} is damaged: {error}")
-    return OSError(errno.EIO, f"{where} cannot be used: {error}")
+    return OSError(errno.EIO, f"{where} cannot be used: {error} ({name})")
 
 
 def _sum(*values: Any) -> int:
@@ -419,9 +426,9 @@ def compile_where(where: Any) -> tuple[str, list[Any]]:
 
     `{"lang": "en", "page": {"$lt": 10}}` selects documents for which all of it holds; `{"$or": [filter, filter]}`
     those for which one does. A dot leads into nested metadata: `"author.name"`. Text is compared with text, numbers
-    with numbers, booleans with booleans; lists and objects are equal to nothing. `$ne` and `$nin` select what `$eq` and
-    `$in` do not, so also documents that lack the key. `None` is equal to `null` and to a key that is not there; `$exists`
-    tells the two apart.
+    with numbers, booleans with booleans; lists and objects are equal to nothing. `$ne` and `$nin` select what `$eq`
+    and `$in` do not, so also documents that lack the key. `None` is equal to `null` and to a key that is not there;
+    `$exists` tells the two apart.
 
     Raises:
         TypeError: if a filter or a value is of a type that filters do not have.

@@ -38,7 +38,7 @@ from .quantization import bytes_per_vector, check_quantization, encode
 from .search import Slab, Store
 
 ROLES = ("first", "main", "exact")  # what a copy of the vectors is for; "main" is always there
-LOCK, HOLDER = "index.lock", "index.lock.holder"
+LOCK, QUEUE, HOLDER = "index.lock", "index.lock.queue", "index.lock.holder"
 
 _EDGES = (1, 4, 8, 16, 64)  # the document sides of the default budgets
 _HEADER = 4096  # bytes in front of the rows, so that they begin at a page
@@ -385,10 +385,10 @@ def writer_lock(folder: Path, timeout: float) -> Iterator[None]:
         TimeoutError: if another writer has it for that long; the message says who.
         PermissionError: if the folder may not be written to.
     """
-    check_regular(folder / LOCK)
-    lock = filelock.FileLock(folder / LOCK, timeout=timeout, thread_local=False)
+    queue, lock = (_file_lock(folder / name, timeout) for name in (QUEUE, LOCK))
     try:
-        lock.acquire()
+        with queue:  # who waits for the lock holds the queue: a busy writer does not get the lock twice in a row
+            lock.acquire()
     except filelock.Timeout:
         raise TimeoutError(
             f"{folder} is being written to by {_holder(folder)}; this process waited for {timeout:g} seconds. "
@@ -406,6 +406,11 @@ def writer_lock(folder: Path, timeout: float) -> Iterator[None]:
         with contextlib.suppress(OSError):
             (folder / HOLDER).unlink()
         lock.release()
+
+
+def _file_lock(path: Path, timeout: float) -> filelock.BaseFileLock:
+    check_regular(path)
+    return filelock.FileLock(path, timeout=timeout, thread_local=False, poll_interval=0.01)
 
 
 def _holder(folder: Path) -> str:
