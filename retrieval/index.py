@@ -333,11 +333,15 @@ class MultiVectorIndex:
                     self._migrate()
                 if self._writer is None:
                     self._writer = Catalog(self.folder)
-                self.refresh()  # to the latest state, which stays the latest under the lock
-                self._clean()
                 try:
                     with self._writer.transaction() as catalog:
-                        yield catalog, self._snapshot.manifest
+                        manifest = Manifest.read(catalog.manifest(), self.folder)
+                        if manifest != self._snapshot.manifest:  # others have written
+                            self.refresh()
+                        self._clean()
+                        manifest = replace(manifest, writes=manifest.writes + 1)
+                        catalog.set_manifest(manifest.as_json())
+                        yield catalog, manifest
                     if self._fresh is not None:
                         self._writer.vacuum()
                     self.refresh()

@@ -6,6 +6,7 @@ import json
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -40,6 +41,7 @@ class Manifest:
         base: How many rows of the files count.
         rows: How many slots there are: `base`, and behind them what small adds left in the catalog.
         compactions: How often slots were renumbered.
+        writes: How often anything was written.
     """
 
     vectors: int
@@ -51,6 +53,7 @@ class Manifest:
     base: int = 0
     rows: int = 0
     compactions: int = 0
+    writes: int = 0
     format: int = 2
 
     @classmethod
@@ -69,6 +72,7 @@ class Manifest:
                 ("base", 0, self.rows),
                 ("rows", 0, 1 << 48),
                 ("compactions", 0, 1 << 62),
+                ("writes", 0, 1 << 62),
             ):
                 value = getattr(self, name)
                 if type(value) is not int or not least <= value <= most:
@@ -89,7 +93,12 @@ class Manifest:
     @property
     def layout(self) -> Layout:
         """How documents are kept."""
-        return Layout(self.kept, self.kept_dim)
+        return _layout(tuple(self.kept.items()), self.kept_dim)
+
+
+@cache
+def _layout(kept: tuple[tuple[str, tuple[str, int]], ...], dim: int) -> Layout:
+    return Layout(dict(kept), dim)
 
 
 @dataclass(frozen=True)
