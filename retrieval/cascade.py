@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..scoring_metaembed import Budget
-from .search import SearchResult, check_k, choose_backend, prepare, score_some, search, top_k
+from .search import SearchResult, check_k, choose_backend, prepare, search, select_candidates
 
 Stage = tuple[Budget, int]  # (budget, how many documents it keeps)
 
@@ -84,25 +84,21 @@ def cascade(
     (first, keep), *others = stages
     found = search(queries, documents, keep, first, backend=backend)
     kernel, name = choose_backend(backend, last, q)
-    later = [(*prepare(queries, documents, at), at[0], keep) for at, keep in others] + [(q, last, q.shape[1], k)]
-    scores, indices, scored = [], [], []
-    for i, (values, candidates) in enumerate(zip(*found, strict=True)):
-        counts, r_q = [n], first[0]
-        for vectors, stores, next_r_q, keep in later:
-            candidates = _near(values, candidates, k, margin, r_q).sort().values
-            if len(candidates) <= k and stores is not last:
-                counts.append(0)
-                continue
-            values, order = top_k(score_some(vectors[i : i + 1], stores, candidates, kernel)[None], keep)
-            counts.append(len(candidates))
-            values, candidates, r_q = values[0], candidates[order[0]], next_r_q
-        scores.append(values)
-        indices.append(candidates)
-        scored.append(counts)
-    if not scores:
-        nothing = torch.empty(0, len(later) + 1, dtype=torch.int64)
-        return CascadeResult(q.new_empty(0, min(k, n)), found.indices[:, :k], name, nothing)
-    return CascadeResult(torch.stack(scores), torch.stack(indices), name, torch.tensor(scored))
+    later = [(*prepare(queries, documents, at), keep) for at, keep in others] + [(q, last, k)]
+    values, candidates, r_q = found.scores, found.indices, first[0]
+    counts = torch.full((len(q),), candidates.shape[1], device=q.device)  # how many of a row are left
+    scored = [torch.full_like(counts, n)]
+    for vectors, stores, keep in later:
+        counts = _near(values, counts, k, margin, r_q)
+        waits = (counts <= k) & (stores is not last)  # nothing to choose from: on to the last stage
+        scored.append(counts.masked_fill(waits, 0))
+        values, candidates = values[:, :keep].clone(), candidates[:, : counts.max()] if len(q) else candidates
+        at = (~waits).nonzero()[:, 0]
+        best = select_candidates(vectors[at], stores, kernel, keep, _ascending(candidates[at], counts[at]), counts[at])
+        candidates = candidates[:, :keep].clone()
+        values[at, : best[0].shape[1]], candidates[at, : best[1].shape[1]] = best
+        counts, r_q = counts.clamp(max=keep), vectors.shape[1]
+    return CascadeResult(values, candidates, name, torch.stack(scored, dim=1))
 
 
 def check_same_documents(queries: Any, documents: Any, exact: Any) -> int:
@@ -113,11 +109,18 @@ def check_same_documents(queries: Any, documents: Any, exact: Any) -> int:
     return n
 
 
-def _near(scores: Tensor, candidates: Tensor, k: int, margin: float | None, r_q: int) -> Tensor:
-    """Of candidates, best first, those within the margin of the `k`-th best."""
-    if margin is None or len(candidates) <= k:
-        return candidates
-    return candidates[scores >= scores[k - 1] - margin * r_q]
+def _near(scores: Tensor, counts: Tensor, k: int, margin: float | None, r_q: int) -> Tensor:
+    """How many of every row of scores, best first, are within the margin of the `k`-th best."""
+    if margin is None or scores.shape[1] <= k:
+        return counts
+    near = (scores >= scores[:, k - 1 : k] - margin * r_q).sum(dim=1)
+    return torch.minimum(counts, near.clamp(min=k))
+
+
+def _ascending(candidates: Tensor, counts: Tensor) -> Tensor:
+    """The first `counts` of every row sorted, and the others behind them."""
+    left_out = torch.arange(candidates.shape[1], device=counts.device) >= counts[:, None]
+    return candidates.masked_fill(left_out, torch.iinfo(torch.int64).max).sort(dim=1).values
 
 
 def _check_stages(stages: Sequence[Stage], k: int, margin: float | None) -> None:

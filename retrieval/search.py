@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias, runtime_checkable
+from typing import Any, Protocol, TypeAlias, TypeGuard, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from ..scoring_metaembed import Budget, as_stack, check_finite, cut_queries, torch_scores
-from .kernels import Kernel, choose_kernel, kernel_name
+from .kernels import Kernel, SelectingKernel, Slabs, choose_kernel, kernel_name
 from .quantization import decode, round_queries
 
 Positions: TypeAlias = "Tensor | Sequence[int]"  # of documents: whole numbers, or a bool for every document
@@ -156,17 +156,7 @@ def search(
     q, stores = prepare(queries, documents, budget)
     kernel, name = choose_backend(backend, stores, q)
     allowed = _allowed(include, exclude, sum(map(len, stores)))
-    best = torch.empty(len(q), 0, device=q.device), torch.empty(len(q), 0, dtype=torch.int64, device=q.device)
-    start = 0
-    for store in stores:
-        index = None
-        if allowed is not None:
-            index = allowed[(allowed >= start) & (allowed < start + len(store))] - start
-        for part, scores in _blocks(q, store, kernel, index):
-            values, found = top_k(scores, k)
-            found = found + part.start if index is None else index.to(q.device)[part][found]
-            best = merge_top_k(best, (values, found + start), k)
-        start += len(store)
+    best = select(q, stores, kernel, k, allowed)
     return SearchResult(*best, backend=name)
 
 
@@ -217,6 +207,52 @@ def score_some(query: Tensor, stores: Sequence[Store], which: Tensor, kernel: Ke
         out[here] = torch.cat(parts) if parts else out.new_empty(0)
         start += len(store)
     return out
+
+
+def select(
+    queries: Tensor, stores: Sequence[Store], kernel: Kernel | None, k: int, index: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return scores and positions of the `k` best documents, or of those of the index (ascending), as `top_k` does."""
+    if selects(kernel, stores):
+        values, found = kernel.top_k(*_arguments(queries, stores), k, index, check=not stores[0].checked)
+        return values, found if index is None else index[found]
+    best = top_k(queries.new_empty(len(queries), 0), k)
+    start = 0
+    for store in stores:
+        here = None if index is None else index[(index >= start) & (index < start + len(store))] - start
+        for part, scores in _blocks(queries, store, kernel, here):
+            values, found = top_k(scores, k)
+            found = found + part.start if here is None else here.to(queries.device)[part][found]
+            best = merge_top_k(best, (values, found + start), k)
+        start += len(store)
+    return best
+
+
+def select_candidates(
+    queries: Tensor, stores: Sequence[Store], kernel: Kernel | None, k: int, candidates: Tensor, counts: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the `k` best of every query's own candidates: see `SelectingKernel.rescore`."""
+    if selects(kernel, stores):
+        check = not stores[0].checked
+        return kernel.rescore(*_arguments(queries, stores), candidates, counts, k, check)
+    k = min(k, candidates.shape[1])
+    values, positions = queries.new_full((len(queries), k), -torch.inf), candidates.new_full((len(queries), k), -1)
+    for i, count in enumerate(counts.tolist()):
+        some = candidates[i, :count]
+        best, order = top_k(score_some(queries[i : i + 1], stores, some, kernel)[None], k)
+        values[i, : best.shape[1]], positions[i, : best.shape[1]] = best[0], some[order[0]]
+    return values, positions
+
+
+def selects(kernel: Kernel | None, stores: Sequence[Store]) -> TypeGuard[SelectingKernel]:
+    """Return whether the kernel can select from all stores in one call, for which they must be alike."""
+    kinds = {(store.quantization, store.checked, len(store.slabs)) for store in stores}
+    return isinstance(kernel, SelectingKernel) and len(kinds) == 1
+
+
+def _arguments(queries: Tensor, stores: Sequence[Store]) -> tuple[list[Slabs], Tensor, str]:
+    segments: list[Slabs] = [[(slab.stored, slab.scales) for slab in store.slabs] for store in stores]
+    return segments, queries, stores[0].quantization
 
 
 def top_k(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:

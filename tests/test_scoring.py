@@ -1,5 +1,8 @@
 """Scores equal a float64 reference; every bad input raises an error that says what to do."""
 
+import sys
+from dataclasses import FrozenInstanceError
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import normalize
 
+from metaembed import scoring_metaembed as scoring
+from metaembed.retrieval.collection import EmbeddingCollection
 from metaembed.retrieval.search import rescore, search, top_k
 from metaembed.scoring_metaembed import maxsim
 
@@ -126,6 +131,60 @@ def test_an_all_zero_vector_scores_zero_and_is_not_padding():
     query, negative = torch.tensor([[1.0, 0.0]]), torch.tensor([[-1.0, 0.0]])
     assert maxsim(query, torch.cat([negative, torch.zeros(1, 2)])[None]).item() == 0
     assert maxsim(query, negative).item() == -1
+
+
+def test_the_package_adds_speed_and_no_numbers(monkeypatch):
+    """Without it, or with a version that lacks a name, a checkpoint's scores are the same, by torch."""
+    queries, documents = vectors(0, 3, 4, 16), vectors(1, 50, 7, 16)
+    expected = maxsim(queries, documents, (2, 5))
+    index = EmbeddingCollection.from_embeddings(documents)
+    monkeypatch.setitem(sys.modules, "metaembed.retrieval.search", None)
+    torch.testing.assert_close(maxsim(queries, documents, (2, 5)), expected, atol=1e-6, rtol=0)
+    for side, backend in ((documents, "compiled"), (index, "auto")):
+        with pytest.raises(RuntimeError, match="pip install metaembed"):
+            maxsim(queries, side, backend=backend)
+
+
+@pytest.mark.parametrize("backend", ["torch", "compiled"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("query_vectors", [1, 20])
+def test_a_score_that_overflows_is_an_error(backend, dtype, query_vectors):
+    documents = vectors(1, 60, 3, 32)
+    documents[7, 1] = torch.tensor([1e30, -1e30] * 16)  # finite, but sums of its products are infinity minus infinity
+    queries = vectors(0, 2, query_vectors, 32)
+    queries[1, -1] = 1e12  # in the last product only
+    for call in (maxsim, lambda *sides, **options: search(*sides, 3, **options)):
+        with pytest.raises(ValueError, match="NaN or infinity, or values"):
+            call(queries, documents.to(dtype), backend=backend)
+    with pytest.raises(ValueError, match="queries hold"):
+        maxsim(queries * 1e4, documents)
+    with pytest.raises(ValueError, match="embeddings hold"):
+        EmbeddingCollection.from_embeddings(documents)
+
+
+def test_memory_is_bounded_for_many_queries_and_documents(monkeypatch):
+    queries, documents = vectors(0, 300, 2, 4), vectors(1, 200, 3, 4)
+    expected = maxsim(queries, documents, backend="torch")
+    largest = 0
+    products = scoring._maxima
+
+    def measured(queries, documents):
+        nonlocal largest
+        largest = max(largest, len(queries) * documents.shape[0] * documents.shape[1])
+        return products(queries, documents)
+
+    monkeypatch.setattr(scoring, "_maxima", measured)
+    monkeypatch.setattr(scoring, "_PRODUCTS", 100)
+    torch.testing.assert_close(maxsim(queries, documents, backend="torch"), expected)
+    assert 0 < largest <= 100
+
+
+def test_results_are_frozen_and_unpack():
+    found = search(vectors(0, 2, 3, 5), vectors(1, 4, 6, 5), k=2)
+    scores, indices = found
+    assert scores is found.scores and indices is found.indices
+    with pytest.raises(FrozenInstanceError):
+        found.scores = indices
 
 
 def test_many_documents_are_scored_block_by_block_with_the_same_answer():

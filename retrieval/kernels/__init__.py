@@ -5,12 +5,15 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 _KERNELS = {"cpu": ("compiled", ".cpu"), "cuda": ("fused", ".cuda")}  # the backend's name, and the module
+
+
+Slabs = Sequence[tuple[Tensor, Tensor | None]]  # stored vectors and their scales
 
 
 class Kernel(Protocol):
@@ -20,7 +23,7 @@ class Kernel(Protocol):
 
     def scores(
         self,
-        slabs: Sequence[tuple[Tensor, Tensor | None]],
+        slabs: Slabs,
         queries: Tensor,
         quantization: str,
         index: Tensor | None = None,
@@ -44,6 +47,61 @@ class Kernel(Protocol):
         """
 
 
+@runtime_checkable
+class SelectingKernel(Kernel, Protocol):
+    """A kernel that also selects the best documents while it scores them."""
+
+    def top_k(
+        self,
+        segments: Sequence[Slabs],
+        queries: Tensor,
+        quantization: str,
+        k: int,
+        index: Tensor | None = None,
+        check: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """Find the `k` best documents of every query.
+
+        Args:
+            segments: Documents, as the slabs of some, the slabs of the next ones, and so on.
+            queries: As in `scores`.
+            quantization: As in `scores`.
+            k: How many to find.
+            index: `[m]` int64, ascending: score only these documents.
+            check: As in `scores`.
+
+        Returns:
+            Scores and places among the documents (with an index: places in the index), each `[Q, min(k, n)]`, best
+            first, equal scores by place.
+        """
+
+    def rescore(
+        self,
+        segments: Sequence[Slabs],
+        queries: Tensor,
+        quantization: str,
+        candidates: Tensor,
+        counts: Tensor,
+        k: int,
+        check: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """Find the `k` best of every query's own candidates.
+
+        Args:
+            segments: As in `top_k`.
+            queries: As in `scores`.
+            quantization: As in `scores`.
+            candidates: `[Q, m]` int64, positions of documents; as many of a row as count are ascending.
+            counts: `[Q]` int64, how many of a row count, from the first.
+            k: How many to find.
+            check: As in `scores`.
+
+        Returns:
+            Scores and positions, each `[Q, min(k, m)]`, best first, equal scores by position; a query with fewer
+            candidates has -inf and -1 after them.
+        """
+
+
 def kernel_name(device: torch.device) -> str:
     """Return the name of the backend that a device's kernel has, or an empty string if it has none."""
     return _KERNELS.get(device.type, ("", ""))[0]
@@ -62,7 +120,10 @@ def choose_kernel(device: torch.device, stored: Sequence[Tensor], r_q: int, dim:
         return "kernels are switched off by METAEMBED_KERNELS=0"
     if device.type not in _KERNELS:
         return f"there is none for {device.type}"
-    module = importlib.import_module(_KERNELS[device.type][1], __package__)
-    if not all(module.takes(slab, r_q) for slab in stored):
-        return module.LIMITS
-    return module.find_kernel(device, dim)
+    try:
+        module = importlib.import_module(_KERNELS[device.type][1], __package__)
+        if not all(module.takes(slab, r_q, dim) for slab in stored):
+            return module.LIMITS
+        return module.find_kernel(device, dim)
+    except Exception as error:  # torch scores as well
+        return f"{type(error).__name__}: {error}"

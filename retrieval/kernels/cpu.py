@@ -2,41 +2,66 @@
 
 A plain shared library loaded by ctypes, because it builds in seconds with no headers of Python or torch, and because
 one built on the machine that runs it is built for exactly that processor. It is kept in the user's cache, under a name
-made from the source, the compiler and the processor, so a home directory shared by unlike machines is no danger.
+made from the source, the compiler and the processor, so that unlike machines can share a home directory, and from a
+checksum of its own, so that a damaged one is never loaded.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
+import itertools
 import os
 import platform
+import shlex
 import shutil
+import signal
+import stat
 import subprocess
 import tempfile
+import threading
+import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..quantization import QUANTIZATIONS, decode, encode, query_levels, round_queries
+from . import Slabs
 
 _MOST_QUERY_VECTORS = 512
-LIMITS = f"it takes float32 and bfloat16 on the CPU, and queries of at most {_MOST_QUERY_VECTORS} vectors"
+_MOST_INTEGER_DIMENSIONS = 1 << 16  # 255 * 127 * this fits the 32 bits in which integers are summed
+LIMITS = (
+    f"it takes float32, bfloat16 and integers of at most {_MOST_INTEGER_DIMENSIONS} dimensions on the CPU, "
+    f"and queries of at most {_MOST_QUERY_VECTORS} vectors"
+)
 _SOURCE, _HEADER = Path(__file__).with_name("maxsim.cpp"), Path(__file__).with_name("maxsim.h")
+_PATIENCE = 180  # seconds that a compiler may take
+_BUILDING = "building-"  # how the folders begin in which libraries are built
+_LOCK = threading.Lock()  # threads that search for the first time build one library
+_MOST_HITS = 1 << 22  # that `top_k` lets each thread gather
 
 
-def takes(stored: Tensor, r_q: int) -> bool:
-    """Whether documents kept like this, and queries of so many vectors, can be scored as they are."""
-    known = stored.dtype in (torch.float32, torch.bfloat16, torch.uint8)
-    return known and stored.device.type == "cpu" and stored.stride(-1) == 1 and r_q <= _MOST_QUERY_VECTORS
+def takes(stored: Tensor, r_q: int, dim: int) -> bool:
+    """Return whether documents stored like this can be scored with queries of so many vectors and dimensions."""
+    if stored.device.type != "cpu" or stored.stride(-1) != 1 or r_q > _MOST_QUERY_VECTORS:
+        return False
+    if stored.dtype == torch.uint8:
+        return dim <= _MOST_INTEGER_DIMENSIONS
+    return stored.dtype in (torch.float32, torch.bfloat16)
 
 
 class KernelUnavailable(RuntimeError):
     """The compiled kernel cannot be built or loaded here; the message says why."""
+
+
+class NoCompiler(KernelUnavailable):
+    """There is no compiler to build the kernel with."""
 
 
 class KernelUntrusted(KernelUnavailable):
@@ -49,92 +74,142 @@ class _Slab(ctypes.Structure):
     ]
 
 
-class Kernel:
+class CpuKernel:
     """A loaded kernel.
+
+    Args:
+        library: The file to load.
 
     Attributes:
         instructions: For every quantization, the instructions that it is multiplied with.
+
+    Raises:
+        KernelUnavailable: if the file cannot be loaded or is not the kernel.
     """
 
     def __init__(self, library: Path):
-        self._library = ctypes.CDLL(str(library))
         p, i64, i32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
-        self._library.metaembed_scores.argtypes = [p, i64, p, i64, i64, i32, p, p, i64, i64, p, i64, i32, i32]
-        self._library.metaembed_instructions.restype = ctypes.c_char_p
-        self.instructions = {
-            name: self._library.metaembed_instructions(kind).decode() for kind, name in enumerate(QUANTIZATIONS)
-        }
+        try:
+            loaded = ctypes.CDLL(str(library))
+            self._scores, self._rescore = loaded.metaembed_scores, loaded.metaembed_rescore
+            instructions = loaded.metaembed_instructions
+        except (OSError, AttributeError) as error:
+            hint = "set XDG_CACHE_HOME to a folder of a file system from which programs may be run (not noexec)"
+            raise KernelUnavailable(f"{library} cannot be loaded ({error}); {hint}") from error
+        documents: list[Any]
+        queries: list[Any]
+        end: list[Any]
+        documents, queries, end = [p, i64, p, i64], [i64, i32, p, p, i64, i64], [i32, i32, i64, p]
+        self._scores.argtypes = [*documents, p, i64, *queries, p, i64, *end]
+        self._rescore.argtypes = [*documents, p, p, i64, *queries, p, *end]
+        instructions.restype = ctypes.c_char_p
+        self.instructions = {name: instructions(kind).decode() for kind, name in enumerate(QUANTIZATIONS)}
 
     def scores(
         self,
-        slabs: Sequence[tuple[Tensor, Tensor | None]],
+        slabs: Slabs,
         queries: Tensor,
         quantization: str,
         index: Tensor | None = None,
         check: bool = False,
     ) -> Tensor:
-        """Score queries against documents.
-
-        Args:
-            slabs: Of all documents, `(stored [n, used, bytes or D], scales [n, used] or None)`, on the CPU, as
-                `quantization.encode` makes them; the last dimension contiguous.
-            queries: `[Q, r_q, D]` float32, not rounded yet.
-            quantization: Of the documents.
-            index: `[m]` int64: score only these documents.
-            check: Look for NaN and infinity in the documents.
-
-        Returns:
-            `[Q, n]`, or `[Q, m]` with an index, float32.
-
-        Raises:
-            ValueError: if `check` finds NaN or infinity.
-        """
-        count, r_q, dim = queries.shape
+        """See `Kernel.scores`. Documents are on the CPU, the last dimension contiguous."""
         n = len(slabs[0][0]) if index is None else len(index)
-        out = torch.empty(count, n)
-        if out.numel() == 0:
-            return out
-        scales = None
-        if quantization in ("float32", "bfloat16"):
-            values = round_queries(queries, quantization).contiguous()
-        else:
-            values, scales = (x.contiguous() for x in query_levels(queries))
-        described = (_Slab * len(slabs))(*(_describe(stored, of) for stored, of in slabs))
-        status = self._library.metaembed_scores(
-            described,
-            len(slabs),
-            _address(index),
-            n,
-            dim,
-            QUANTIZATIONS.index(quantization),
-            _address(values),
-            _address(scales),
-            count,
-            r_q,
-            out.data_ptr(),
-            n,
-            check,
-            torch.get_num_threads(),
-        )
-        if status == 1:
-            raise ValueError("documents hold NaN or infinity, or values too large: is there an overflow?")
-        if status:
-            raise MemoryError("the compiled kernel ran out of memory; score fewer queries at a time")
+        out = torch.empty(len(queries), n)
+        if out.numel():
+            call = _Call([slabs], queries, quantization, check)
+            index = None if index is None else index.contiguous()
+            _raise(self._scores(*call.documents, _address(index), n, *call.queries, *_to(out), *call.options, 0, None))
         return out
+
+    def top_k(
+        self,
+        segments: Sequence[Slabs],
+        queries: Tensor,
+        quantization: str,
+        k: int,
+        index: Tensor | None = None,
+        check: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """See `SelectingKernel.top_k`."""
+        n = sum(len(slabs[0][0]) for slabs in segments) if index is None else len(index)
+        k = min(k, n)
+        values, places = torch.empty(len(queries), k), torch.empty(len(queries), k, dtype=torch.int64)
+        index = None if index is None else index.contiguous()
+        step = max(1, _MOST_HITS // max(1, k))
+        for start in range(0, len(queries) if k else 0, step):
+            part = slice(start, start + step)
+            call = _Call(segments, queries[part], quantization, check)
+            into = _to(values[part]), call.options, (k, places[part].data_ptr())
+            _raise(self._scores(*call.documents, _address(index), n, *call.queries, *itertools.chain(*into)))
+        return values, places
+
+    def rescore(
+        self,
+        segments: Sequence[Slabs],
+        queries: Tensor,
+        quantization: str,
+        candidates: Tensor,
+        counts: Tensor,
+        k: int,
+        check: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """See `SelectingKernel.rescore`."""
+        k = min(k, candidates.shape[1])
+        values = torch.full((len(queries), k), -torch.inf)
+        positions = torch.full((len(queries), k), -1)
+        if values.numel():
+            call = _Call(segments, queries, quantization, check)
+            candidates, counts = candidates.contiguous(), counts.contiguous()
+            of = candidates.data_ptr(), counts.data_ptr(), candidates.shape[1]
+            into = values.data_ptr(), *call.options, k, positions.data_ptr()
+            _raise(self._rescore(*call.documents, *of, *call.queries, *into))
+        return values, positions
+
+
+class _Call:
+    """Arguments that the functions of the library share; it keeps alive what they point to."""
+
+    def __init__(self, segments: Sequence[Slabs], queries: Tensor, quantization: str, check: bool):
+        count, r_q, dim = queries.shape
+        self._scales = None
+        if quantization in ("float32", "bfloat16"):
+            self._values = round_queries(queries, quantization).contiguous()
+        else:
+            self._values, self._scales = (x.contiguous() for x in query_levels(queries))
+        described = [_describe(stored, scales) for slabs in segments for stored, scales in slabs]
+        self._sizes = (ctypes.c_int64 * len(segments))(*(len(slabs[0][0]) for slabs in segments))
+        self.documents = (_Slab * len(described))(*described), len(segments[0]), self._sizes, len(segments)
+        of_queries = self._values.data_ptr(), _address(self._scales), count, r_q
+        self.queries = dim, QUANTIZATIONS.index(quantization), *of_queries
+        self.options = check, torch.get_num_threads()
+
+
+def _to(out: Tensor) -> tuple[int, int]:
+    return out.data_ptr(), out.shape[1]
+
+
+def _raise(status: int) -> None:
+    if status == 1:
+        raise ValueError("documents hold NaN or infinity, or values too large: look for an overflow")
+    if status == 3:
+        raise ValueError("scores hold NaN or infinity, or values beyond 1e+15: look for an overflow")
+    if status:
+        raise MemoryError("the compiled kernel ran out of memory; score fewer queries at a time")
 
 
 @functools.cache
-def load_kernel(architecture: str = "native") -> Kernel:
+def load_kernel(architecture: str = "native") -> CpuKernel:
     """Build the kernel unless it is in the cache, load it, and compare it with torch.
 
     Args:
         architecture: What the compiler's `-march` takes; others than `"native"` try what other processors run.
 
     Raises:
-        KernelUnavailable: if there is no compiler, or it fails.
+        KernelUnavailable: if there is no compiler, or it fails, or its library cannot be loaded.
         KernelUntrusted: if the kernel's answers are not torch's.
     """
-    kernel = Kernel(_build(architecture))
+    kernel = CpuKernel(_build(architecture))
     for quantization in QUANTIZATIONS:
         error = _disagreement(kernel, quantization)
         if not error < 1e-4:
@@ -142,18 +217,26 @@ def load_kernel(architecture: str = "native") -> Kernel:
     return kernel
 
 
-def find_kernel(device: torch.device, dim: int) -> Kernel | str:
-    """Return the kernel for this machine, or the reason why there is none. Warns if torch disagrees with it."""
+def find_kernel(device: torch.device, dim: int) -> CpuKernel | str:
+    """Return the kernel for this machine, or the reason why there is none."""
+    with _LOCK:
+        return _find()
+
+
+@functools.cache
+def _find() -> CpuKernel | str:
+    """Try once, and warn once if something is wrong. That no compiler is installed is nothing wrong."""
     try:
         return load_kernel()
-    except KernelUntrusted as error:
-        warnings.warn(f"{error}; torch is used instead", RuntimeWarning, stacklevel=2)
+    except NoCompiler as error:
         return str(error)
-    except KernelUnavailable as error:
-        return str(error)
+    except Exception as error:  # whatever a machine may come up with, torch scores as well
+        reason = str(error) or type(error).__name__
+    warnings.warn(f"no compiled kernel: {reason}. torch is used instead", RuntimeWarning, stacklevel=2)
+    return reason
 
 
-def _disagreement(kernel: Kernel, quantization: str) -> float:
+def _disagreement(kernel: CpuKernel, quantization: str) -> float:
     """The largest difference to the formula in float64, on a little of everything the kernel does."""
     generator = torch.Generator().manual_seed(0)
     worst = 0.0
@@ -171,8 +254,10 @@ def _disagreement(kernel: Kernel, quantization: str) -> float:
         for at in (None, index):
             got = kernel.scores([(stored, scales)], queries, quantization, at)
             wanted = expected if at is None else expected[:, at]
-            difference = (got - wanted).abs().max().item()
-            worst = max(worst, difference if difference == difference else float("inf"))
+            values, places = kernel.top_k([[(stored, scales)]], queries, quantization, 3, at)
+            error = (got - wanted).abs().max() + (got.gather(1, places) - values).abs().max()
+            error += (values - got.topk(min(3, got.shape[1])).values).abs().max()
+            worst = max(worst, error.nan_to_num(float("inf")).item())
     return worst
 
 
@@ -198,37 +283,102 @@ def _address(tensor: Tensor | None) -> int | None:
 
 
 def _build(architecture: str) -> Path:
-    compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
-    if not compiler:
-        raise KernelUnavailable("no C++ compiler was found (set CXX, or install g++ or clang++)")
+    """Return the library, from the cache or built now."""
     if os.name == "nt":
-        raise KernelUnavailable("the compiled kernel is written for the compilers of Linux and macOS")
+        raise NoCompiler("the compiled kernel is written for the compilers of Linux and macOS")
+    compiler = (
+        shlex.split(os.environ.get("CXX", ""))
+        or [
+            *filter(None, map(shutil.which, ("c++", "g++", "clang++"))),
+        ][:1]
+    )
+    if not compiler:
+        raise NoCompiler("no C++ compiler was found (set CXX, or install g++ or clang++)")
     tune = f"-mcpu={architecture}" if platform.machine() in ("arm64", "aarch64") else f"-march={architecture}"
-    command = [compiler, "-O3", tune, "-std=c++17", "-shared", "-fPIC", "-pthread"]
+    command = [*compiler, "-O3", tune, "-std=c++17", "-shared", "-fPIC", "-pthread"]
     try:
-        version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
         sources = [path.read_text(encoding="utf-8") for path in (_SOURCE, _HEADER)]
-        made_from = "\0".join([*sources, version, _processor(), *command])
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "metaembed"
-        library = cache / f"kernels-{hashlib.sha256(made_from.encode()).hexdigest()[:24]}.so"
-        if library.exists():
-            return library
-        cache.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with tempfile.TemporaryDirectory(dir=cache) as building:  # so that no one loads a half-written library
+        made_from = "\0".join([*sources, _run([*compiler, "--version"]), _processor(), *command])
+        name = f"kernels-{hashlib.sha256(made_from.encode()).hexdigest()[:24]}"
+        cache = _open_cache()
+        for library in cache.glob(f"{name}-*.so"):
+            if _is_whole(library):
+                return library
+            library.unlink()  # cut short or damaged: loading it could kill the process
+        _remove_leftovers(cache)
+        with tempfile.TemporaryDirectory(dir=cache, prefix=_BUILDING) as building:
             made = Path(building) / "kernels.so"
-            done = subprocess.run([*command, str(_SOURCE), "-o", str(made)], capture_output=True, text=True)
-            if done.returncode:
-                raise KernelUnavailable(f"{compiler} failed: {done.stderr.strip()[-500:]}")
-            os.replace(made, library)
-    except (OSError, subprocess.CalledProcessError) as error:
+            _run([*command, str(_SOURCE), "-o", str(made)])
+            made.chmod(0o700)
+            library = cache / f"{name}-{_checksum(made)}.so"
+            os.replace(made, library)  # in one step, so that no one loads a half-written library
+    except OSError as error:
         raise KernelUnavailable(f"the compiled kernel could not be built: {error}") from error
     return library
+
+
+def _run(command: list[str]) -> str:
+    """Run a compiler and return what it prints. It is stopped with all its children if it takes too long."""
+    options: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    with subprocess.Popen(command, start_new_session=True, **options) as process:
+        try:
+            printed = process.communicate(timeout=_PATIENCE)[0].decode(errors="replace")
+        except BaseException as error:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            if isinstance(error, subprocess.TimeoutExpired):
+                raise KernelUnavailable(f"{command[0]} took longer than {_PATIENCE} seconds") from None
+            raise
+    if process.returncode:
+        raise KernelUnavailable(f"{command[0]} failed: {printed.strip()[-500:]}")
+    return printed
+
+
+def _open_cache() -> Path:
+    """Return the folder of the user's cache, made if need be, in which only the user can write."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if not cache.is_absolute():  # as its specification asks for: "consider the path invalid and ignore it"
+        try:
+            cache = Path.home() / ".cache"
+        except RuntimeError as error:
+            raise KernelUnavailable(f"there is no place for the kernel (set XDG_CACHE_HOME): {error}") from error
+    cache = cache / "metaembed"
+    cache.mkdir(parents=True, exist_ok=True, mode=0o700)
+    _check_owner(cache)
+    return cache
+
+
+def _check_owner(path: Path) -> None:
+    """Raise unless a file or folder is the user's (or root's) own, and nobody else may write to it."""
+    status = path.stat()
+    if status.st_uid not in (os.geteuid(), 0) or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise KernelUnavailable(
+            f"{path} could have been changed by other users; make it your own (chown) and only yours to write "
+            "(chmod go-w), or set XDG_CACHE_HOME to another folder"
+        )
+
+
+def _is_whole(library: Path) -> bool:
+    """Return whether a library holds what its name says, and raise if others could have written it."""
+    _check_owner(library)
+    return library.stem.rpartition("-")[2] == _checksum(library)
+
+
+def _checksum(library: Path) -> str:
+    return hashlib.sha256(library.read_bytes()).hexdigest()[:32]
+
+
+def _remove_leftovers(cache: Path) -> None:
+    """Remove the folders of builds that were killed."""
+    for folder in cache.glob(f"{_BUILDING}*"):
+        if time.time() - folder.stat().st_mtime > 2 * _PATIENCE:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _processor() -> str:
     """What tells this processor's abilities from another's."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
     except OSError:
         return platform.processor()
     return "\n".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))

@@ -26,8 +26,8 @@ _PACKAGE = "late-interaction-kernels"
 MaxSim = Callable[[Tensor, Tensor], Tensor]  # of queries [Q, r_q, D] and documents [n, r_c, D]: scores [Q, n]
 
 
-def takes(stored: Tensor, r_q: int) -> bool:
-    """Whether documents kept like this, and queries of so many vectors, can be scored."""
+def takes(stored: Tensor, r_q: int, dim: int) -> bool:
+    """Return whether documents stored like this can be scored with queries of so many vectors and dimensions."""
     return stored.dtype == torch.bfloat16
 
 
@@ -51,21 +51,7 @@ class FusedKernel:
         index: Tensor | None = None,
         check: bool = False,
     ) -> Tensor:
-        """Score queries against documents.
-
-        Args:
-            slabs: Of all documents, `(stored [n, used, D] bfloat16, None)`.
-            queries: `[Q, r_q, D]` float32, not rounded yet.
-            quantization: "bfloat16".
-            index: `[m]` int64: score only these documents.
-            check: Look for NaN and infinity in the documents.
-
-        Returns:
-            `[Q, n]`, or `[Q, m]` with an index, float32.
-
-        Raises:
-            ValueError: if `check` finds NaN or infinity.
-        """
+        """See `Kernel.scores`. Documents are bfloat16, without scales."""
         q = round_queries(queries, quantization).bfloat16()
         n = len(slabs[0][0]) if index is None else len(index)
         out = torch.empty(len(q), n, device=q.device)
@@ -78,7 +64,7 @@ class FusedKernel:
             if check:
                 check_finite(documents, "documents")
             out[:, part] = self._maxsim(q, documents)
-        return out
+        return check_finite(out, "scores")
 
 
 @functools.cache

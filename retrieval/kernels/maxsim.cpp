@@ -15,6 +15,7 @@
 #include <cmath>
 #include <limits>
 #include <new>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -23,6 +24,7 @@ namespace {
 constexpr int64_t GROUP = 512;       // query vectors scored in one pass over a block of documents
 constexpr int64_t FEW = 8;           // query vectors that are multiplied along the rows; twice as many,
 constexpr int64_t CROWD = 2048;      // if rows are a multiple of so many bytes: side by side they crowd few sets of the cache
+constexpr float LARGEST = 1e15f;     // a score beyond this is an overflow, not a number
 constexpr int64_t STRIP = 96;        // document rows multiplied before their maxima are taken; all kernels' rows divide it
 
 enum Kind { FLOAT32 = 0, BFLOAT16 = 1, INT8 = 2, INT4 = 3, BINARY = 4 };
@@ -38,11 +40,47 @@ struct Slab {  // some of the vectors of every document
     int64_t used;          // vectors of it that the budget takes
 };
 
-struct Job {
+struct Hit {
+    float score;
+    int64_t position;
+    bool operator<(const Hit& other) const {  // better ones first, equal ones by position
+        return score != other.score ? score > other.score : position < other.position;
+    }
+};
+
+// The best `k` of what is offered in ascending order of positions. Hits are gathered and now and then cut to `k`, which
+// costs less than to keep a heap in order.
+struct Best {
+    std::vector<Hit> hits;
+    float least = -std::numeric_limits<float>::infinity();  // what a score must exceed to matter
+
+    void offer(float score, int64_t position, size_t k) {
+        if (!(score > least) && hits.size() >= k) return;
+        hits.push_back({score, position});
+        if (hits.size() >= 2 * k + 64) cut(k);
+    }
+    void cut(size_t k) {
+        if (hits.size() <= k) return;
+        std::nth_element(hits.begin(), hits.begin() + (k - 1), hits.end());
+        hits.resize(k);
+        least = hits[k - 1].score;
+    }
+};
+
+struct Segment {  // documents that lie together, of which some are scored
     const Slab* slabs;
+    int64_t first;         // the position of its first document among those of all segments
+    const int64_t* index;  // which are scored, as positions among those of all segments, or null: all, in order
+    int64_t place, n;      // where they begin in the order in which documents are scored, and how many
+    int64_t first_block;   // blocks of all segments before
+
+    int64_t which(int64_t d) const { return index ? index[d] - first : d; }
+};
+
+struct Job {
+    std::vector<Segment> segments;
     int64_t slab_count;
-    const int64_t* index;  // which documents, or null: all of them in order
-    int64_t n, dim;
+    int64_t dim;
     Kind stored;           // how rows lie in memory
     int64_t stored_bytes;  // of a row
     Kind computed;         // what the micro kernel multiplies: FLOAT32, BFLOAT16 or INT8
@@ -56,11 +94,13 @@ struct Job {
     float* out;            // [count, out_stride]
     int64_t out_stride;
     int64_t block;         // documents that a thread takes at a time
-    bool check;            // look for NaN and infinity
-    std::atomic<int64_t> next{0};
-    std::atomic<bool> bad{false};
+    int64_t blocks;        // of all segments
+    bool check;            // look for NaN and infinity in the documents
+    int64_t k;             // keep only the best so many of every query, or 0: all scores go to `out`
+    std::atomic<int64_t> next{0}, workers{0};
+    std::atomic<bool> bad{false}, overflow{false};
+    std::vector<std::vector<Best>> best;  // with k: [threads][count]
 
-    int64_t which(int64_t d) const { return index ? index[d] : d; }
     int64_t group() const { return std::min(count, GROUP / r_q); }                  // queries scored in one pass
     int64_t lanes() const { return (group() * r_q + whole - 1) / whole * whole; }     // of a group
 };
@@ -112,20 +152,21 @@ void decode(const uint8_t* from, Kind stored, Kind computed, int64_t dim, uint8_
 }
 
 struct Walk {  // over the vectors of a slab, one document after another
-    Walk(const Job& job, const Slab& slab, int64_t start, int64_t at)
-        : job(job), slab(slab), document(start + at / slab.used), vector(at % slab.used) {}
+    Walk(const Job& job, const Segment& segment, const Slab& slab, int64_t start, int64_t at)
+        : job(job), segment(segment), slab(slab), document(start + at / slab.used), vector(at % slab.used) {}
     void next() {
         if (++vector == slab.used) vector = 0, ++document;
     }
     const uint8_t* row() const {
         const int64_t ahead = document + 1 + 8 / slab.used;  // documents, so that their rows are on the way when needed
-        if (ahead < job.n) {
-            const uint8_t* later = slab.data + job.which(ahead) * slab.document + vector * slab.vector;
+        if (ahead < segment.n) {
+            const uint8_t* later = slab.data + segment.which(ahead) * slab.document + vector * slab.vector;
             for (int64_t line = 0; line < job.stored_bytes; line += LINE * 4) __builtin_prefetch(later + line);
         }
-        return slab.data + job.which(document) * slab.document + vector * slab.vector;
+        return slab.data + segment.which(document) * slab.document + vector * slab.vector;
     }
     const Job& job;
+    const Segment& segment;
     const Slab& slab;
     int64_t document, vector;
 };
@@ -166,6 +207,8 @@ void multiply_strip(const Job& job, const uint8_t* queries, const uint8_t* rows,
 typedef float Floats __attribute__((vector_size(LANES * 4)));
 typedef int32_t Ints __attribute__((vector_size(LANES * 4)));
 
+inline float value(float sum, int32_t) { return sum; }
+inline float value(int32_t sum, int32_t correction) { return float(sum - correction); }
 inline Floats values(Floats sums, Ints) { return sums; }
 inline Floats values(Ints sums, Ints corrections) { return __builtin_convertvector(sums - corrections, Floats); }
 
@@ -203,60 +246,104 @@ float add_up(const float* best, const float* scales, int64_t r_q) {
     return sum;
 }
 
+// Whether so many sums, a multiple of LANES, are all finite.
+inline bool all_finite(const float* sums, int64_t count) {
+    Floats poison{};  // NaN once one of them is not finite
+    for (int64_t i = 0; i < count; i += LANES) {
+        Floats some;
+        std::memcpy(&some, sums + i, sizeof some);
+        poison += some * 0.0f;
+    }
+    bool finite = true;
+    for (int64_t l = 0; l < LANES; ++l) finite &= poison[l] == 0;
+    return finite;
+}
+inline bool all_finite(const int32_t*, int64_t) { return true; }
+
 template <class One, class Two>
 void work(Job& job) {
     typedef typename One::Sum Sum;
+    std::vector<Best>* kept = job.k ? &job.best[job.workers.fetch_add(1)] : nullptr;
+    bool finite = true, fits = true;
     static_assert(STRIP % One::rows == 0 && STRIP % Two::rows == 0, "strips are whole tiles");
     const int64_t row_bytes = job.depth * 4, lanes = job.lanes();
     // Whole tiles, and not too many a power of two: that would crowd a few sets of the cache.
     const int64_t width = (lanes + LANES - 1) / LANES * LANES + (lanes >= 128 ? LANES : 0);
-    const bool as_is = !job.index && job.stored == job.computed && job.stored_bytes == row_bytes;
+    const bool as_is = job.stored == job.computed && job.stored_bytes == row_bytes;
     Buffer rows(STRIP * row_bytes), sums_buffer(STRIP * width * 4), best_buffer(job.block * width * 4);
     Sum* sums = reinterpret_cast<Sum*>(sums_buffer.data);
     float* best = reinterpret_cast<float*>(best_buffer.data);
     [[maybe_unused]] Tiles<One::matrix> configured;
 
-    for (int64_t start; (start = job.next.fetch_add(job.block)) < job.n;) {
-        const int64_t documents = std::min(job.block, job.n - start);
+    size_t at_segment = 0;
+    for (int64_t block; (block = job.next.fetch_add(1)) < job.blocks;) {
+        while (at_segment + 1 < job.segments.size() && job.segments[at_segment + 1].first_block <= block) ++at_segment;
+        const Segment& segment = job.segments[at_segment];
+        const int64_t start = (block - segment.first_block) * job.block, documents = std::min(job.block, segment.n - start);
         for (int64_t q0 = 0; q0 < job.count; q0 += job.group()) {
             const int64_t group = q0 / job.group(), queries = std::min(job.group(), job.count - q0);
             const uint8_t* packed = job.queries + group * lanes * job.pitch;
-            std::fill(best, best + documents * width, -std::numeric_limits<float>::infinity());
+            auto keep = [&](int64_t query, int64_t document, float score) {
+                fits &= std::fabs(score) <= LARGEST;
+                if (kept) (*kept)[query].offer(score, segment.place + document, job.k);
+                else job.out[query * job.out_stride + segment.place + document] = score;
+            };
+            // Where documents and queries are one vector each, products are scores.
+            const bool single = job.r_q == 1 && job.slab_count == 1 && segment.slabs->used == 1;
+            if (!single) std::fill(best, best + documents * width, -std::numeric_limits<float>::infinity());
             for (int64_t s = 0; s < job.slab_count; ++s) {
-                const Slab& slab = job.slabs[s];
-                const bool flat = as_is && slab.used * slab.vector == slab.document;
+                const Slab& slab = segment.slabs[s];
+                const bool flat = as_is && !segment.index && slab.used * slab.vector == slab.document;
                 for (int64_t at = 0, total = documents * slab.used; at < total; at += STRIP) {
                     const int64_t count = std::min(STRIP, total - at);
                     const uint8_t* from = slab.data + start * slab.document + at * slab.vector;
                     int64_t stride = slab.vector;
                     if (!flat || count < STRIP) {
-                        Walk at_row{job, slab, start, at};
+                        Walk at_row{job, segment, slab, start, at};
                         for (int64_t r = 0; r < count; ++r, at_row.next())
                             decode(at_row.row(), job.stored, job.computed, job.dim, rows.data + r * row_bytes);
                         from = rows.data;
                         stride = row_bytes;
                     }
                     multiply_strip<One, Two>(job, packed, from, stride, flat && stride < FAR, count, sums, width);
-                    if (job.check && q0 == 0)  // a value that is not finite shows in the product with any query vector
-                        for (int64_t r = 0; r < count; ++r)
-                            if (!std::isfinite(float(sums[r * width]))) job.bad = true;
+                    // A value that is not finite shows in every product with its row, an overflow only in some: all are looked at.
+                    if (job.check) finite &= all_finite(sums, count * width);
+                    if (single) {
+                        const int32_t* corrections = job.corrections + group * lanes;
+                        for (int64_t r = 0; r < count; ++r) {
+                            const float* scale = slab.scales;
+                            if (scale) scale += segment.which(start + at + r) * slab.scale_document;
+                            if (scale && job.check) finite &= bool(std::isfinite(*scale));
+                            for (int64_t q = 0; q < queries; ++q) {
+                                float score = value(sums[r * width + q], corrections[q]);
+                                if (scale) score *= *scale;
+                                if (job.query_scales) score *= job.query_scales[q0 + q];
+                                keep(q0 + q, start + at + r, score);
+                            }
+                        }
+                        continue;
+                    }
                     int64_t document = at / slab.used, vector = at % slab.used;
                     for (int64_t r = 0, together; r < count; r += together, ++document, vector = 0) {
                         together = std::min(slab.used - vector, count - r);
                         const float* scales = slab.scales;
-                        if (scales) scales += job.which(start + document) * slab.scale_document + vector;
+                        if (scales) scales += segment.which(start + document) * slab.scale_document + vector;
+                        if (scales && job.check)
+                            for (int64_t i = 0; i < together; ++i) finite &= bool(std::isfinite(scales[i]));
                         take_maxima(sums + r * width, width, together, job.corrections + group * lanes, scales, lanes,
                                     best + document * width);
                     }
                 }
             }
-            for (int64_t q = 0; q < queries; ++q) {
+            for (int64_t q = 0; q < queries && !single; ++q) {
                 const float* scales = job.query_scales ? job.query_scales + (q0 + q) * job.r_q : nullptr;
-                float* to = job.out + (q0 + q) * job.out_stride + start;
-                for (int64_t d = 0; d < documents; ++d) to[d] = add_up(best + d * width + q * job.r_q, scales, job.r_q);
+                for (int64_t d = 0; d < documents; ++d)
+                    keep(q0 + q, start + d, add_up(best + d * width + q * job.r_q, scales, job.r_q));
             }
         }
     }
+    if (!finite) job.bad = true;
+    if (!fits) job.overflow = true;
 }
 
 struct Choice {
@@ -325,7 +412,7 @@ void pack(const Job& job, bool along, const float* queries, uint8_t* packed, int
     for (int64_t v = 0; v < job.count * job.r_q; ++v) {
         const int64_t in_group = job.group() * job.r_q, lane = v / in_group * lanes + v % in_group;
         uint8_t* first = packed + (along ? lane * job.pitch : lane / LANES * LANES * job.pitch + lane % LANES * 4);
-        int32_t total = 0;
+        int32_t total = 0;  // within range: callers see to it that dim * 127 * 128 fits
         for (int64_t k = 0; k < job.dim; ++k) {
             const float x = queries[v * job.dim + k];
             uint8_t* to = first + k / per * next + k % per * (4 / per);
@@ -345,6 +432,107 @@ void pack(const Job& job, bool along, const float* queries, uint8_t* packed, int
     }
 }
 
+// Run `work` on so many threads, or on as many as the system grants. Returns false if one of them ran out of memory.
+template <class Work>
+bool on_threads(int64_t threads, Work work) {
+    std::atomic<bool> failed{false};
+    auto run = [&] {
+        try {
+            work();
+        } catch (...) {
+            failed = true;
+        }
+    };
+    std::vector<std::thread> helpers;
+    helpers.reserve(std::max<int64_t>(threads, 1));
+    for (int64_t t = 1; t < threads; ++t) {
+        try {
+            helpers.emplace_back(run);
+        } catch (const std::system_error&) {
+            break;  // a limit on threads: the others do the work
+        }
+    }
+    run();
+    for (auto& helper : helpers) helper.join();
+    return !failed;
+}
+
+// What is the same for all queries of a call.
+struct Call {
+    const Slab* slabs;
+    int64_t slab_count;
+    const int64_t* sizes;  // documents of each segment
+    int64_t segment_count, dim;
+    Kind kind;
+    int64_t r_q;
+    bool check;
+};
+
+// An index must ascend if there is more than one segment.
+void add_segments(Job& job, const Call& call, const int64_t* index, int64_t n) {
+    const int64_t* from = index;
+    int64_t first = 0, place = 0;
+    job.blocks = 0;
+    for (int64_t s = 0; s < call.segment_count; first += call.sizes[s++]) {
+        int64_t count = call.sizes[s];
+        const int64_t* begin = from;
+        if (index) {
+            from = s + 1 == call.segment_count ? index + n : std::lower_bound(from, index + n, first + count);
+            count = from - begin;
+        }
+        if (!count) continue;
+        job.segments.push_back({call.slabs + s * call.slab_count, first, begin, place, count, job.blocks});
+        place += count;
+        job.blocks += (count + job.block - 1) / job.block;
+    }
+}
+
+// Score `count` queries against the documents of an index [n], or all n of them. With k, the best ones go to out and
+// positions [count, k]; `by_index` has positions found in the index, rather than places in it.
+int32_t run(const Call& call, const int64_t* index, int64_t n, const float* queries, const float* query_scales, int64_t count,
+            float* out, int64_t out_stride, int64_t threads, int64_t k, int64_t* positions, bool by_index) {
+    const int64_t bits[] = {32, 16, 8, 4, 1}, stored_bytes = (call.dim * bits[call.kind] + 7) / 8;
+    const Choice choice = choose(call.kind, stored_bytes, count * call.r_q);
+    Job job;
+    job.slab_count = call.slab_count, job.dim = call.dim;
+    job.stored = call.kind, job.computed = choice.computed;
+    job.stored_bytes = stored_bytes;
+    const int64_t per = job.computed == FLOAT32 ? 1 : job.computed == BFLOAT16 ? 2 : 4;
+    job.depth = ((call.dim + per - 1) / per + choice.multiple - 1) / choice.multiple * choice.multiple;
+    job.query_scales = query_scales, job.count = count, job.r_q = call.r_q, job.whole = choice.whole;
+    job.pitch = (job.depth + (choice.along ? LINE : 0)) * 4;  // not a power of two, which would crowd a few sets of the cache
+    job.out = out, job.out_stride = out_stride, job.check = call.check, job.k = k;
+    job.block = n >= 8 * STRIP * threads ? STRIP : std::max<int64_t>(8, STRIP / 4);
+    add_segments(job, call, index, n);
+    const int64_t groups = (count + job.group() - 1) / job.group(), lanes = groups * job.lanes();
+    Buffer packed(lanes * job.pitch);
+    std::vector<int32_t> corrections(lanes + LANES);  // read in whole tiles
+    pack(job, choice.along, queries, packed.data, corrections.data());
+    job.queries = packed.data, job.corrections = corrections.data();
+
+    const int64_t useful = std::max<int64_t>(1, std::min(threads, job.blocks));
+    if (k) job.best.assign(useful, std::vector<Best>(count));
+    if (!on_threads(useful, [&] { choice.worker(job); })) return 2;
+    if (job.bad) return 1;
+    if (job.overflow) return 3;
+    if (!k) return 0;
+    std::atomic<int64_t> next{0};
+    const bool merged = on_threads(std::min(threads, count), [&] {  // the hits of all threads
+        for (int64_t q; (q = next.fetch_add(1)) < count;) {
+            Best all = std::move(job.best[0][q]);
+            for (size_t t = 1; t < job.best.size(); ++t)
+                all.hits.insert(all.hits.end(), job.best[t][q].hits.begin(), job.best[t][q].hits.end());
+            all.cut(k);
+            std::sort(all.hits.begin(), all.hits.end());
+            for (size_t i = 0; i < all.hits.size(); ++i) {
+                out[q * k + i] = all.hits[i].score;
+                positions[q * k + i] = by_index ? index[all.hits[i].position] : all.hits[i].position;
+            }
+        }
+    });
+    return merged ? 0 : 2;
+}
+
 }  // namespace
 
 extern "C" {
@@ -352,42 +540,41 @@ extern "C" {
 // The instructions that documents of a kind are multiplied with.
 const char* metaembed_instructions(int32_t kind) { return choose(Kind(kind), 1, 1).name; }
 
-// Scores of `count` queries against `n` documents into out [count, out_stride]. Returns 0, or 1 when `check` found a value
-// that is not finite, or 2 when memory ran out.
-int32_t metaembed_scores(const Slab* slabs, int64_t slab_count, const int64_t* index, int64_t n, int64_t dim, int32_t kind,
-                         const float* queries, const float* query_scales, int64_t count, int64_t r_q, float* out,
-                         int64_t out_stride, int32_t check, int32_t threads) try {
-    const int64_t bits[] = {32, 16, 8, 4, 1}, stored_bytes = (dim * bits[kind] + 7) / 8;
-    const Choice choice = choose(Kind(kind), stored_bytes, count * r_q);
-    Job job;
-    job.slabs = slabs, job.slab_count = slab_count, job.index = index, job.n = n, job.dim = dim;
-    job.stored = Kind(kind), job.computed = choice.computed;
-    job.stored_bytes = stored_bytes;
-    const int64_t per = job.computed == FLOAT32 ? 1 : job.computed == BFLOAT16 ? 2 : 4;
-    job.depth = ((dim + per - 1) / per + choice.multiple - 1) / choice.multiple * choice.multiple;
-    job.query_scales = query_scales, job.count = count, job.r_q = r_q, job.whole = choice.whole;
-    job.pitch = (job.depth + (choice.along ? LINE : 0)) * 4;  // not a power of two, which would crowd a few sets of the cache
-    job.out = out, job.out_stride = out_stride, job.check = check;
-    job.block = n >= 8 * STRIP * threads ? STRIP : std::max<int64_t>(8, STRIP / 4);
-    const int64_t groups = (count + job.group() - 1) / job.group(), lanes = groups * job.lanes();
-    Buffer packed(lanes * job.pitch);
-    std::vector<int32_t> corrections(lanes + LANES);  // read in whole tiles
-    pack(job, choice.along, queries, packed.data, corrections.data());
-    job.queries = packed.data, job.corrections = corrections.data();
+// Documents are those of all segments, one after another: `sizes` of them, slabs [segment_count, slab_count]. All functions
+// return 0, or 1 when `check` found a value that is not finite, 2 when memory ran out, 3 when a score overflowed.
 
-    std::atomic<bool> failed{false};
-    auto run = [&] {
-        try {
-            choice.worker(job);
-        } catch (...) {
-            failed = true;
+// Scores of `count` queries against all `n` documents, or those of an index [n], into out [count, out_stride]; or, with k > 0,
+// the best k <= n of every query into out and positions [count, k]: places among the n, equal scores by place.
+int32_t metaembed_scores(const Slab* slabs, int64_t slab_count, const int64_t* sizes, int64_t segment_count,
+                         const int64_t* index, int64_t n, int64_t dim, int32_t kind, const float* queries,
+                         const float* query_scales, int64_t count, int64_t r_q, float* out, int64_t out_stride, int32_t check,
+                         int32_t threads, int64_t k, int64_t* positions) try {
+    const Call call{slabs, slab_count, sizes, segment_count, dim, Kind(kind), r_q, check != 0};
+    return run(call, index, n, queries, query_scales, count, out, out_stride, threads, k, positions, false);
+} catch (...) {
+    return 2;
+}
+
+// Every query with its own candidates: the first counts[q] of a row of candidates [count, width], which ascend. The best k of
+// them go to out and positions [count, k], equal scores by position; what a row lacks is left as it is.
+int32_t metaembed_rescore(const Slab* slabs, int64_t slab_count, const int64_t* sizes, int64_t segment_count,
+                          const int64_t* candidates, const int64_t* counts, int64_t width, int64_t dim, int32_t kind,
+                          const float* queries, const float* query_scales, int64_t count, int64_t r_q, float* out,
+                          int32_t check, int32_t threads, int64_t k, int64_t* positions) try {
+    const Call call{slabs, slab_count, sizes, segment_count, dim, Kind(kind), r_q, check != 0};
+    const int64_t outer = count < threads ? 1 : threads, inner = outer == 1 ? threads : 1;  // threads share queries, or one
+    std::atomic<int64_t> next{0};
+    std::atomic<int32_t> status{0};
+    const bool done = on_threads(outer, [&] {
+        for (int64_t q; (q = next.fetch_add(1)) < count && !status;) {
+            if (!counts[q]) continue;
+            const int32_t failed = run(call, candidates + q * width, counts[q], queries + q * r_q * dim,
+                                       query_scales ? query_scales + q * r_q : nullptr, 1, out + q * k, 0, inner, k,
+                                       positions + q * k, true);
+            if (failed) status = failed;
         }
-    };
-    std::vector<std::thread> helpers;
-    for (int64_t t = 1; t < std::min<int64_t>(threads, (n + job.block - 1) / job.block); ++t) helpers.emplace_back(run);
-    run();
-    for (auto& helper : helpers) helper.join();
-    return failed ? 2 : job.bad ? 1 : 0;
+    });
+    return done ? int32_t(status) : 2;
 } catch (...) {
     return 2;
 }

@@ -1,5 +1,6 @@
 """A collection is scored like the tensor it was made of, and what was written is never lost."""
 
+import json
 import os
 import subprocess
 import sys
@@ -9,10 +10,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from torch.nn.functional import normalize
 
 from metaembed.retrieval.collection import EmbeddingCollection
-from metaembed.retrieval.pca import fit_pca
+from metaembed.retrieval.pca import fit_pca, fit_rotation
 from metaembed.retrieval.quantization import QUANTIZATIONS, bytes_per_vector, decode, encode, round_queries
 from metaembed.retrieval.search import search
 from metaembed.scoring_metaembed import maxsim
@@ -220,3 +222,27 @@ def test_a_folder_that_holds_something_is_not_written_to(tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
     with pytest.raises(ValueError, match="not empty"):
         EmbeddingCollection(2, 8, folder=tmp_path)
+
+
+def test_old_names_work_and_warn():
+    x = vectors(0, 4, 2, 8)
+    with pytest.warns(DeprecationWarning, match="fit_rotation is now called fit_pca"):
+        pca = fit_rotation(x, 4)
+    with pytest.warns(DeprecationWarning, match="rotation is now called pca"):
+        collection = EmbeddingCollection.from_embeddings(x, quantization="int8", rotation=pca)
+    with pytest.warns(DeprecationWarning, match="precision is now called quantization"):
+        assert EmbeddingCollection(2, 8, precision="int4").quantization == "int4"
+    with pytest.warns(DeprecationWarning, match="is now called"):
+        assert collection.precision == "int8" and torch.equal(collection.rotation, pca)
+
+
+def test_a_folder_written_by_version_0_1_loads(tmp_path):
+    """Format 1 keeps the old names."""
+    save_file({"rotation": torch.eye(4)[:, :2].contiguous()}, tmp_path / "rotation.safetensors")
+    stored = {"vectors.0": torch.full((3, 1, 2), 255, dtype=torch.uint8), "scales.0": torch.ones(3, 1) / 127}
+    save_file(stored, tmp_path / "documents-00000.safetensors")
+    manifest = {"format": 1, "vectors": 1, "input_dim": 4, "precision": "int8", "rotation": True}
+    manifest["files"] = [{"name": "documents-00000.safetensors", "documents": 3}]
+    (tmp_path / "collection.json").write_text(json.dumps(manifest))
+    collection = EmbeddingCollection.load(tmp_path)
+    torch.testing.assert_close(maxsim(torch.ones(1, 1, 4), collection), torch.full((1, 3), 2.0))

@@ -1,6 +1,13 @@
-"""The compiled kernel is right for every processor it can be built for here, and says why when it cannot be had."""
+"""The compiled kernel is right for every processor it can be built for here; where it is unavailable, torch scores."""
 
+import ctypes
+import os
 import platform
+import resource
+import subprocess
+import sys
+import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -9,9 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import normalize
 
-from metaembed.retrieval.kernels.cpu import Kernel, KernelUnavailable, _disagreement, load_kernel
+from metaembed.retrieval.collection import EmbeddingCollection
+from metaembed.retrieval.kernels import cpu
+from metaembed.retrieval.kernels.cpu import CpuKernel, _disagreement, load_kernel
 from metaembed.retrieval.quantization import QUANTIZATIONS, decode, encode, round_queries
-from metaembed.retrieval.search import search
+from metaembed.retrieval.search import search, top_k
 from metaembed.scoring_metaembed import maxsim
 
 FLAGS = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
@@ -59,39 +68,271 @@ def test_an_all_zero_vector_scores_zero_at_every_precision(quantization):
     assert scores[0, 1] == 0
 
 
-def test_without_a_compiler_torch_is_used_and_the_result_says_why(monkeypatch, tmp_path):
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.delenv("CXX", raising=False)
-    load_kernel.cache_clear()
-    try:
-        result = search(torch.eye(3)[None], torch.eye(3)[None], k=1)
-        assert result.backend.startswith("torch (cpu); not compiled: no C++ compiler was found")
-        with pytest.raises(RuntimeError, match="no C\\+\\+ compiler was found"):
-            maxsim(torch.eye(3), torch.eye(3), backend="compiled")
-    finally:
-        load_kernel.cache_clear()
-
-
-def test_a_compiler_that_fails_is_quoted(monkeypatch, tmp_path):
-    monkeypatch.setenv("CXX", "false")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    with pytest.raises(KernelUnavailable, match="false"):
-        load_kernel.__wrapped__()
-
-
-def test_a_kernel_that_disagrees_with_torch_is_refused_with_a_warning(monkeypatch):
-    true_scores = Kernel.scores
-    monkeypatch.setattr(Kernel, "scores", lambda *args, **kwargs: true_scores(*args, **kwargs) + 0.001)
-    load_kernel.cache_clear()
-    try:
-        with pytest.warns(RuntimeWarning, match="off by"):
-            result = search(torch.eye(3)[None], torch.eye(3)[None], k=1)
-        assert "torch" in result.backend
-        assert result.scores.item() == 3
-    finally:
-        load_kernel.cache_clear()
-
-
 @pytest.mark.parametrize("quantization", QUANTIZATIONS)
 def test_the_self_check_sees_a_small_disagreement(quantization):
     assert _disagreement(load_kernel(), quantization) < 2e-6
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 70), st.integers(0, 400), st.integers(1, 50), st.integers(1, 3), st.booleans(), st.data())
+def test_the_kernel_selects_what_torch_selects_ties_included(count, n, k, threads, some, data):
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
+    queries, documents = (torch.randint(-1, 2, (m, 2, 3), generator=generator).float() for m in (count, n))
+    index = torch.randint(0, n, (n // 2,), generator=generator).sort().values if some and n else None
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        values, places = load_kernel().top_k([[(documents, None)]], queries, "float32", k, index)
+    finally:
+        torch.set_num_threads(before)
+    expected = top_k(load_kernel().scores([(documents, None)], queries, "float32", index), k)
+    assert torch.equal(values, expected[0]) and torch.equal(places, expected[1])
+
+
+def test_many_queries_that_keep_much_are_selected_in_parts(monkeypatch):
+    monkeypatch.setattr(cpu, "_MOST_HITS", 50)
+    generator = torch.Generator().manual_seed(0)
+    queries, documents = (torch.randint(-9, 10, (n, 3, 8), generator=generator).float() for n in (11, 99))
+    values, places = load_kernel().top_k([[(documents, None)]], queries, "float32", 20)
+    expected = top_k(load_kernel().scores([(documents, None)], queries, "float32"), 20)
+    assert torch.equal(values, expected[0]) and torch.equal(places, expected[1])
+
+
+def test_integers_are_exact_to_the_most_dimensions_and_refused_beyond():
+    for dim in (cpu._MOST_INTEGER_DIMENSIONS, 200_000):
+        ones = torch.ones(3, 1, dim)  # every level is the largest there is
+        ones[1] = -1
+        collection = EmbeddingCollection.from_embeddings(ones, quantization="int8")
+        scores = maxsim(torch.ones(1, 1, dim), collection)
+        torch.testing.assert_close(scores, torch.tensor([[1.0, -1.0, 1.0]]) * dim, rtol=1e-5, atol=0)
+    with pytest.raises(RuntimeError, match="at most 65536 dimensions"):
+        maxsim(torch.ones(1, 1, dim), collection, backend="compiled")
+
+
+# ------------------------------------------------------------------------------- whatever goes wrong, torch is used
+
+
+@pytest.fixture
+def fresh(monkeypatch, tmp_path):
+    """A machine that has no kernel yet. Returns the folder in which it would be kept."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    forget()
+    yield tmp_path / "cache" / "metaembed"
+    forget()
+
+
+def forget():
+    load_kernel.cache_clear()
+    cpu._find.cache_clear()
+
+
+@pytest.fixture(scope="session")
+def built():
+    """A library that works."""
+    return cpu._build("native")
+
+
+@pytest.fixture
+def compiler(monkeypatch, tmp_path):
+    """Have a script for a compiler, which runs one line of shell to compile and counts its calls in a file."""
+
+    def use(compiling, version="echo fake 1.0"):
+        script = tmp_path / "fake-c++"
+        calls = tmp_path / "calls"
+        script.write_text(
+            f"#!/bin/bash\necho >> {calls}\n"
+            f'if [ "$1" = --version ]; then {version}; exit; fi\n'
+            f'while [ "$1" != -o ]; do shift; done\n{compiling}\n'
+        )
+        script.chmod(0o755)
+        monkeypatch.setenv("CXX", str(script))
+        return calls
+
+    return use
+
+
+def search_something(**options):
+    return search(torch.eye(3)[None], torch.eye(3)[None], k=1, **options)
+
+
+def torch_is_used_and_one_warning_says(match):
+    with pytest.warns(RuntimeWarning, match=match) as caught:
+        result = search_something()
+    assert result.backend.startswith("torch (cpu); not compiled: ") and result.scores.item() == 3
+    assert len(caught) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert search_something().backend == result.backend
+    with pytest.raises(RuntimeError, match="backend='compiled' is unavailable"):
+        maxsim(torch.eye(3), torch.eye(3), backend="compiled")
+
+
+def test_without_a_compiler_torch_is_used_and_the_result_says_why(fresh, monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # nothing is wrong
+        assert search_something().backend.startswith("torch (cpu); not compiled: no C++ compiler was found")
+    with pytest.raises(RuntimeError, match="no C\\+\\+ compiler was found"):
+        maxsim(torch.eye(3), torch.eye(3), backend="compiled")
+
+
+@pytest.mark.parametrize(
+    ("compiling", "version", "match"),
+    [
+        ("echo no such option; exit 1", "echo 1", "fake-c\\+\\+ failed: no such option"),
+        ("printf '\\xff\\xfe no'; exit 1", "echo 1", "fake-c\\+\\+ failed: .* no"),
+        ("exit 1", "exit 3", "fake-c\\+\\+ failed"),
+        ("sleep 60 & sleep 60", "echo 1", "took longer than 0.5 seconds"),
+        ("exit 1", "sleep 60 & sleep 60", "took longer than 0.5 seconds"),
+        ("exit 0", "echo 1", "could not be built"),  # and writes nothing
+        ("echo nonsense > $2", "echo 1", "cannot be loaded"),
+        ("c++ -shared -x c++ /dev/null -o $2", "echo 1", "cannot be loaded .*undefined symbol"),
+    ],
+)
+def test_a_compiler_that_fails_is_asked_once(compiling, version, match, fresh, compiler, monkeypatch):
+    monkeypatch.setattr(cpu, "_PATIENCE", 5 if "c++" in compiling else 0.5)
+    calls = compiler(compiling, version)
+    start = time.monotonic()
+    torch_is_used_and_one_warning_says(match)
+    assert len(calls.read_text()) <= 4  # a --version and a build, for `load_kernel` asked by name at most twice
+    assert time.monotonic() - start < 6
+    assert not list(fresh.glob("building-*"))
+
+
+def test_a_compiler_that_prints_no_utf8_may_succeed(fresh, compiler, built):
+    compiler(f"cp {built} $2", "printf '\\xff\\xfe'")
+    assert search_something().backend.startswith("compiled (")
+
+
+def test_a_damaged_library_in_the_cache_is_built_again_and_never_loaded(fresh, compiler, built):
+    compiler(f"cp {built} $2")
+    library = cpu._build("native")
+    whole = library.read_bytes()
+    for damaged in (whole[: len(whole) // 2], b"", whole[:5000] + bytes(8) + whole[5008:]):
+        library.write_bytes(damaged)
+        assert survives(lambda: cpu.CpuKernel(cpu._build("native")))  # loaded, the first would be a SIGBUS
+        assert cpu._build("native").read_bytes() == whole
+
+
+def survives(call):
+    """Call in a process of its own, which may die."""
+    child = os.fork()
+    if not child:
+        try:
+            torch.set_num_threads(1)
+            call()
+            os._exit(0)
+        except BaseException as error:
+            print(repr(error), file=sys.stderr)
+        finally:
+            os._exit(1)
+    return os.waitpid(child, 0)[1] == 0
+
+
+def test_a_limit_on_threads_costs_threads_and_nothing_else():
+    queries, documents = torch.randn(4, 2, 16), torch.randn(5000, 3, 16)
+    kernel = load_kernel()
+    expected = kernel.scores([(documents, None)], queries, "float32")
+
+    def score_with_no_room_for_stacks():
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (4 << 20), -1))
+        torch.get_num_threads = lambda: 8
+        assert torch.equal(kernel.scores([(documents, None)], queries, "float32"), expected)
+
+    assert survives(score_with_no_room_for_stacks)
+
+
+def test_a_cache_without_the_right_to_run_programs(fresh, compiler, built, monkeypatch):
+    compiler(f"cp {built} $2")
+
+    def refuse(path):
+        raise OSError(f"{path}: failed to map segment from shared object")
+
+    monkeypatch.setattr(ctypes, "CDLL", refuse)
+    torch_is_used_and_one_warning_says("failed to map segment .*noexec")
+
+
+def test_no_home_and_no_entry_in_passwd(fresh, compiler, built, monkeypatch):
+    compiler(f"cp {built} $2")
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name)
+
+    def no_entry(uid):
+        raise KeyError(f"getpwuid(): uid not found: {uid}")
+
+    monkeypatch.setattr("pwd.getpwuid", no_entry)
+    torch_is_used_and_one_warning_says("set XDG_CACHE_HOME")
+
+
+def test_a_folder_that_cannot_be_made(fresh, compiler, built, monkeypatch, tmp_path):
+    compiler(f"cp {built} $2")
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    torch_is_used_and_one_warning_says("could not be built")
+
+
+def test_an_unforeseen_error_is_no_error(fresh, monkeypatch):
+    monkeypatch.setattr(cpu, "_processor", lambda: 1 / 0)
+    torch_is_used_and_one_warning_says("division by zero")
+
+
+def test_a_kernel_that_disagrees_with_torch_is_refused_with_a_warning(fresh, compiler, built, monkeypatch):
+    compiler(f"cp {built} $2")
+    true_scores = CpuKernel.scores
+    monkeypatch.setattr(CpuKernel, "scores", lambda *args, **kwargs: true_scores(*args, **kwargs) + 0.001)
+    torch_is_used_and_one_warning_says("off by")
+
+
+def test_kernels_can_be_switched_off(monkeypatch):
+    monkeypatch.setenv("METAEMBED_KERNELS", "0")
+    assert search_something().backend == "torch (cpu); not compiled: kernels are switched off by METAEMBED_KERNELS=0"
+
+
+# --------------------------------------------------------------------------------------------------------- the cache
+
+
+@pytest.mark.parametrize("changed", ["folder", "library"])
+def test_a_library_that_others_could_have_written_is_not_loaded(changed, fresh, compiler, built):
+    compiler(f"cp {built} $2")
+    library = cpu._build("native")
+    assert library.stat().st_mode & 0o777 == 0o700 and fresh.stat().st_mode & 0o777 == 0o700
+    (fresh if changed == "folder" else library).chmod(0o777)
+    torch_is_used_and_one_warning_says("could have been changed by other users")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
+@pytest.mark.parametrize("planted", ["folder", "library"])
+def test_a_library_of_another_user_is_not_loaded(planted, fresh, compiler, built):
+    compiler(f"cp {built} $2")
+    library = cpu._build("native")
+    os.chown(fresh if planted == "folder" else library, 12345, 12345)
+    torch_is_used_and_one_warning_says("could have been changed by other users")
+
+
+def test_a_relative_cache_is_ignored(fresh, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    monkeypatch.chdir(tmp_path)
+    assert cpu._open_cache() == tmp_path / "home/.cache/metaembed"
+    assert not (tmp_path / "relative").exists()
+
+
+def test_leftovers_of_killed_builds_are_removed(fresh, compiler, built):
+    compiler(f"cp {built} $2")
+    old, young = fresh / "building-old", fresh / "building-young"
+    for folder in (old, young):
+        folder.mkdir(parents=True)
+        (folder / "kernels.so").write_text("half")
+    os.utime(old, (0, 0))
+    fresh.chmod(0o700)
+    cpu._build("native")
+    assert young.exists() and not old.exists()
+
+
+def test_importing_the_package_loads_no_kernel(tmp_path):
+    code = "import sys, metaembed; print([name for name in sys.modules if 'kernels.c' in name])"
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert out.stdout.strip() == "[]" and not (tmp_path / "metaembed").exists()

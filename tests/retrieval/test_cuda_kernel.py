@@ -47,7 +47,7 @@ def test_documents_that_are_not_finite_are_an_error():
 
 def test_only_bfloat16_is_given_to_it():
     documents = vectors(1, 5, 2, 8)
-    assert takes(documents.bfloat16(), 2) and not takes(documents, 2)
+    assert takes(documents.bfloat16(), 2, 8) and not takes(documents, 2, 8)
 
 
 def test_a_kernel_that_disagrees_or_fails_is_refused_with_a_warning(monkeypatch):
