@@ -1,11 +1,13 @@
 """MetaEmbed: multimodal retrieval with as many vectors as you choose at search time."""
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from transformers import AutoConfig, AutoModel, AutoProcessor
 
 from .configuration_metaembed import MetaEmbedConfig
+from .deprecated import OldModules
 from .inputs_metaembed import InputPolicy
 from .modeling_metaembed import MetaEmbedModel, MetaEmbedOutput
 from .processing_metaembed import MetaEmbedProcessor
@@ -75,6 +77,8 @@ def __getattr__(name: str) -> Any:
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
+
+sys.meta_path.append(OldModules())
 
 AutoConfig.register(MetaEmbedConfig.model_type, MetaEmbedConfig)
 AutoModel.register(MetaEmbedConfig, MetaEmbedModel)

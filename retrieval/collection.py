@@ -21,12 +21,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..configuration_metaembed import DEFAULT_BUDGETS
+from ..deprecated import warn_renamed
 from ..scoring_metaembed import as_stack, check_finite
-from .deprecated import warn_renamed
 from .quantization import bytes_per_vector, check_quantization, decode, encode
 from .search import Slab, Store
 
-_EDGES = (1, 4, 8, 16, 64)  # the document sides of the default budgets
+_EDGES = tuple(r_c for _, r_c in DEFAULT_BUDGETS)
 _MANIFEST = "collection.json"
 _PCA = "rotation.safetensors"
 _UNFINISHED = ".unfinished"
@@ -146,6 +147,11 @@ class EmbeddingCollection:
     def project(self, embeddings: Tensor) -> Tensor:
         """Do to queries `[..., input_dim]` what was done to the documents: `[..., dim]`."""
         return embeddings if self.pca is None else embeddings @ self.pca.to(embeddings)
+
+    def rotate(self, embeddings: Tensor) -> Tensor:
+        """Deprecated name of `project`."""
+        warn_renamed("rotate", "project")
+        return self.project(embeddings)
 
     @property
     def precision(self) -> str:

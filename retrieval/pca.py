@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..deprecated import warn_renamed
 from ..scoring_metaembed import as_stack, check_finite
-from .deprecated import warn_renamed
 
 _ROWS = 1 << 16
 

@@ -33,6 +33,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..configuration_metaembed import DEFAULT_BUDGETS
 from ..scoring_metaembed import check_finite
 from .quantization import bytes_per_vector, check_quantization, encode
 from .search import Slab, Store
@@ -40,7 +41,7 @@ from .search import Slab, Store
 ROLES = ("first", "main", "exact")  # what a copy of the vectors is for; "main" is always there
 LOCK, QUEUE, HOLDER = "index.lock", "index.lock.queue", "index.lock.holder"
 
-_EDGES = (1, 4, 8, 16, 64)  # the document sides of the default budgets
+_EDGES = tuple(r_c for _, r_c in DEFAULT_BUDGETS)
 _HEADER = 4096  # bytes in front of the rows, so that they begin at a page
 _ENCODED_AT_ONCE = 1 << 24  # numbers
 _NAME = re.compile(r"[0-9a-f]{16}")

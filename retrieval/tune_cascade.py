@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..configuration_metaembed import DEFAULT_BUDGETS
 from ..scoring_metaembed import Budget, as_stack
 from .cascade import Stage, cascade, check_same_documents
 from .search import check_k, prepare, rescore, search
@@ -89,7 +90,7 @@ def tune_cascade(
     if len(q) < 2 or n == 0:
         raise ValueError(f"there must be at least 2 queries and a document, not {len(q)} and {n}")
     if budgets is None:
-        pairs = [(r, c) for r, c in ((1, 1), (2, 4), (4, 8), (8, 16)) if r <= full[0]]
+        pairs = [(r, c) for r, c in DEFAULT_BUDGETS[:-1] if r <= full[0]]
         budgets = [b for b in dict.fromkeys(pairs + [(full[0], c) for _, c in pairs]) if b[1] < full[1]]
     for tried in budgets:
         prepare(queries, exact, tried)  # raises if it does not fit
