@@ -9,7 +9,7 @@ import pytest
 import metaembed
 from metaembed.deprecated import MOVED
 
-HEAVY = {"sentence_transformers", "peft", "datasets", "mteb", "accelerate"}
+HEAVY = {"sentence_transformers", "peft", "datasets", "mteb"}
 
 
 def test_importing_the_package_imports_no_training_library():
