@@ -18,7 +18,7 @@ from torch import Tensor
 from ..scoring_metaembed import Budget, as_stack
 from .metadata import Catalog
 from .quantization import decode
-from .search import Store, check_k, rescore, search, top_k
+from .search import Store, check_k, choose_backend, prepare, search, select_candidates
 from .storage import ROLES, Buffers, DamagedIndexError, Layout, check_kept, check_rows, is_segment, map_rows
 
 _MOST_FILTERS = 32  # masks of filters that a snapshot remembers
@@ -358,10 +358,10 @@ class Snapshot:
         first, *others = [*stages, last]
         scores, slots = self._scan(stack, first, allowed, available, backend)
         for stage in others:
-            slots = slots.sort(dim=1).values
-            scores = rescore(stack, self._side(stage.quantization), slots, stage.budget, backend=backend)
-            scores, order = top_k(scores, stage.keep)
-            slots = slots.gather(1, order)
+            q, stores = prepare(stack, self._side(stage.quantization), stage.budget)
+            kernel, _ = choose_backend(backend, stores, q)
+            counts = torch.full((len(q),), slots.shape[1])
+            scores, slots = select_candidates(q, stores, kernel, stage.keep, slots.sort(dim=1).values, counts)
         return scores, slots
 
     def _scan(
