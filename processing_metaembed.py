@@ -27,7 +27,18 @@ from transformers.dynamic_module_utils import (
 from transformers.processing_utils import ProcessingKwargs, TextKwargs
 
 from .configuration_metaembed import SIDES, BackboneTraits, MetaEmbedConfig, check_count
-from .inputs_metaembed import DEFAULT_POLICY, InputPolicy, Item, Message, check_text, naming, parse_all, shorten
+from .inputs_metaembed import (
+    DEFAULT_POLICY,
+    InputPolicy,
+    Item,
+    Message,
+    check_text,
+    naming,
+    parse_all,
+    read_image,
+    read_video,
+    shorten,
+)
 
 PROCESSOR_FILE = "processor_config.json"
 RENDER_SECONDS = 10.0  # for one chat template on one input
@@ -181,20 +192,20 @@ class MetaEmbedProcessor(ProcessorMixin):
             check_text("instruction", instruction)
         suffix = "".join(self._appended_tokens(side, num_meta))
         texts: list[str] = []
-        images: list[list] = []  # a list for each input
-        videos: list[list] = []
+        images: list[list[Any]] = []  # a list for each input
+        videos: list[list[Any]] = []
         indices = indices or list(range(len(items)))
+        policy = self.policy if policy is None else policy
         with ExitStack() as stack:  # deletes the files of fetched videos
             for index, item in zip(indices, items, strict=True):
                 with naming(index):
                     self._check_media(item)
-                    messages = item.load(self.policy if policy is None else policy, stack)
+                    images.append([read_image(image, policy) for image in item.images])
+                    videos.append([read_video(video, policy, stack) for video in item.videos])
+                    messages = item.messages
                     if max_length is not None:
                         messages = cut_text(messages, self.tokenizer, max_length)
                     texts.append(render(self.backbone_processor, self._escaped(messages, instruction)) + suffix)
-                parts = [part for message in messages for part in message["content"]]
-                images.append([part["image"] for part in parts if part["type"] == "image"])
-                videos.append([part["video"] for part in parts if part["type"] == "video"])
             with TOKENIZING, default_device_cpu():
                 features = self._call_backbone(texts, images, videos, indices, kwargs)
         self._check_meta_tokens(features["input_ids"], side, num_meta)

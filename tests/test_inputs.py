@@ -5,7 +5,6 @@ import io
 import socket
 import struct
 import zlib
-from contextlib import ExitStack
 
 import numpy as np
 import pytest
@@ -19,8 +18,10 @@ HERE = InputPolicy(private_addresses=True)  # pictures are served from this mach
 
 
 def to_messages(item):
-    with ExitStack() as stack:
-        return parse(item).load(InputPolicy(), stack)
+    parsed = parse(item)
+    for image in parsed.images:
+        read_image(image)
+    return parsed.messages
 
 
 @pytest.fixture(scope="module")
