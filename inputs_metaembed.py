@@ -84,6 +84,11 @@ class Item:
     videos: list[Any]
     text_length: int
 
+    def load(self, policy: InputPolicy, stack: ExitStack) -> tuple[list[Image.Image], list[str | Array]]:
+        """Read the pictures and videos: see [`read_image`] and [`read_video`]."""
+        images = [read_image(image, policy) for image in self.images]
+        return images, [read_video(video, policy, stack) for video in self.videos]
+
     num_images = property(lambda self: len(self.images))
     has_video = property(lambda self: bool(self.videos))
 
@@ -109,10 +114,7 @@ def is_conversation(value: Any) -> bool:
 def parse_all(inputs: Any) -> list[Item]:
     """Return the [`Item`]s of one input or a batch of them, in order. Errors name an input by its place."""
     if not is_single(inputs) and not is_batch(inputs):
-        raise TypeError(
-            f"cannot encode {shorten(inputs)} of type {type(inputs).__name__}: it is no sequence of inputs in order. "
-            f"Expected {ACCEPTED}, or a list of these, such as one column of a table."
-        )
+        raise TypeError(f"{_unusable(inputs)}: it is no sequence of inputs in order. Expected a list of {ACCEPTED}.")
     items = []
     for index, value in enumerate([inputs] if is_single(inputs) else inputs):
         with naming(index):
@@ -207,10 +209,12 @@ def _part(kind: str, value: Any) -> Part:
     if kind == "text":
         check_text("text", value)
     elif not isinstance(value, SOURCES[kind]) and not (kind == "image" and hasattr(value, "read")):
-        raise TypeError(
-            f"cannot encode {shorten(value)} of type {type(value).__name__} as {kind}. Expected {ACCEPTED}."
-        )
+        raise TypeError(f"{_unusable(value)} as {kind}. Expected {ACCEPTED}.")
     return {"type": kind, kind: value}
+
+
+def _unusable(value: Any) -> str:
+    return f"cannot encode {shorten(value)} of type {type(value).__name__}"
 
 
 def _names(keys: Iterable[Any]) -> str:
@@ -224,10 +228,8 @@ def check_text(name: str, text: Any) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(
-            f"{name} must be valid Unicode, got {shorten(text)}, whose character {error.start} is half of one "
-            f"({text[error.start]!r}). Decode its bytes anew, with errors='replace' if need be."
-        ) from error
+        half = f"whose character {error.start} is half of one ({text[error.start]!r})"
+        raise ValueError(f"{name} must be valid Unicode, got {shorten(text)}, {half}.") from error
     return text
 
 
@@ -261,11 +263,8 @@ def _reading(kind: str, source: Any) -> Iterator[None]:
 def read_video(source: Any, policy: InputPolicy, stack: ExitStack) -> str | Array:
     """Return a video as what transformers' video processors take: a path, or frames [T, height, width, 3] of `uint8`.
 
-    Args:
-        source: A path or URL, whose frames the backbone's video processor samples; or frames, all of which are used:
-            an array or tensor [frames, height, width, 3] or [frames, 3, height, width], or a list of images.
-        policy: What may be read and fetched.
-        stack: Deletes the file that a URL was fetched into.
+    Frames (an array or tensor, also [T, 3, height, width], or a list of images) are all used; those of a path or URL
+    are sampled by the backbone's video processor. `stack` deletes the file that a URL was fetched into.
     """
     if isinstance(source, (str, Path)):
         with _reading("video", source):
@@ -286,10 +285,9 @@ def read_video(source: Any, policy: InputPolicy, stack: ExitStack) -> str | Arra
 def read_image(source: Any, policy: InputPolicy = DEFAULT_POLICY) -> Image.Image:
     """Read an image from wherever it is, as an upright RGB picture.
 
-    The same picture gives the same pixels in every mode that can hold it: the EXIF orientation is applied,
-    transparency is composed on white, and pictures of 16 bits (mode "I" or "I;16") and floats (0..1 or 0..255) are
-    scaled to 8 bits. A PIL image whose values leave its scale open is refused: "I" up to 255, which `convert("I")`
-    makes of 8 bits, where it does not come from a file of 16 bits; and "F" of zeros and ones alone.
+    The same picture gives the same pixels in every mode: the EXIF orientation is applied, transparency is composed on
+    white, and pictures of 16 bits (mode "I" or "I;16") and floats (0..1 or 0..255) are scaled to 8 bits. A PIL image
+    of such a mode whose values leave its scale open is refused, as `convert("I")` makes one of 8 bits.
 
     Args:
         source: A PIL image, a path, a URL, data URL or base64 string, bytes, an open file, or an array or tensor
@@ -298,8 +296,7 @@ def read_image(source: Any, policy: InputPolicy = DEFAULT_POLICY) -> Image.Image
 
     Raises:
         TypeError: If `source` is of another type.
-        ValueError: If it cannot be read as an image, the policy does not allow it, it has several pages or frames, or
-            the scale of its pixels is unclear.
+        ValueError: If it is no image of one page, its scale is unclear, or the policy does not allow it.
     """
     _part("image", source)
     with _reading("image", source):
@@ -307,15 +304,12 @@ def read_image(source: Any, policy: InputPolicy = DEFAULT_POLICY) -> Image.Image
         if 0 in image.size:
             raise ValueError(f"it has no pixels: its (width, height) is {image.size}")
         if image.width * image.height > policy.max_pixels:
-            raise ValueError(
-                f"it has {image.width} x {image.height} pixels, more than the {policy.max_pixels} of the policy"
-            )
+            size = f"{image.width} x {image.height} pixels"
+            raise ValueError(f"it has {size}, more than the {policy.max_pixels} of the policy")
         frames = getattr(image, "n_frames", 1)
         if frames > 1 and image.format != "MPO":  # one picture, and what it was made with
-            raise ValueError(
-                f"it has {frames} pages or frames. Pass the one that is meant, as PIL's image.seek(i) and then "
-                "image.copy() give it, or all of them, as a list of images or the frames of a video"
-            )
+            one = "Pass one, as image.seek(i) and then image.copy() give it, or all, as a list of images or a video"
+            raise ValueError(f"it has {frames} pages or frames. {one}")
         inverted = image.mode.startswith("I") and getattr(image, "tag_v2", {}).get(262) == 0  # TIFF's WhiteIsZero
         image.load()  # a truncated file fails here, and not as a half-grey picture later
         if image.format == "PNG" and content:
@@ -476,9 +470,6 @@ def is_public(address: str) -> bool:
     return ip.is_global and not (ip.is_multicast or ip.is_reserved or getattr(ip, "is_site_local", False))
 
 
-# -- Pixels ------------------------------------------------------------------------------------------------------
-
-
 def _from_array(array: Array) -> Image.Image:
     if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 3, 4)) or not array.size:
         raise ValueError(f"an array must be [height, width] or [height, width, 1, 3 or 4], got shape {array.shape}")
@@ -518,9 +509,9 @@ def _grey_to_rgb(array: Array, mode: str, file_format: str | None, transparent: 
     if not 0 <= low <= high <= white:  # so is none with a NaN
         raise ValueError(f"pixels of a mode {mode} image must lie in 0..{white}, got {low}..{high}")
     if high > 0 and not known:
+        unclear = f"its mode {mode} and pixels of {low}..{high} leave open what is white"
         raise ValueError(
-            f"its mode {mode} and pixels of {low}..{high} leave open what is white. Where 255 is, pass "
-            "image.convert('L'); else pass an array of uint16, or of floats in 0..1"
+            f"{unclear}. Where 255 is, pass image.convert('L'); else an array of uint16, or floats in 0..1"
         )
     grey = _to_8_bits(array, white)
     if transparent is not None:

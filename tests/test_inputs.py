@@ -5,6 +5,7 @@ import io
 import socket
 import struct
 import zlib
+from contextlib import ExitStack
 
 import numpy as np
 import pytest
@@ -19,8 +20,8 @@ HERE = InputPolicy(private_addresses=True)  # pictures are served from this mach
 
 def to_messages(item):
     parsed = parse(item)
-    for image in parsed.images:
-        read_image(image)
+    with ExitStack() as stack:
+        parsed.load(InputPolicy(), stack)
     return parsed.messages
 
 
