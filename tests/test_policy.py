@@ -50,8 +50,11 @@ class Hostile(http.server.BaseHTTPRequestHandler):
         self.send_response(200)
         if kind == "gzip":
             self.send_header("Content-Encoding", "gzip")
-        self.end_headers()
         try:
+            for letter in "X-Slow: a very slow header" if kind == "headers" else "":
+                self.wfile.write(letter.encode())
+                time.sleep(0.3)
+            self.end_headers()
             if kind == "gzip":
                 self.wfile.write(gzip.compress(bytes(2**24)))
             for _ in range(200 if kind in ("endless", "drip") else 0):
@@ -71,7 +74,11 @@ def hostile():
 
 
 @pytest.mark.parametrize(
-    ("path", "message"), [("endless", "1048576 bytes"), ("gzip", "1048576 bytes"), ("drip", "timed out after 1 s")]
+    ("path", "message"),
+    [
+        *(("endless", "1048576 bytes"), ("gzip", "1048576 bytes")),
+        *(("drip", "timed out after 1 s"), ("headers", "timed out after 1 s")),
+    ],
 )
 def test_a_body_without_end_is_an_error_in_bounded_time_and_memory(hostile, path, message):
     start = time.monotonic()
