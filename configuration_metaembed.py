@@ -31,17 +31,12 @@ def check_count(name: str, value: Any, maximum: int) -> int:
 def check_budgets(
     budgets: Any, num_query_tokens: int, num_document_tokens: int, complete: bool = True
 ) -> list[list[int]]:
-    """Return `budgets` as a list of `[r_q, r_c]` pairs, checked to be usable for Matryoshka training.
-
-    Args:
-        budgets: A sequence of `(r_q, r_c)` pairs, smallest first.
-        num_query_tokens: R_q, the number of query Meta Tokens.
-        num_document_tokens: R_c, the number of document Meta Tokens.
-        complete: Whether the last budget must be the full sizes.
+    """Return `budgets`, `(r_q, r_c)` pairs with the smallest first, as lists, checked to be usable for training.
 
     Raises:
         TypeError: If a budget is not a pair of whole numbers.
-        ValueError: If a number is out of range, or the budgets are not nested, strictly growing and `complete`.
+        ValueError: If a number is out of range, or the budgets are not nested and strictly growing, or the last of
+            them is not the full sizes where they must be `complete`.
     """
     if not isinstance(budgets, (list, tuple)) or not budgets:
         raise TypeError(f"budgets must be a non-empty list of (r_q, r_c) pairs, got {budgets!r}.")
@@ -63,13 +58,6 @@ def check_budgets(
     if problems:
         raise ValueError(f"budgets {pairs} cannot be used: {'; '.join(problems)}.")
     return pairs
-
-
-def default_budgets(num_query_tokens: int, num_document_tokens: int) -> list[list[int]]:
-    """Return the paper's budgets that fit the sizes, and the full sizes: for 4 and 8, [[1, 1], [2, 4], [4, 8]]."""
-    smaller = [[q, d] for q, d in DEFAULT_BUDGETS if q <= num_query_tokens and d <= num_document_tokens]
-    full = [num_query_tokens, num_document_tokens]
-    return smaller if smaller and smaller[-1] == full else [*smaller, full]
 
 
 @dataclass
@@ -126,10 +114,7 @@ class MetaEmbedConfig(PreTrainedConfig):
         self.validate()
 
     def validate(self) -> None:
-        """Raise if the fields do not fit together; bring budgets, traits and numbers to their normal form.
-
-        Called at construction, when a model is built (a field may have been overridden since), and before saving.
-        """
+        """Raise if the fields do not fit together; bring them to their normal form. Saving calls this too."""
         super().validate()
         if isinstance(self.traits, Mapping):
             self.traits = BackboneTraits(**self.traits)
@@ -138,8 +123,10 @@ class MetaEmbedConfig(PreTrainedConfig):
         self.num_document_tokens = check_count("num_document_tokens", self.num_document_tokens, large)
         if self.embedding_dim is not None:
             self.embedding_dim = check_count("embedding_dim", self.embedding_dim, large)
+        full = [self.num_query_tokens, self.num_document_tokens]
         if self.budgets is None:
-            self.budgets = default_budgets(self.num_query_tokens, self.num_document_tokens)
+            fitting = [[q, d] for q, d in DEFAULT_BUDGETS if q <= full[0] and d <= full[1]]
+            self.budgets = fitting if fitting[-1:] == [full] else [*fitting, full]
         self.budgets = check_budgets(self.budgets, self.num_query_tokens, self.num_document_tokens)
         for side in SIDES:
             self._validate_side(side)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import functools
-import http.client
 import io
 import ipaddress
 import os
@@ -13,11 +12,10 @@ import reprlib
 import socket
 import struct
 import tempfile
-import threading
 import time
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Set
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -35,15 +33,18 @@ except ImportError:  # later versions of huggingface_hub bring its successor ins
 
 ACCEPTED = (
     "a string (text), a PIL image, a pathlib.Path, bytes or an open file of an image, an array [height, width(, "
-    "channels)], "
-    'a dict with "text", "image" (one or a list; a path, URL, PIL image, bytes or array each) and/or "video" (a path '
-    "or URL, a list of images or an array [frames, height, width, 3]; or a list of these), "
-    'or chat messages [{"role": ..., "content": ...}]'
+    'channels)], a dict with "text", "image" (one or a list; a path, URL, PIL image, bytes or array each) and/or '
+    '"video" (a path or URL, a list of images or an array [frames, height, width, 3]; or a list of these), or chat '
+    'messages [{"role": ..., "content": ...}]'
 )
+SOURCES = {
+    "image": (Image.Image, str, Path, bytes, bytearray, np.ndarray, torch.Tensor),
+    "video": (str, Path, list, tuple, np.ndarray, torch.Tensor),
+}
 
-# {"role": str, "content": [{"type": "text", "text": str}, {"type": "image", "image": PIL image},
-#                           {"type": "video", "video": file name, or frames [T, height, width, 3]}, ...]}
-Message = dict[str, Any]
+Array = np.ndarray[Any, Any]
+Part = dict[str, Any]  # {"type": "text", "text": str}, or {"type": "image"} or "video" for the place of one
+Message = dict[str, Any]  # {"role": str, "content": list of parts}
 
 
 @dataclass(frozen=True)
@@ -52,29 +53,18 @@ class InputPolicy:
 
     Data URLs, base64, bytes and open files are always read, within the limits. Proxies are not used.
 
-    Args:
-        schemes: Schemes of URLs that may be fetched: "http", "https".
-        hosts: Patterns of hosts that may be fetched from, such as "*.example.com". None: any.
-        folders: Folders whose files may be read, links followed. None: any file; (): none.
-        private_addresses: Whether hosts may resolve to private, loopback and other addresses that are not public.
-        max_bytes: Size of a picture's file, and of what a URL serves, after decompression.
-        max_pixels: Pixels of a picture, checked before it is decoded. Above PIL's own limit, raise
-            `PIL.Image.MAX_IMAGE_PIXELS` too.
-        timeout: Seconds that fetching one URL may take in all.
-        formats: Formats of pictures, as PIL names them.
-
     Example:
         >>> model.policy = InputPolicy.server()  # no files of this machine, no URLs
     """
 
-    schemes: tuple[str, ...] = ("http", "https")
-    hosts: tuple[str, ...] | None = None
-    folders: tuple[str | Path, ...] | None = None
-    private_addresses: bool = False
-    max_bytes: int = 2**28
-    max_pixels: int = 89_478_485  # where PIL warns
-    timeout: float = 60
-    formats: tuple[str, ...] = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "HEIF")
+    schemes: tuple[str, ...] = ("http", "https")  # of URLs that may be fetched
+    hosts: tuple[str, ...] | None = None  # patterns of hosts to fetch from, such as "*.example.com"; None: any
+    folders: tuple[str | Path, ...] | None = None  # whose files may be read, links followed; None: any file
+    private_addresses: bool = False  # whether hosts may have private, loopback and other addresses that are not public
+    max_bytes: int = 2**28  # of a picture's file, and of what a URL serves, after decompression
+    max_pixels: int = 89_478_485  # of a picture, checked before decoding; PIL has its own Image.MAX_IMAGE_PIXELS too
+    timeout: float = 60  # seconds that fetching one URL may take in all
+    formats: tuple[str, ...] = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "HEIF")  # PIL's names
 
     @classmethod
     def server(cls, **changes: Any) -> InputPolicy:
@@ -87,35 +77,28 @@ DEFAULT_POLICY = InputPolicy()
 
 @dataclass(frozen=True)
 class Item:
-    """One query or document, checked in form. The images and videos in its messages are as the user passed them."""
+    """One query or document, checked in form. Pictures and videos are as the user passed them, in order."""
 
-    messages: list[Message]
-    num_images: int
-    has_video: bool
+    messages: list[Message]  # with a mere place for each picture and video
+    images: list[Any]
+    videos: list[Any]
     text_length: int
 
-    def load(self, policy: InputPolicy, stack: ExitStack) -> list[Message]:
-        """Return the messages with images as RGB pictures, and videos as file names or frames."""
-        return [
-            {**message, "content": [_load(part, policy, stack) for part in message["content"]]}
-            for message in self.messages
-        ]
+    def load(self, policy: InputPolicy, stack: ExitStack) -> tuple[list[Image.Image], list[str | Array]]:
+        """Read the pictures and videos: see [`read_image`] and [`read_video`]."""
+        images = [read_image(image, policy) for image in self.images]
+        return images, [read_video(video, policy, stack) for video in self.videos]
 
-
-def _load(part: dict[str, Any], policy: InputPolicy, stack: ExitStack) -> dict[str, Any]:
-    if part["type"] == "image":
-        return {"type": "image", "image": read_image(part["image"], policy)}
-    return {"type": "video", "video": read_video(part["video"], policy, stack)} if part["type"] == "video" else part
+    num_images = property(lambda self: len(self.images))
+    has_video = property(lambda self: bool(self.videos))
 
 
 def is_single(inputs: Any) -> bool:
     """Whether `inputs` is one query or document. Lists and tuples are batches, except chat messages."""
-    if is_conversation(inputs):
-        return True
     if isinstance(inputs, (np.ndarray, torch.Tensor)):  # [N, height, width, channels] and [N] of strings are batches
         return inputs.ndim < 4 and getattr(inputs.dtype, "kind", None) not in ("U", "O")
     single = (str, bytes, bytearray, dict, Path, Image.Image, Item)
-    return inputs is None or isinstance(inputs, single) or _is_file(inputs)
+    return inputs is None or isinstance(inputs, single) or hasattr(inputs, "read") or is_conversation(inputs)
 
 
 def is_batch(inputs: Any) -> bool:
@@ -128,17 +111,10 @@ def is_conversation(value: Any) -> bool:
     return isinstance(value, (list, tuple)) and bool(value) and isinstance(value[0], dict) and "role" in value[0]
 
 
-def _is_file(value: Any) -> bool:
-    return hasattr(value, "read")
-
-
 def parse_all(inputs: Any) -> list[Item]:
     """Return the [`Item`]s of one input or a batch of them, in order. Errors name an input by its place."""
     if not is_single(inputs) and not is_batch(inputs):
-        raise TypeError(
-            f"{_unusable(inputs)}: it is no sequence of inputs in order. Expected {ACCEPTED}, or a list of these, "
-            "such as one column of a table."
-        )
+        raise TypeError(f"{_unusable(inputs)}: it is no sequence of inputs in order. Expected a list of {ACCEPTED}.")
     items = []
     for index, value in enumerate([inputs] if is_single(inputs) else inputs):
         with naming(index):
@@ -172,43 +148,34 @@ def parse(value: Any) -> Item:
     if isinstance(value, Item):
         return value
     if is_conversation(value):
-        messages = [_message(message) for message in value]
-    elif isinstance(value, dict):
-        messages = [{"role": "user", "content": _dict_parts(value)}]
+        messages = [_parse_message(message) for message in value]
     else:
-        messages = [{"role": "user", "content": [_text(value) if isinstance(value, str) else _image(value)]}]
+        messages = [{"role": "user", "content": _parse_parts(value)}]
     parts = [part for message in messages for part in message["content"]]
     if not parts:
         raise ValueError(f"the input {shorten(value)} holds neither text nor picture. Expected {ACCEPTED}.")
-    kinds = [part["type"] for part in parts]
-    length = sum(len(part["text"]) for part in parts if part["type"] == "text")
-    return Item(messages, kinds.count("image"), "video" in kinds, length)
+    images = [part.pop("image") for part in parts if part["type"] == "image"]
+    videos = [part.pop("video") for part in parts if part["type"] == "video"]
+    return Item(messages, images, videos, sum(len(part.get("text", "")) for part in parts))
 
 
-def _message(message: Any) -> Message:
+def _parse_message(message: Any) -> Message:
     if not isinstance(message, dict) or not isinstance(message.get("role"), str) or "content" not in message:
         raise TypeError(f'each chat message must be a dict with a "role" and a "content", got {shorten(message)}.')
-    if not re.fullmatch(r"[A-Za-z]\w*", message["role"]):  # the chat template would let it become structure
-        raise ValueError(f'the role of a chat message must be a word as "user", got {shorten(message["role"])}.')
+    role, content = message["role"], message["content"]
+    if not re.fullmatch(r"[A-Za-z]\w*", role):  # the chat template would let it become structure
+        raise ValueError(f'the role of a chat message must be a word as "user", got {shorten(role)}.')
     if unknown := {key for key, value in message.items() if value is not None} - {"role", "content"}:
         raise ValueError(f'a chat message takes only a "role" and a "content", got {_names(unknown)} too.')
-    content = message["content"]
     parts = []
-    for part in content if isinstance(content, (list, tuple)) else [content]:
-        if isinstance(part, str):
-            parts.append(_text(part))
-        elif not isinstance(part, dict):
-            parts.append(_image(part))
-        elif "type" in part:
-            parts.append(_typed_part(part))
-        elif any(value is not None for value in part.values()):
-            parts += _dict_parts(part)
-        else:
-            raise ValueError(f'a part of a chat message is empty: {shorten(part)}. Expected "text" or "image".')
-    return {"role": message["role"], "content": parts}
+    for piece in content if isinstance(content, (list, tuple)) else [content]:
+        if isinstance(piece, dict) and all(value is None for value in piece.values()):
+            raise ValueError(f'a part of a chat message is empty: {shorten(piece)}. Expected "text" or "image".')
+        parts += _parse_typed(piece) if isinstance(piece, dict) and "type" in piece else _parse_parts(piece)
+    return {"role": role, "content": parts}
 
 
-def _typed_part(part: dict[str, Any]) -> dict[str, Any]:
+def _parse_typed(part: dict[str, Any]) -> list[Part]:
     kind = part["type"]
     if kind not in ("text", "image", "video"):
         raise ValueError(f'the "type" of a part must be "text", "image" or "video", got {shorten(kind)}.')
@@ -216,44 +183,42 @@ def _typed_part(part: dict[str, Any]) -> dict[str, Any]:
     held = {key: value for key, value in part.items() if key != "type" and value is not None}  # tables fill with None
     if len(held) != 1 or not held.keys() <= keys:
         raise ValueError(f'a part of type "{kind}" must hold one of {_names(keys)}, got {_names(held)}.')
-    return {"text": _text, "image": _image, "video": _video}[kind](*held.values())
+    return [_part(kind, *held.values())]
 
 
-def _names(keys: Iterable[Any]) -> str:
-    return shorten(sorted(map(str, keys)))
-
-
-def _dict_parts(item: dict[str, Any]) -> list[dict[str, Any]]:
-    if unknown := set(item) - {"text", "image", "video"}:
-        raise ValueError(f'unknown keys {_names(unknown)} in {_names(item)}. Use "text", "image", "video".')
-    images, videos, text = (item.get(kind) for kind in ("image", "video", "text"))
-    several = isinstance(videos, (list, tuple)) and videos and _is_video(videos[0])  # a list of images is one video
-    parts = [
-        _image(image) for image in (images if isinstance(images, (list, tuple)) else [images]) if images is not None
-    ]
-    parts += [_video(video) for video in (videos if several else [videos]) if videos is not None]
-    return parts if text is None else [*parts, _text(text)]
+def _parse_parts(value: Any) -> list[Part]:
+    """Return the parts of a text, an image or a dict of texts, images and videos."""
+    if not isinstance(value, dict):
+        return [_part("text" if isinstance(value, str) else "image", value)]
+    if unknown := set(value) - {"text", "image", "video"}:
+        raise ValueError(f'unknown keys {_names(unknown)} in {_names(value)}. Use "text", "image", "video".')
+    images, videos = value.get("image"), value.get("video")
+    if not isinstance(images, (list, tuple)):
+        images = [images]
+    if not isinstance(videos, (list, tuple)) or not videos or not _is_video(videos[0]):  # a list of images is a video
+        videos = [videos]
+    parts = [("image", image) for image in images] + [("video", video) for video in videos]
+    return [_part(kind, part) for kind, part in [*parts, ("text", value.get("text"))] if part is not None]
 
 
 def _is_video(value: Any) -> bool:
     return isinstance(value, (str, Path, list, tuple)) or getattr(value, "ndim", 0) == 4
 
 
-def _text(text: Any) -> dict[str, Any]:
-    return {"type": "text", "text": check_text("text", text)}
+def _part(kind: str, value: Any) -> Part:
+    if kind == "text":
+        check_text("text", value)
+    elif not isinstance(value, SOURCES[kind]) and not (kind == "image" and hasattr(value, "read")):
+        raise TypeError(f"{_unusable(value)} as {kind}. Expected {ACCEPTED}.")
+    return {"type": kind, kind: value}
 
 
-def _image(source: Any) -> dict[str, Any]:
-    kinds = (Image.Image, str, Path, bytes, bytearray, np.ndarray, torch.Tensor)
-    if not isinstance(source, kinds) and not _is_file(source):
-        raise TypeError(f"{_unusable(source)}. Expected {ACCEPTED}.")
-    return {"type": "image", "image": source}
+def _unusable(value: Any) -> str:
+    return f"cannot encode {shorten(value)} of type {type(value).__name__}"
 
 
-def _video(source: Any) -> dict[str, Any]:
-    if not isinstance(source, (str, Path, list, tuple, np.ndarray, torch.Tensor)):
-        raise TypeError(f"cannot read a video of type {type(source).__name__}. Expected {ACCEPTED}.")
-    return {"type": "video", "video": source}
+def _names(keys: Iterable[Any]) -> str:
+    return shorten(sorted(map(str, keys)))
 
 
 def check_text(name: str, text: Any) -> str:
@@ -263,10 +228,8 @@ def check_text(name: str, text: Any) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(
-            f"{name} must be valid Unicode, got {shorten(text)}, whose character {error.start} is half of one "
-            f"({text[error.start]!r}). Decode its bytes anew, with errors='replace' if need be."
-        ) from error
+        half = f"whose character {error.start} is half of one ({text[error.start]!r})"
+        raise ValueError(f"{name} must be valid Unicode, got {shorten(text)}, {half}.") from error
     return text
 
 
@@ -275,42 +238,42 @@ _SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 3, 100, 100
 
 
 def shorten(value: Any, length: int = 100) -> str:
-    """Return a representation of `value` (a text without quotes as [`cut`]) that is short enough for an error."""
-    return cut(_SHORT.repr(value), length)
+    """Return a representation of `value` that is short enough for an error: base64 has a million characters."""
+    return _cut(_SHORT.repr(value), length)
 
 
-def cut(text: str, length: int = 100) -> str:
-    """Return `text` without its middle where it is long: an image as base64 has a million characters."""
+def _cut(text: str, length: int) -> str:
     half = length // 2
     return text if len(text) <= length else f"{text[:half]}...{text[-half:]}"
-
-
-def _unusable(value: Any) -> str:
-    return f"cannot encode {shorten(value)} of type {type(value).__name__}"
 
 
 # -- Pictures and videos -----------------------------------------------------------------------------------------
 
 
-def read_video(source: Any, policy: InputPolicy, stack: ExitStack) -> str | np.ndarray:
+@contextmanager
+def _reading(kind: str, source: Any) -> Iterator[None]:
+    """Name the source in errors about it. PIL's decoders raise almost anything."""
+    try:
+        yield
+    except Exception as error:
+        name = shorten(source) if isinstance(source, (str, Path)) else f"of type {type(source).__name__}"
+        raise ValueError(f"the {kind} {name} cannot be read: {_cut(str(error) or repr(error), 300)}") from error
+
+
+def read_video(source: Any, policy: InputPolicy, stack: ExitStack) -> str | Array:
     """Return a video as what transformers' video processors take: a path, or frames [T, height, width, 3] of `uint8`.
 
-    Args:
-        source: A path or URL, whose frames the backbone's video processor samples; or frames, all of which are used:
-            an array or tensor [frames, height, width, 3] or [frames, 3, height, width], or a list of images.
-        policy: What may be read and fetched.
-        stack: Deletes the file that a URL was fetched into.
+    Frames (an array or tensor, also [T, 3, height, width], or a list of images) are all used; those of a path or URL
+    are sampled by the backbone's video processor. `stack` deletes the file that a URL was fetched into.
     """
     if isinstance(source, (str, Path)):
-        try:
+        with _reading("video", source):
             found = _find(source, policy)
-        except Exception as error:
-            raise ValueError(f"the video {shorten(source)} cannot be read: {error}") from error
-        if isinstance(found, bytes):
-            path = Path(stack.enter_context(tempfile.TemporaryDirectory()), "video")
-            path.write_bytes(found)
-            return str(path)
-        return found
+        if isinstance(found, str):
+            return found
+        path = Path(stack.enter_context(tempfile.TemporaryDirectory()), "video")
+        path.write_bytes(found)
+        return str(path)
     if getattr(source, "ndim", 0) == 4 and source.shape[1] == 3 != source.shape[3]:  # what video decoders return
         source = source.swapaxes(1, 2).swapaxes(2, 3)
     frames = [np.asarray(read_image(frame, policy)) for frame in source]
@@ -322,11 +285,9 @@ def read_video(source: Any, policy: InputPolicy, stack: ExitStack) -> str | np.n
 def read_image(source: Any, policy: InputPolicy = DEFAULT_POLICY) -> Image.Image:
     """Read an image from wherever it is, as an upright RGB picture.
 
-    The EXIF orientation is applied, transparency is composed on white, 16-bit and float pictures are scaled to 8 bits,
-    so that the same picture gives the same pixels in every mode that can hold it. A PIL image of mode "I" or "I;16"
-    has 16 bits, and one of mode "F" lies in 0..1 or 0..255. One whose values may as well mean the other is refused:
-    "I" up to 255, which `convert("I")` makes of 8 bits, where it does not come from a file of 16 bits; and "F" of
-    zeros and ones alone.
+    The same picture gives the same pixels in every mode: the EXIF orientation is applied, transparency is composed on
+    white, and pictures of 16 bits (mode "I" or "I;16") and floats (0..1 or 0..255) are scaled to 8 bits. A PIL image
+    of such a mode whose values leave its scale open is refused, as `convert("I")` makes one of 8 bits.
 
     Args:
         source: A PIL image, a path, a URL, data URL or base64 string, bytes, an open file, or an array or tensor
@@ -335,32 +296,25 @@ def read_image(source: Any, policy: InputPolicy = DEFAULT_POLICY) -> Image.Image
 
     Raises:
         TypeError: If `source` is of another type.
-        ValueError: If it cannot be read as an image, the policy does not allow it, it has several pages or frames, or
-            the scale of its pixels is unclear.
+        ValueError: If it is no image of one page, its scale is unclear, or the policy does not allow it.
     """
-    _image(source)
-    try:
+    _part("image", source)
+    with _reading("image", source):
         image, content = _open(source, policy)
         if 0 in image.size:
             raise ValueError(f"it has no pixels: its (width, height) is {image.size}")
         if image.width * image.height > policy.max_pixels:
-            raise ValueError(
-                f"it has {image.width} x {image.height} pixels, more than the {policy.max_pixels} of the policy"
-            )
+            size = f"{image.width} x {image.height} pixels"
+            raise ValueError(f"it has {size}, more than the {policy.max_pixels} of the policy")
         frames = getattr(image, "n_frames", 1)
         if frames > 1 and image.format != "MPO":  # one picture, and what it was made with
-            raise ValueError(
-                f"it has {frames} pages or frames. Pass the one that is meant, as PIL's image.seek(i) and then "
-                "image.copy() give it, or all of them, as a list of images or the frames of a video"
-            )
+            one = "Pass one, as image.seek(i) and then image.copy() give it, or all, as a list of images or a video"
+            raise ValueError(f"it has {frames} pages or frames. {one}")
         inverted = image.mode.startswith("I") and getattr(image, "tag_v2", {}).get(262) == 0  # TIFF's WhiteIsZero
         image.load()  # a truncated file fails here, and not as a half-grey picture later
         if image.format == "PNG" and content:
-            _check_png(image, content)
+            _check_png(content, *image.size)
         return _to_rgb(ImageOps.exif_transpose(image), image.format, inverted)
-    except Exception as error:  # PIL's decoders raise almost anything
-        name = shorten(source) if isinstance(source, (str, Path)) else f"of type {type(source).__name__}"
-        raise ValueError(f"the image {name} cannot be read: {cut(str(error) or repr(error), 300)}") from error
 
 
 def _open(source: Any, policy: InputPolicy) -> tuple[Image.Image, bytes]:
@@ -372,44 +326,41 @@ def _open(source: Any, policy: InputPolicy) -> tuple[Image.Image, bytes]:
         source = (source.double() if source.is_floating_point() else source).numpy()  # numpy has no bfloat16
     if isinstance(source, np.ndarray):
         return _from_array(source), b""
-    content = _find(source, policy) if isinstance(source, (str, Path)) else source
-    if isinstance(content, str):
-        with open(content, "rb") as file:
-            content = file.read(policy.max_bytes + 1)
-    elif not isinstance(content, (bytes, bytearray)):
-        if getattr(content, "seekable", bool)():
-            content.seek(0)
-        content = content.read(policy.max_bytes + 1)
-    if len(content) > policy.max_bytes:
-        raise ValueError(f"it has more than the {policy.max_bytes} bytes of the policy")
-    if b"%PDF-" in content[:1024]:
+    if isinstance(source, (str, Path)):
+        source = _find(source, policy)
+    if isinstance(source, str):
+        with open(source, "rb") as file:
+            source = file.read(policy.max_bytes + 1)
+    elif hasattr(source, "read"):
+        if getattr(source, "seekable", bool)():
+            source.seek(0)
+        source = source.read(policy.max_bytes + 1)
+    _check_size(source, policy)
+    if b"%PDF-" in source[:1024]:
         raise ValueError("it is a PDF. Render its pages, with pypdfium2 for instance, and pass them as images")
     Image.init()
+    formats = [kind for kind in policy.formats if kind in Image.OPEN]
     try:
-        return Image.open(
-            io.BytesIO(content), formats=[kind for kind in policy.formats if kind in Image.OPEN]
-        ), content
+        return Image.open(io.BytesIO(source), formats=formats), source
     except UnidentifiedImageError as error:
         raise ValueError(f"it is no file of {', '.join(policy.formats)}, or its start is damaged") from error
 
 
-def _check_png(image: Image.Image, content: bytes) -> None:
+def _check_size(content: bytes | bytearray, policy: InputPolicy) -> None:
+    if len(content) > policy.max_bytes:
+        raise ValueError(f"it has more than the {policy.max_bytes} bytes of the policy")
+
+
+def _check_png(content: bytes, width: int, height: int) -> None:
     """Raise if the compressed pixels end early: PIL leaves the rest black."""
-    width, height, depth, color, _, _, interlaced = struct.unpack(">IIBBBBB", content[16:29])
-    if not interlaced and np.asarray(image.crop((0, height - 1, width, height))).any():
-        return  # the last row is there
-    bits = depth * {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[color]
-    adam7 = [(0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2)]
-    missing, place, inflate = 0, 8, zlib.decompressobj()
-    for x, y, dx, dy in adam7 if interlaced else [(0, 0, 1, 1)]:
-        columns, rows = -(-(width - x) // dx), -(-(height - y) // dy)
-        missing += rows * (1 + (columns * bits + 7) // 8) if columns > 0 and rows > 0 else 0
-    while place + 8 <= len(content):
-        size, kind = struct.unpack(">I4s", content[place : place + 8])
-        data = content[place + 8 : place + 8 + size] if kind == b"IDAT" else b""
-        while data:
-            missing -= len(inflate.decompress(data, 2**20))
-            data = inflate.unconsumed_tail
+    depth, color, interlaced = content[24], content[25], content[28]
+    bits = width * depth * {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[color]  # of a row
+    missing = height * bits // 8 if interlaced else height * (1 + (bits + 7) // 8)  # interlaced have slightly more
+    inflate, place = zlib.decompressobj(), 8
+    while missing > 0 and place + 8 <= len(content):
+        size, kind = struct.unpack_from(">I4s", content, place)
+        if kind == b"IDAT":
+            missing -= len(inflate.decompress(content[place + 8 : place + 8 + size], missing))
         place += 12 + size
     if missing > 0:
         raise ValueError(f"its pixels end {missing} bytes early")
@@ -446,71 +397,67 @@ def _fetch(source: str, policy: InputPolicy) -> bytes:
     """Return what a URL serves. The policy holds for it and for every redirect."""
     end = time.monotonic() + policy.timeout
     url = httpx.URL(source)
-    for _ in range(10):
-        try:
-            with _connect(url, policy, end) as connection:
-                connection.request("GET", url.raw_path.decode("ascii"), headers={"User-Agent": "metaembed"})
-                response = connection.getresponse()
-                location = response.headers.get("Location")
-                if not (300 <= response.status < 400 and location):
-                    return _body(response, policy, end)
-        except (OSError, http.client.HTTPException, ValueError) as error:
-            if time.monotonic() >= end:
-                raise ValueError(f"timed out after {policy.timeout} s") from error
-            raise
-        url = url.join(location)
+    try:
+        for _ in range(10):
+            addresses = _resolve(url, policy)
+            with httpx.Client(verify=_tls(), trust_env=False) as client:
+                response = _get(client, url, addresses, end)
+                if not response.has_redirect_location:
+                    return _body(response, policy)
+            url = url.join(response.headers["Location"])
+    except (TimeoutError, httpx.TimeoutException) as error:
+        raise ValueError(f"timed out after {policy.timeout} s") from error
     raise ValueError("the server redirects without end")
 
 
-@contextmanager
-def _connect(url: Any, policy: InputPolicy, end: float) -> Iterator[http.client.HTTPConnection]:
-    """Connect to the very address that was checked: a second look-up could give another one."""
-    host, secure = url.raw_host.decode("ascii").lower(), url.scheme == "https"
-    port = url.port or (443 if secure else 80)
+def _resolve(url: Any, policy: InputPolicy) -> list[str]:
+    """Return the addresses of the host, all of which the policy allows."""
+    host = url.raw_host.decode("ascii").lower()
     if url.scheme not in policy.schemes or url.scheme not in ("http", "https"):
         raise ValueError(f"the policy allows no URLs of {url.scheme}, only of {list(policy.schemes)}")
     if policy.hosts is not None and not any(fnmatch(host, pattern.lower()) for pattern in policy.hosts):
         raise ValueError(f"the policy does not allow the host {host}")
-    addresses = [entry[4][0] for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
+    addresses = [str(entry[4][0]) for entry in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)]
     if not policy.private_addresses and not all(map(is_public, addresses)):
         raise ValueError(f"the address of {host} is not public, and InputPolicy(private_addresses=True) is not set")
-    with ExitStack() as stack:
-        for address in addresses:
-            with suppress(OSError if address != addresses[-1] else ()):
-                opened = socket.create_connection((address, port), timeout=max(end - time.monotonic(), 1e-3))
-                break
-        opened = stack.enter_context(opened)
-        guard = stack.enter_context(opened.dup())
-        timer = threading.Timer(max(end - time.monotonic(), 0), _hang_up, (guard,))  # a drip resets other limits
-        timer.daemon = True
-        timer.start()
-        stack.callback(timer.cancel)
-        if secure:
-            connection = http.client.HTTPSConnection(host, port, context=_tls())
-            connection.sock = stack.enter_context(_tls().wrap_socket(opened, server_hostname=host))
-        else:
-            connection = http.client.HTTPConnection(host, port)
-            connection.sock = opened
-        yield connection
+    return addresses
 
 
-def _hang_up(connected: socket.socket) -> None:
-    with suppress(OSError):
-        connected.shutdown(socket.SHUT_RDWR)
+def _get(client: Any, url: Any, addresses: list[str], end: float) -> Any:
+    """Ask the very addresses that were checked (a second look-up could give others), each until one answers."""
+
+    def left() -> float:
+        if (seconds := end - time.monotonic()) <= 0:
+            raise TimeoutError
+        return seconds
+
+    def bound(event: str, info: dict[str, Any]) -> None:  # httpx bounds each read alone, and a drip has many
+        if event.endswith(("connect_tcp.complete", "start_tls.complete")):
+            stream, read = info["return_value"], info["return_value"].read
+            stream.read = lambda size, timeout: read(size, left())
+
+    headers = {"Host": url.netloc, "User-Agent": "metaembed", "Accept-Encoding": "identity"}
+    extensions = {"sni_hostname": url.raw_host.decode("ascii"), "trace": bound}
+    for address in addresses:
+        where = url.copy_with(host=address)
+        request = client.build_request("GET", where, headers=headers, timeout=left(), extensions=extensions)
+        try:
+            return client.send(request, stream=True)
+        except httpx.ConnectError as error:
+            failure = error
+    raise failure
 
 
-def _body(response: http.client.HTTPResponse, policy: InputPolicy, end: float) -> bytes:
-    if not 200 <= response.status < 300:
-        raise ValueError(f"the server answered {response.status} {response.reason}")
+def _body(response: Any, policy: InputPolicy) -> bytes:
+    if not response.is_success:
+        raise ValueError(f"the server answered {response.status_code} {response.reason_phrase}")
     body = bytearray()
-    while len(body) <= policy.max_bytes and (chunk := response.read(2**16)):
+    for chunk in response.iter_raw():
         body += chunk
-    if response.headers.get("Content-Encoding", "identity").lower() != "identity":  # asked for is "identity"
+        _check_size(body, policy)
+    if response.headers.get("Content-Encoding", "identity").lower() != "identity":  # which alone was asked for
         body = bytearray(zlib.decompressobj(47).decompress(body, policy.max_bytes + 1))  # gzip or deflate
-    if len(body) > policy.max_bytes:
-        raise ValueError(f"it has more than the {policy.max_bytes} bytes of the policy")
-    if response.length or time.monotonic() >= end:
-        raise ValueError("the connection ended early")
+        _check_size(body, policy)
     return bytes(body)
 
 
@@ -523,30 +470,20 @@ def is_public(address: str) -> bool:
     return ip.is_global and not (ip.is_multicast or ip.is_reserved or getattr(ip, "is_site_local", False))
 
 
-# -- Pixels ------------------------------------------------------------------------------------------------------
-
-
-def _from_array(array: np.ndarray) -> Image.Image:
-    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 3, 4)):
+def _from_array(array: Array) -> Image.Image:
+    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 3, 4)) or not array.size:
         raise ValueError(f"an array must be [height, width] or [height, width, 1, 3 or 4], got shape {array.shape}")
-    if not array.size:
-        raise ValueError(f"an array must hold pixels, got shape {array.shape}")
     if array.ndim == 3 and array.shape[2] == 1:
         array = array[..., 0]
-    if array.dtype == np.bool_:
-        array = array * np.uint8(255)
-    elif array.dtype == np.uint16:
-        array = _to_8_bits(array, 65535)
-    elif array.dtype.kind == "f":
-        if not np.isfinite(array).all() or array.min(initial=0) < 0 or array.max(initial=0) > 1:
-            raise ValueError("a float array must hold values in 0..1")
-        array = _to_8_bits(array, 1)
-    elif array.dtype != np.uint8:
+    white = 1 if array.dtype.kind == "f" else {"uint8": 255, "uint16": 65535, "bool": 1}.get(array.dtype.name)
+    if white is None:
         raise ValueError(f"an array must be uint8, uint16, bool or float in 0..1, got {array.dtype}")
-    return Image.fromarray(array)
+    if not 0 <= array.min() <= array.max() <= white:  # so is none with a NaN
+        raise ValueError("a float array must hold values in 0..1")
+    return Image.fromarray(array if white == 255 else _to_8_bits(array, white))
 
 
-def _to_8_bits(array: np.ndarray, white: float) -> np.ndarray:
+def _to_8_bits(array: Array, white: float) -> Array:
     return np.rint(array.astype(np.float64) * (255 / white)).astype(np.uint8)
 
 
@@ -560,7 +497,7 @@ def _to_rgb(image: Image.Image, file_format: str | None, inverted: bool) -> Imag
     return image.convert("RGB")
 
 
-def _grey_to_rgb(array: np.ndarray, mode: str, file_format: str | None, transparent: int | None) -> Image.Image:
+def _grey_to_rgb(array: Array, mode: str, file_format: str | None, transparent: int | None) -> Image.Image:
     low, high = array.min(), array.max()
     if mode == "F":
         white = 1 if high <= 1 else 255
@@ -572,9 +509,9 @@ def _grey_to_rgb(array: np.ndarray, mode: str, file_format: str | None, transpar
     if not 0 <= low <= high <= white:  # so is none with a NaN
         raise ValueError(f"pixels of a mode {mode} image must lie in 0..{white}, got {low}..{high}")
     if high > 0 and not known:
+        unclear = f"its mode {mode} and pixels of {low}..{high} leave open what is white"
         raise ValueError(
-            f"its mode {mode} and pixels of {low}..{high} leave open what is white. Where 255 is, pass "
-            "image.convert('L'); else pass an array of uint16, or of floats in 0..1"
+            f"{unclear}. Where 255 is, pass image.convert('L'); else an array of uint16, or floats in 0..1"
         )
     grey = _to_8_bits(array, white)
     if transparent is not None:

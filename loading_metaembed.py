@@ -6,7 +6,6 @@ import importlib.metadata
 import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +14,11 @@ import transformers.integrations.peft
 from packaging.version import Version
 from safetensors.torch import load_file
 from torch import nn
-from transformers import (
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-    MODEL_FOR_PRETRAINING_MAPPING,
-    MODEL_MAPPING,
-    AutoConfig,
-    AutoModel,
-    AutoModelForImageTextToText,
-    AutoModelForPreTraining,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import MODEL_MAPPING, AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.utils import cached_file, logging
 from transformers.utils.hub import extract_commit_hash
 
-from .configuration_metaembed import hub_id
+from .configuration_metaembed import SIDES, hub_id
 from .processing_metaembed import PROCESSOR_FILE, MetaEmbedProcessor
 
 logger = logging.get_logger(__name__)
@@ -57,6 +46,19 @@ ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
+def of_package(module: str, name: str, needed: bool = False) -> Any:
+    """Return `metaembed.<module>.<name>` of the installed package.
+
+    Without the package (or with a version that lacks this): None, or an ImportError if it is `needed`.
+    """
+    try:
+        return getattr(importlib.import_module(f"metaembed.{module}"), name)
+    except (ImportError, AttributeError) as error:
+        if needed:
+            raise ImportError(f"this needs {module} of the package: pip install metaembed ({error})") from error
+        return None
+
+
 def lasting_name(source: str | Path) -> str:
     """Return a Hub id as it is, and a folder as its full path, which still holds after `chdir`."""
     return str(Path(source).absolute()) if Path(source).is_dir() else str(source)
@@ -73,10 +75,7 @@ def commit_of(source: str | Path | None, **hub: Any) -> str | None:
 
 
 def check_loading(source: Any, info: Mapping[str, Any]) -> None:
-    """Raise a `ValueError` if weights of `source` were not loaded completely.
-
-    `info` is what `from_pretrained(..., output_loading_info=True)` reports.
-    """
+    """Raise a `ValueError` if weights of `source` were not loaded completely, as the `info` of transformers tells."""
     problems = []
     for kind, what in (
         ("missing_keys", "missing, so random"),
@@ -96,9 +95,8 @@ def check_loading(source: Any, info: Mapping[str, Any]) -> None:
 def load_plain_model(source: Any, **kwargs: Any) -> tuple[PreTrainedModel, set[str], list[str]]:
     """Load a model that contains a backbone: a plain backbone, one with a head, or a late-interaction retriever.
 
-    Returns:
-        The model, of which [`headless`] is the backbone; the backbone weights that the checkpoint lacks, allowed only
-        if no embedding depends on them ([`check_unused`]); the unexpected weights, allowed only if a head's.
+    Returns the model, of which [`headless`] is the backbone; the backbone weights that the checkpoint lacks, allowed
+    only if no embedding depends on them ([`check_unused`]); the unexpected weights, allowed only if a head's.
 
     Raises:
         ValueError: If a weight has another shape than the checkpoint's, or one of a retriever is missing.
@@ -106,14 +104,18 @@ def load_plain_model(source: Any, **kwargs: Any) -> tuple[PreTrainedModel, set[s
     hub = {name: kwargs[name] for name in (*HUB_ARGUMENTS, "trust_remote_code") if name in kwargs}
     kind = type(AutoConfig.from_pretrained(source, **hub))
     autos = [AutoModel]
-    if kind not in MODEL_MAPPING and kind in MODEL_FOR_PRETRAINING_MAPPING:  # retrievers are among these
-        autos = [AutoModelForPreTraining]
-    elif kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:  # for where the base model class does not find its weights
-        autos.append(AutoModelForImageTextToText)
+    if kind not in MODEL_MAPPING and kind in transformers.MODEL_FOR_PRETRAINING_MAPPING:  # as retrievers are
+        autos = [transformers.AutoModelForPreTraining]
+    elif kind in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:  # where the base class does not find its weights
+        autos.append(transformers.AutoModelForImageTextToText)
     candidates = []
     for auto in autos:
         model, info = auto.from_pretrained(source, output_loading_info=True, **kwargs)
-        wrong = ("mismatched_keys", "missing_keys") if auto is AutoModelForPreTraining else ("mismatched_keys",)
+        wrong = (
+            ("mismatched_keys", "missing_keys")
+            if auto is transformers.AutoModelForPreTraining
+            else ("mismatched_keys",)
+        )
         check_loading(source, {kind: info[kind] for kind in wrong})
         missing = names_inside(model, headless(model), info["missing_keys"])
         candidates.append((model, missing, info["unexpected_keys"]))
@@ -165,16 +167,15 @@ def resize_embedding(backbone: PreTrainedModel, last_id: int) -> None:
 
 def import_peft() -> Any:
     """Return `peft`; raise an `ImportError` if it is not installed, or older than transformers asks for."""
-    needed = getattr(transformers.integrations.peft, "MIN_PEFT_VERSION", "0")
+    needed, version = getattr(transformers.integrations.peft, "MIN_PEFT_VERSION", "0"), transformers.__version__
     try:
         installed = importlib.metadata.version("peft")
     except importlib.metadata.PackageNotFoundError:
         raise ImportError(f"adapters need peft: pip install 'peft>={needed}'") from None
     if Version(installed) < Version(needed):
         raise ImportError(
-            f"transformers {transformers.__version__} needs peft>={needed}, but peft {installed} is installed. Run "
-            f"pip install --upgrade 'peft>={needed}' or, if there is no such release yet, "
-            f"pip install 'transformers<{transformers.__version__}'"
+            f"transformers {version} needs peft>={needed}, but peft {installed} is installed. Run pip install "
+            f"--upgrade 'peft>={needed}' or, if there is no such release yet, pip install 'transformers<{version}'"
         )
     return importlib.import_module("peft")
 
@@ -188,15 +189,10 @@ def find_adapter(source: str | Path, **hub: Any) -> dict[str, Any] | None:
 def load_with_adapter(
     cls: Any, source: str | Path, adapter: dict[str, Any], hub: dict[str, Any], options: dict[str, Any]
 ) -> Any:
-    """Rebuild a model from an adapter repository and the base that it names.
+    """Rebuild a model of class `cls` from the repository of an adapter, `source`, and the base that it names.
 
-    Args:
-        cls: `MetaEmbedModel`.
-        source: Hub id or folder of the adapter.
-        adapter: Its adapter configuration.
-        hub: Where to load `source` from.
-        options: Further options of `from_pretrained`: `is_trainable` (train the adapter further), `trust_remote_code`
-            (of `source`), `trusted_base` (the base, if code in its repository may run too), and those of the base.
+    `adapter` is its configuration, and `hub` says where to load it from. The `options` are those of `from_pretrained`:
+    `is_trainable`, `trust_remote_code` (of `source`), `trusted_base` (of the base), and others for loading the base.
 
     Raises:
         ValueError: If a weight or file is missing, or the base is an adapter itself or brings code nobody trusted.
@@ -205,9 +201,16 @@ def load_with_adapter(
     trusted, trusted_base = options.pop("trust_remote_code"), options.pop("trusted_base", None)
     is_trainable = options.pop("is_trainable", False)
     import_peft()
-    check_stands_alone(source, adapter, hub)
+    base, commit = adapter.get("base_model_name_or_path") or "", adapter.get("revision")
+    lacks = [] if base else [f"no base_model_name_or_path in its {ADAPTER_CONFIG}"]
+    lacks += [f"no {name}" for name in ("config.json", PROCESSOR_FILE) if find_file(source, name, **hub) is None]
+    if lacks:
+        raise ValueError(
+            f"the adapter {source} does not stand on its own: it holds {', '.join(lacks)}. It was saved by peft "
+            "(get_peft_model), which knows only weights. Create the model as it was before training, with "
+            f"MetaEmbedModel.from_backbone(...), then model.load_adapter({str(source)!r}), and save that."
+        )
     config = options.pop("config", None) or cls.config_class.from_pretrained(source, **hub)
-    base, commit = adapter["base_model_name_or_path"], adapter.get("revision")
     base_hub = {**{name: hub[name] for name in hub if name not in ("revision", "subfolder")}, "revision": commit}
     if find_adapter(base, **base_hub) is not None:
         raise ValueError(
@@ -242,20 +245,6 @@ def load_with_adapter(
     return model
 
 
-def check_stands_alone(source: str | Path, adapter: dict[str, Any], hub: dict[str, Any]) -> None:
-    """Raise a `ValueError` if an adapter repository lacks a base, a configuration or a processor to rebuild from."""
-    names = ("config.json", PROCESSOR_FILE)
-    lacks = [f"no {name}" for name in names if find_file(source, name, **hub) is None]
-    if not adapter.get("base_model_name_or_path"):
-        lacks.insert(0, f"no base_model_name_or_path in its {ADAPTER_CONFIG}")
-    if lacks:
-        raise ValueError(
-            f"the adapter {source} does not stand on its own: it holds {', '.join(lacks)}. It was saved by peft "
-            "(get_peft_model), which knows only weights. Create the model as it was before training, with "
-            f"MetaEmbedModel.from_backbone(...), then model.load_adapter({str(source)!r}), and save that."
-        )
-
-
 def adapter_parameters(model: PreTrainedModel) -> Iterator[tuple[str, str, nn.Parameter]]:
     """Yield, for each parameter of adapters in `model`, its name, the name of its adapter, and the parameter."""
     for prefix, module in model.named_modules():
@@ -263,19 +252,6 @@ def adapter_parameters(model: PreTrainedModel) -> Iterator[tuple[str, str, nn.Pa
             own = getattr(module, layer, None)
             for name, value in own.named_parameters() if isinstance(own, nn.Module) else ():
                 yield f"{prefix}.{layer}.{name}", name.partition(".")[0], value
-
-
-def check_adapter_whole(model: PreTrainedModel, given: set[str]) -> None:
-    """Raise a `ValueError` if a state dict with the names `given` holds only a part of an adapter of `model`."""
-    expected: dict[str, set[str]] = {}
-    for name, adapter, _ in adapter_parameters(model):
-        expected.setdefault(adapter, set()).add(name)
-    for adapter, names in expected.items():
-        if names & given and (missing := names - given):
-            raise ValueError(
-                f'{len(missing)} weights of the adapter "{adapter}" are missing from what is loaded, so would be '
-                f"random: {min(missing)}, ... It was not saved completely, or belongs to another model."
-            )
 
 
 def upcast_adapter(model: PreTrainedModel) -> None:
@@ -291,12 +267,9 @@ def fill_adapter(model: PreTrainedModel, source: str | Path, adapter_name: str, 
     weights = load_file(cached_file(source, ADAPTER_WEIGHTS, **hub))
     saved = {name.removeprefix("base_model.model."): value for name, value in weights.items()}
     actual = model.get_adapter_state_dict(adapter_name)
-    shared = actual.keys() & saved.keys()
-    info = {
-        "missing_keys": actual.keys() - saved.keys(),
-        "unexpected_keys": saved.keys() - actual.keys(),
-        "mismatched_keys": {name for name in shared if actual[name].shape != saved[name].shape},
-    }
+    missing, unexpected = actual.keys() - saved.keys(), saved.keys() - actual.keys()
+    mismatched = [name for name in actual.keys() & saved.keys() if actual[name].shape != saved[name].shape]
+    info = {"missing_keys": missing, "unexpected_keys": unexpected, "mismatched_keys": mismatched}
     check_loading(f"the adapter {source}", info)
     for name, value in saved.items():
         actual[name].copy_(value)
@@ -319,58 +292,26 @@ def check_saves_whole(model: Any, folder: Path | None, publish: bool) -> None:
         )
     if not adapter and any("lora_A" in name for name, _ in model.named_parameters()):
         raise ValueError(
-            "this model was wrapped with get_peft_model, so it can no longer save itself. Save what "
-            "peft_model.merge_and_unload() returns; or use model.add_adapter(lora_config(model)) instead of "
-            "get_peft_model: its model.save_pretrained saves an adapter that every loader takes."
+            "this model was wrapped with get_peft_model, so it can no longer save itself. Save what peft_model."
+            "merge_and_unload() returns; or use model.add_adapter(lora_config(model)) instead of get_peft_model."
         )
-    other = "model.safetensors" if adapter else ADAPTER_CONFIG
-    if folder and (folder / other).is_file():
-        what, held = ("an adapter", "a whole model") if adapter else ("a whole model", "an adapter")
-        raise ValueError(f"{folder} holds {held} ({other}); {what} saved beside it would not load. Save elsewhere.")
-    if adapter and model.adapter_base[0] is None:
+    what, held, file = "a whole model", "an adapter", ADAPTER_CONFIG
+    if adapter:
+        what, held, file = held, what, "model.safetensors"
+    if folder and (folder / file).is_file():
+        raise ValueError(f"{folder} holds {held} ({file}); {what} saved beside it would not load. Save elsewhere.")
+    base = model.adapter_base[0]
+    if adapter and base is None:
         raise ValueError(
             "an adapter must name the model it belongs to, and this one was made of a loaded backbone of unknown "
             "origin. Pass the backbone to from_backbone by its Hub id, or set model.adapter_base = (id, None)."
         )
-    if adapter and hub_id(model.adapter_base[0]) is None:
-        problem = (
-            f"the adapter names a folder of this machine as its base ({model.adapter_base[0]}): nobody else can load "
-            "it. Set model.adapter_base = (Hub id, None) before saving."
-        )
+    if adapter and hub_id(base) is None:
+        problem = f"the adapter names a folder of this machine as its base ({base}): nobody else can load it. "
+        problem += "Set model.adapter_base = (Hub id, None) before saving."
         if publish:
             raise ValueError(problem)
         logger.warning(problem)
-
-
-@contextmanager
-def uncompiled(model: nn.Module) -> Iterator[None]:
-    """Take the wrappers of `torch.compile` off while a model is saved: they change the names of weights."""
-    wrapped = [
-        (parent, name, child)
-        for parent in model.modules()
-        for name, child in parent.named_children()
-        if hasattr(child, "_orig_mod")
-    ]
-    for parent, name, child in wrapped:
-        setattr(parent, name, child._orig_mod)
-    try:
-        yield
-    finally:
-        for parent, name, child in wrapped:
-            setattr(parent, name, child)
-
-
-def gather_weights(model: nn.Module) -> dict[str, Any] | None:
-    """Return the complete weights, in the first process, of a model sharded over several (FSDP2); else None."""
-    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
-        return None
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-    from torch.distributed.tensor import DTensor
-
-    # The state dict's: after an evaluation, the parameters themselves may be unsharded for the moment.
-    if not any(isinstance(value, DTensor) for value in model.state_dict().values()):
-        return None
-    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
 
 
 def write_repository_files(folder: Path, model: Any) -> None:
@@ -383,9 +324,9 @@ def write_repository_files(folder: Path, model: Any) -> None:
         shutil.copyfile(Path(__file__).with_name(name), folder / name)
     path, config = folder / "config_sentence_transformers.json", model.config
     settings = {**SENTENCE_CONFIG, **(read_json(path) if path.is_file() else {})}
-    instructions = {"query": config.query_instruction, "document": config.document_instruction}
-    prompts = settings["prompts"].items()
-    settings["prompts"] = {name: instructions.get(name, text) if text else text for name, text in prompts}
+    for side in SIDES:
+        if settings["prompts"].get(side):
+            settings["prompts"] = {**settings["prompts"], side: getattr(config, f"{side}_instruction")}
     write_json(path, settings)
     write_json(folder / "modules.json", MODULES)
     if model._hf_peft_config_loaded:

@@ -12,7 +12,7 @@ import tempfile
 import threading
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,18 +29,16 @@ from .configuration_metaembed import MetaEmbedConfig, check_count
 from .inputs_metaembed import InputPolicy, Item, is_single
 from .loading_metaembed import (
     HUB_ARGUMENTS,
-    check_adapter_whole,
     check_loading,
     check_saves_whole,
     commit_of,
     fill_adapter,
     find_adapter,
     find_file,
-    gather_weights,
     import_peft,
     lasting_name,
     load_with_adapter,
-    uncompiled,
+    of_package,
     upcast_adapter,
     write_repository_files,
 )
@@ -115,26 +113,17 @@ class MetaEmbedModel(PreTrainedModel):
             **kwargs: `num_query_tokens`, `num_document_tokens`, `embedding_dim`, `budgets`, `query_instruction`, ...,
                 and options of `AutoModel.from_pretrained`.
 
-        Raises:
-            ImportError: If the package is not installed: this needs more than travels with a checkpoint.
+        Needs the installed package, and not only what travels with a checkpoint (else an `ImportError`).
         """
-        try:
-            from metaembed.backbones.create import from_backbone
-        except ImportError as error:
-            raise ImportError("from_backbone needs the whole package: pip install metaembed") from error
-        return from_backbone(cls, backbone, **kwargs)
+        return of_package("backbones.create", "from_backbone", needed=True)(cls, backbone, **kwargs)
 
     @classmethod
     def from_authors_checkpoint(cls, checkpoint: str | Path, **kwargs: Any) -> MetaEmbedModel:
         """Create a model from the authors' weights (Hub id or folder): see [`backbones.paper_checkpoint.convert`]."""
-        try:
-            from metaembed.backbones.paper_checkpoint import convert
-        except ImportError as error:
-            raise ImportError("from_authors_checkpoint needs the whole package: pip install metaembed") from error
-        return convert(cls, checkpoint, **kwargs)
+        return of_package("backbones.paper_checkpoint", "convert", needed=True)(cls, checkpoint, **kwargs)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
         """Load a saved model and its processor, completely or not at all: see transformers' `from_pretrained`.
 
         Loads adapter repositories too: the base that they name, with the adapter. `is_trainable=True` trains it
@@ -152,7 +141,8 @@ class MetaEmbedModel(PreTrainedModel):
         if commit := commit_of(source, **hub):
             kwargs["revision"] = hub["revision"] = commit  # of the processor too, whatever is pushed meanwhile
         if source is not None and (adapter := find_adapter(source, **hub)) is not None:
-            model, info = load_with_adapter(cls, source, adapter, hub, {**kwargs, "trust_remote_code": trusted}), {}
+            model = load_with_adapter(cls, source, adapter, hub, {**kwargs, "trust_remote_code": trusted})
+            info: dict[str, Any] = {}
         else:
             model, info = cls._load_whole(source, *model_args, **kwargs)
         # Now and not at first use: the folder may be gone by then, or a relative path mean another one.
@@ -178,7 +168,9 @@ class MetaEmbedModel(PreTrainedModel):
         super().add_adapter(adapter_config, adapter_name)
         upcast_adapter(self)
 
-    def load_adapter(self, peft_model_id: str | None = None, adapter_name: str | None = None, *args, **kwargs):
+    def load_adapter(
+        self, peft_model_id: Any = None, adapter_name: str | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
         """Load an adapter, completely or not at all (else a `ValueError`): see transformers' `load_adapter`."""
         import_peft()
         conversions = self.__dict__.get("_weight_conversions")
@@ -192,7 +184,8 @@ class MetaEmbedModel(PreTrainedModel):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         """Refuse a part of an adapter: peft's own `PeftModel.from_pretrained` would leave the rest random."""
-        check_adapter_whole(self, {name.removeprefix(prefix) for name in state_dict if name.startswith(prefix)})
+        if check_adapter_whole := of_package("training.lora", "check_adapter_whole"):
+            check_adapter_whole(self, {name.removeprefix(prefix) for name in state_dict if name.startswith(prefix)})
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     @property
@@ -233,9 +226,11 @@ class MetaEmbedModel(PreTrainedModel):
         push, name = kwargs.pop("push_to_hub", False), kwargs.pop("repo_id", folder.name)
         hub = {key: kwargs.pop(key) for key in ("private", "revision", "create_pr", "commit_message") if key in kwargs}
         check_saves_whole(self, folder, publish=push)
-        with uncompiled(self):
-            state = kwargs.pop("state_dict", None) or gather_weights(self)
-            state = state and {name.replace("_orig_mod.", ""): value for name, value in state.items()}
+        wrapped = any("_orig_mod." in key or hasattr(value, "full_tensor") for key, value in self.state_dict().items())
+        plain = of_package("training.saving", "plain_weights", needed=True)(self) if wrapped else nullcontext()
+        with plain as weights:
+            state = kwargs.pop("state_dict", None) or weights
+            state = state and {key.replace("_orig_mod.", ""): value for key, value in state.items()}
             # Under the names of the modules: transformers would write the older names that some backbones have in
             # their own checkpoints, and does not find them again inside another model.
             super().save_pretrained(folder, **{"save_original_format": False, "state_dict": state, **kwargs})
@@ -244,30 +239,27 @@ class MetaEmbedModel(PreTrainedModel):
         if first and kwargs.get("is_main_process", True):
             write_repository_files(folder, self)
             self.processor.save_pretrained(folder)
-            if model_card:
+            if model_card and (write_card := of_package("cards", "write_card")):
                 write_card(self, folder, name)
         if push and first:
             self.push_to_hub(name, token=kwargs.get("token"), state_dict=state, **hub)
 
     def push_to_hub(
-        self, repo_id: str, *, token: str | bool | None = None, revision: str | None = None, **kwargs: Any
+        self, repo_id: str, *, private: bool | None = None, revision: str | None = None, **kwargs: Any
     ) -> CommitInfo:
         """Save the model to a repository of the Hub, where Python files of older versions are deleted.
 
-        Args:
-            repo_id: Where to; created if it does not exist.
-            token: Of the Hub.
-            revision: Branch; created if it does not exist, except for a pull request to it.
-            **kwargs: `private`, `create_pr`, `commit_message`, `commit_description`; and for [`save_pretrained`].
+        The arguments are those of transformers' `push_to_hub`, and of [`save_pretrained`]. The repository and the
+        branch (`revision`) are created if they do not exist, the latter except for a pull request to it.
 
         Raises:
             ValueError: If the model cannot be saved, or is an adapter that names a folder of this machine.
         """
         check_saves_whole(self, None, publish=True)
-        commit = {name: kwargs.pop(name) for name in ("commit_description", "create_pr") if name in kwargs}
-        commit["commit_message"] = kwargs.pop("commit_message", None) or f"Upload {type(self).__name__}"
-        api = HfApi(token=token)
-        repo_id = api.create_repo(repo_id, private=kwargs.pop("private", None), exist_ok=True).repo_id
+        api = HfApi(token=kwargs.pop("token", None))
+        names = ("create_pr", "commit_message", "commit_description")
+        commit = {name: kwargs.pop(name) for name in names if name in kwargs}
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision is not None and not commit.get("create_pr") and not revision.startswith("refs/"):
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         with tempfile.TemporaryDirectory() as folder:
@@ -284,14 +276,6 @@ class MetaEmbedModel(PreTrainedModel):
         from .sentence_metaembed import to_multi_vector_encoder
 
         return to_multi_vector_encoder(self, **kwargs)
-
-    def get_input_embeddings(self) -> nn.Module:
-        """Return the backbone's input embedding, which holds the Meta Tokens."""
-        return self.backbone.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replace the backbone's input embedding."""
-        self.backbone.set_input_embeddings(value)
 
     # -- From model inputs to embeddings -------------------------------------------------------------------------
 
@@ -318,10 +302,7 @@ class MetaEmbedModel(PreTrainedModel):
 
     def embed(self, input_ids: Tensor, num_meta: int | None = None, **kwargs: Any) -> Tensor:
         """Return the unit vectors [N, r, D] of the Meta Tokens of the side that the ids show: see [`forward`]."""
-        is_meta = self._meta_tokens(input_ids)  # [N, L]
-        compiling = torch.compiler.is_compiling()
-        if num_meta is None or not compiling:
-            num_meta = check_meta_tokens(is_meta, num_meta)
+        is_meta, num_meta = self._meta_tokens(input_ids, num_meta)
         # A stable sort puts the Meta Tokens first, in order: [N, r], and no shape depends on data.
         positions = is_meta.int().argsort(dim=1, descending=True, stable=True)[:, :num_meta]
         for name, value in kwargs.items():
@@ -333,15 +314,27 @@ class MetaEmbedModel(PreTrainedModel):
             meta = self.projection(meta.to(self.projection.weight.dtype))  # [N, r, D]
         # At least float32: normalising and scoring in bfloat16 costs about 5% of nDCG.
         meta = nn.functional.normalize(meta.to(torch.promote_types(meta.dtype, torch.float32)), dim=-1)
-        return meta.masked_fill(~is_meta.gather(1, positions).unsqueeze(-1), torch.nan) if compiling else meta
+        if torch.compiler.is_compiling():
+            return meta.masked_fill(~is_meta.gather(1, positions).unsqueeze(-1), torch.nan)
+        return meta
 
-    def _meta_tokens(self, input_ids: Tensor) -> Tensor:
-        """Return where the Meta Tokens of the side are [N, L]: the document's if there are any, else the query's."""
+    def _meta_tokens(self, input_ids: Tensor, num_meta: int | None) -> tuple[Tensor, int]:
+        """Return where the Meta Tokens are [N, L], the document's if there are any, else the query's, and how many."""
         query, document = (
             (input_ids >= ids[0]) & (input_ids <= ids[-1])
             for ids in (self.config.query_token_ids, self.config.document_token_ids)
         )
-        return torch.where(document.any(), document, query)
+        is_meta = torch.where(document.any(), document, query)
+        if num_meta is not None and torch.compiler.is_compiling():
+            return is_meta, num_meta
+        counts = is_meta.sum(dim=1)  # [N]
+        if (counts != counts[0]).any() or counts[0] == 0:
+            raise ValueError(
+                f"each row of input_ids must hold the same number of Meta Tokens of one side, got {counts.tolist()}. "
+                "Make the inputs with model.processor.process_queries or process_documents."
+            )
+        most = int(counts[0])
+        return is_meta, most if num_meta is None else check_count("num_meta", num_meta, most)
 
     def _last_hidden_state(self, input_ids: Tensor, **inputs: Any) -> Tensor:
         """Run the backbone, with or without a head, on ids [N, L]; return its last hidden states [N, L, hidden]."""
@@ -367,17 +360,7 @@ class MetaEmbedModel(PreTrainedModel):
 
     # -- From anything to embeddings -----------------------------------------------------------------------------
 
-    def encode_queries(
-        self,
-        inputs: Any,
-        num_meta: int | None = None,
-        *,
-        instruction: str | None = None,
-        batch_size: int = 32,
-        show_progress_bar: bool | None = None,
-        convert_to_numpy: bool = False,
-        **kwargs: Any,
-    ) -> Tensor | np.ndarray:
+    def encode_queries(self, inputs: Any, num_meta: int | None = None, **kwargs: Any) -> Tensor | np.ndarray:
         """Encode queries as `num_meta` vectors each.
 
         Args:
@@ -389,13 +372,14 @@ class MetaEmbedModel(PreTrainedModel):
                   be paths and URLs as strings: `{"image": "https://...", "text": "..."}`;
                 - chat messages, `[{"role": "user", "content": [...]}]`, which may interleave all of these.
             num_meta: r, the number of vectors of each, 1..R_q. None: the configuration's default, else all.
-            instruction: Text put before each input, on a line of its own. None: the configuration's default; "": none.
-            batch_size: Number of inputs in a forward pass.
-            show_progress_bar: Whether to show one. None: if transformers' log level is INFO or lower.
-            convert_to_numpy: Return a numpy array instead of a tensor.
-            **kwargs: `max_length`, to keep only so many tokens of each input's own text, from its start (None: nothing
-                is cut); `policy`, an [`InputPolicy`] for this call; and options of the backbone's processor, for this
-                call only (`max_pixels`, ...).
+            **kwargs: For this call, as keywords
+                - `instruction`: text put before each input, on a line of its own. None: the configuration's; "": none;
+                - `batch_size`: number of inputs in a forward pass, 32;
+                - `show_progress_bar`: None: if transformers' log level is INFO or lower;
+                - `convert_to_numpy`: return a numpy array instead of a tensor;
+                - `max_length`: keep only so many tokens of each input's own text, from its start. None: all;
+                - `policy`: an [`InputPolicy`];
+                - options of the backbone's processor (`max_pixels`, ...).
 
         Returns:
             Unit vectors [N, r, D], float32, on the CPU, in the order of the inputs; [r, D] for one input; [0, r, D]
@@ -412,36 +396,23 @@ class MetaEmbedModel(PreTrainedModel):
             >>> model.encode_queries("a red apple", num_meta=4).shape
             torch.Size([4, 64])
         """
-        return self._encode(
-            inputs, "query", num_meta, instruction, batch_size, show_progress_bar, convert_to_numpy, **kwargs
-        )
+        return self._encode("query", inputs, num_meta, **kwargs)
 
-    def encode_documents(
+    def encode_documents(self, inputs: Any, num_meta: int | None = None, **kwargs: Any) -> Tensor | np.ndarray:
+        """Encode documents as `num_meta` vectors each, 1..R_c: see [`encode_queries`], which takes the same inputs."""
+        return self._encode("document", inputs, num_meta, **kwargs)
+
+    @torch.no_grad()
+    def _encode(
         self,
+        side: str,
         inputs: Any,
-        num_meta: int | None = None,
+        num_meta: int | None,
         *,
         instruction: str | None = None,
         batch_size: int = 32,
         show_progress_bar: bool | None = None,
         convert_to_numpy: bool = False,
-        **kwargs: Any,
-    ) -> Tensor | np.ndarray:
-        """Encode documents as `num_meta` vectors each, 1..R_c: see [`encode_queries`], which takes the same inputs."""
-        return self._encode(
-            inputs, "document", num_meta, instruction, batch_size, show_progress_bar, convert_to_numpy, **kwargs
-        )
-
-    @torch.no_grad()
-    def _encode(
-        self,
-        inputs: Any,
-        side: str,
-        num_meta: int | None,
-        instruction: str | None,
-        batch_size: int,
-        show_progress_bar: bool | None,
-        convert_to_numpy: bool,
         **kwargs: Any,
     ) -> Tensor | np.ndarray:
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
@@ -496,11 +467,7 @@ class MetaEmbedModel(PreTrainedModel):
 
 
 def check_finite(embeddings: Tensor, indices: list[int]) -> Tensor:
-    """Return embeddings [N, r, D] of inputs `indices`.
-
-    Raises:
-        ValueError: If one holds NaN or infinity.
-    """
+    """Return embeddings [N, r, D] of the inputs `indices`, or raise a `ValueError` if one holds NaN or infinity."""
     for index, whole in zip(indices, embeddings.isfinite().flatten(1).all(dim=1).tolist(), strict=True):
         if not whole:
             raise ValueError(
@@ -512,29 +479,6 @@ def check_finite(embeddings: Tensor, indices: list[int]) -> Tensor:
 
 def execution_device(model: nn.Module) -> torch.device:
     """Return the device that takes the inputs: with offloading by accelerate, that of its first hook."""
-    for module in model.modules():
-        hook = getattr(module, "_hf_hook", None)
-        for each in getattr(hook, "hooks", [hook]):
-            if (device := getattr(each, "execution_device", None)) is not None:
-                return torch.device(device)
-    return model.device
-
-
-def check_meta_tokens(is_meta: Tensor, num_meta: int | None) -> int:
-    """Return the number of vectors asked for, `num_meta` or all, if each row of `is_meta` [N, L] has so many."""
-    counts = is_meta.sum(dim=1)  # [N]
-    if (counts != counts[0]).any() or counts[0] == 0:
-        raise ValueError(
-            f"each row of input_ids must hold the same number of Meta Tokens of one side, got {counts.tolist()}. "
-            "Make the inputs with model.processor.process_queries or process_documents."
-        )
-    return int(counts[0]) if num_meta is None else check_count("num_meta", num_meta, int(counts[0]))
-
-
-def write_card(model: MetaEmbedModel, folder: Path, repository: str) -> None:
-    """Write the model card if the package is installed; otherwise, the one that is there stays."""
-    try:
-        from metaembed.cards import write_card
-    except ImportError:
-        return
-    write_card(model, folder, repository)
+    hooks = (getattr(module, "_hf_hook", None) for module in model.modules())
+    devices = (getattr(each, "execution_device", None) for hook in hooks for each in getattr(hook, "hooks", [hook]))
+    return torch.device(next((device for device in devices if device is not None), model.device))

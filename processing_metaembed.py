@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import os
@@ -19,15 +20,11 @@ import numpy as np
 import torch
 import transformers
 from transformers import AddedToken, AutoTokenizer, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
-from transformers.dynamic_module_utils import (
-    custom_object_save,
-    get_class_from_dynamic_module,
-    resolve_trust_remote_code,
-)
+from transformers import dynamic_module_utils as remote_code
 from transformers.processing_utils import ProcessingKwargs, TextKwargs
 
 from .configuration_metaembed import SIDES, BackboneTraits, MetaEmbedConfig, check_count
-from .inputs_metaembed import DEFAULT_POLICY, InputPolicy, Item, Message, check_text, naming, parse_all, shorten
+from .inputs_metaembed import InputPolicy, Item, Message, check_text, naming, parse_all, shorten
 
 PROCESSOR_FILE = "processor_config.json"
 RENDER_SECONDS = 10.0  # for one chat template on one input
@@ -40,16 +37,19 @@ for _field in ("num_{}_tokens", "{}_token_ids", "{}_num_meta", "{}_instruction")
 # A call of a tokenizer sets its padding and truncation, which calls of other threads would use.
 TOKENIZING = threading.RLock()
 if hasattr(os, "register_at_fork"):  # a forked worker must not find it held by a thread that it does not have
-    os.register_at_fork(
-        before=TOKENIZING.acquire, after_in_parent=TOKENIZING.release, after_in_child=TOKENIZING.release
-    )
+    release = TOKENIZING.release
+    os.register_at_fork(before=TOKENIZING.acquire, after_in_parent=release, after_in_child=release)
+
+
+def _of_backbone(name: str, doc: str) -> property:
+    return property(lambda self: getattr(self.backbone_processor, name, None), doc=doc)
 
 
 class MetaEmbedProcessor(ProcessorMixin):
     """Turns queries and documents into the inputs of a [`MetaEmbedModel`].
 
-    Wraps the backbone's own processor whole: its chat template renders the input, its image processor and tokenizer
-    make the tensors, and everything it returns is passed on. The Meta Tokens of the side come last.
+    The backbone's own processor does the work: its chat template renders the input, and everything it returns is
+    passed on. The Meta Tokens of the side come last.
 
     Args:
         backbone_processor: The backbone's processor (or tokenizer), whose tokenizer holds the Meta Tokens.
@@ -67,20 +67,21 @@ class MetaEmbedProcessor(ProcessorMixin):
 
     _auto_class = "AutoProcessor"
 
-    def __init__(self, backbone_processor: Any, config: MetaEmbedConfig, policy: InputPolicy = DEFAULT_POLICY):
+    def __init__(self, backbone_processor: Any, config: MetaEmbedConfig, policy: InputPolicy | None = None):
         self.backbone_processor = backbone_processor
         self.config = config
-        self.policy = policy
+        self.policy = policy or InputPolicy()
         for side in SIDES:
             ids = config.token_ids(side)
             names = meta_token_names(side, config.num_tokens(side))
             if ids is not None and (found := self.tokenizer.convert_tokens_to_ids(names)) != list(ids):
-                raise ValueError(
-                    f"the tokenizer gives the {side} Meta Tokens the ids {shorten(found)}, but the configuration says "
-                    f"{shorten(ids)}. The checkpoint is damaged, or its files are of different models."
-                )
+                problem = "The checkpoint is damaged, or its files are of different models"
+                given = f"the tokenizer gives the {side} Meta Tokens the ids {shorten(found)}"
+                raise ValueError(f"{given}, but the configuration says {shorten(ids)}. {problem}.")
 
-    # -- What the backbone's processor is ------------------------------------------------------------------------
+    image_processor = _of_backbone("image_processor", "The backbone's image processor, or None: it takes no images.")
+    video_processor = _of_backbone("video_processor", "The backbone's video processor, or None: it takes no videos.")
+    model_input_names = _of_backbone("model_input_names", "Names of what the backbone's processor returns.")
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -88,37 +89,20 @@ class MetaEmbedProcessor(ProcessorMixin):
         return tokenizer_of(self.backbone_processor)
 
     @property
-    def image_processor(self) -> Any:
-        """The backbone's image processor, or None where it takes no images."""
-        return getattr(self.backbone_processor, "image_processor", None)
-
-    @property
-    def video_processor(self) -> Any:
-        """The backbone's video processor, or None where it takes no videos."""
-        return getattr(self.backbone_processor, "video_processor", None)
-
-    @property
-    def chat_template(self) -> str | dict | None:
+    def chat_template(self) -> str | dict[str, str] | None:
         """The backbone's chat template, or None."""
         return getattr(self.backbone_processor, "chat_template", None) or self.tokenizer.chat_template
 
     @chat_template.setter
-    def chat_template(self, template: str | dict | None) -> None:
+    def chat_template(self, template: str | dict[str, str] | None) -> None:
         self.backbone_processor.chat_template = self.tokenizer.chat_template = template
-
-    @property
-    def model_input_names(self) -> list[str]:
-        """Names of what the backbone's processor returns."""
-        return self.backbone_processor.model_input_names
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({type(self.backbone_processor).__name__})"
 
-    def __call__(self, *args, **kwargs) -> BatchFeature:
+    def __call__(self, *args: Any, **kwargs: Any) -> BatchFeature:
         """Call the backbone's processor as it is: no Meta Tokens are added."""
         return self.backbone_processor(*args, **kwargs)
-
-    # -- From inputs to tensors ----------------------------------------------------------------------------------
 
     def process_queries(self, inputs: Any, num_meta: int | None = None, **kwargs: Any) -> BatchFeature:
         """Turn queries into model inputs that end in query Meta Tokens: see [`process`]."""
@@ -143,26 +127,22 @@ class MetaEmbedProcessor(ProcessorMixin):
         """Turn queries or documents into model inputs that end in Meta Tokens. Several threads may call it.
 
         Args:
-            inputs: One input or a list of them: see [`parse`] for what an input may be. Or what [`parse`] returned.
+            inputs: One input or a list of them, or what [`parse`] returned.
             side: "query" or "document".
             num_meta: r, the number of vectors wanted, 1..R. None: the configuration's default, else all.
             instruction: Text put before the input, on a line of its own. None: the configuration's default; "": none.
-            max_length: Keep only so many tokens of each input's own text, from its start. Neither the instruction, nor
-                images, nor the Meta Tokens count, and none of them is ever cut. None: nothing is cut.
+            max_length: Keep only so many tokens of each input's own text, from its start. Nothing else is ever cut.
             policy: What may be read and fetched. None: the processor's own `policy`.
             indices: Number of each input in an error about it. None: 0, 1, ...
-            **kwargs: Passed on to the backbone's processor, for this call only (`max_pixels`, `padding_side`, ...).
+            **kwargs: Options of the backbone's processor, for this call only (`max_pixels`, `padding_side`, ...).
 
         Returns:
-            What the backbone's processor returns, padded on the right: `input_ids` and `attention_mask` [N, L] and,
-            for images, `pixel_values` and its companions. Where the backbone is not causal, all Meta Tokens are
-            appended and `num_meta` is among the inputs, for the model to slice by.
+            What the backbone's processor returns, padded on the right: `input_ids` and `attention_mask` [N, L],
+            `pixel_values`, ... Where the backbone is not causal, also `num_meta`, as all Meta Tokens are appended.
 
         Raises:
-            TypeError: If an input or `num_meta` is of the wrong type, or the backbone's processor knows no such
-                keyword.
-            ValueError: If there are no inputs, an input cannot be read, a number is out of range, the backbone does
-                not take such inputs, or these inputs may not share a batch (see [`group`]).
+            TypeError: If an input, a number or a keyword is not one that is taken.
+            ValueError: If there is no input, one cannot be read, or these may not share a batch (see [`group`]).
         """
         items = parse_all(inputs)
         if not items:
@@ -173,28 +153,24 @@ class MetaEmbedProcessor(ProcessorMixin):
         self._check_keywords(kwargs)
         if len(groups := self.group(items)) > 1:
             raise ValueError(
-                f"this backbone cannot take these inputs in one batch without changing their embeddings. Process "
-                f"them by groups, {groups} as processor.group says, or use model.encode_queries and encode_documents."
+                f"in one batch, these inputs would change each other's embeddings with this backbone. Use "
+                f"model.encode_queries and encode_documents, or process by groups, {groups}, as processor.group says."
             )
         instruction = getattr(self.config, f"{side}_instruction") if instruction is None else instruction
         if instruction is not None:
             check_text("instruction", instruction)
-        suffix = "".join(self._appended_tokens(side, num_meta))
-        texts: list[str] = []
-        images: list[list] = []  # a list for each input
-        videos: list[list] = []
+        policy = self.policy if policy is None else policy
         indices = indices or list(range(len(items)))
+        appended = self._appended_tokens(side, num_meta)
+        texts, images, videos = [], [], []  # one of each for an input
         with ExitStack() as stack:  # deletes the files of fetched videos
             for index, item in zip(indices, items, strict=True):
                 with naming(index):
                     self._check_media(item)
-                    messages = item.load(self.policy if policy is None else policy, stack)
-                    if max_length is not None:
-                        messages = cut_text(messages, self.tokenizer, max_length)
-                    texts.append(render(self.backbone_processor, self._escaped(messages, instruction)) + suffix)
-                parts = [part for message in messages for part in message["content"]]
-                images.append([part["image"] for part in parts if part["type"] == "image"])
-                videos.append([part["video"] for part in parts if part["type"] == "video"])
+                    pictures, clips = item.load(policy, stack)
+                    images.append(pictures)
+                    videos.append(clips)
+                    texts.append(self._prompt(item.messages, instruction, max_length) + appended)
             with TOKENIZING, default_device_cpu():
                 features = self._call_backbone(texts, images, videos, indices, kwargs)
         self._check_meta_tokens(features["input_ids"], side, num_meta)
@@ -216,9 +192,8 @@ class MetaEmbedProcessor(ProcessorMixin):
     def group(self, inputs: Any) -> list[list[int]]:
         """Split a batch into lists of indices of inputs that may be processed together.
 
-        One list, except where the backbone would let inputs with different numbers of images change each other: then
-        one for each number of images, or, where even equal numbers do, for each input with images. An input with a
-        video stands alone: most backbones stack the frames of a batch, which would force all to one length.
+        One list, except where images would change other inputs: then one for each number of images, or, where even
+        equal numbers do, for each input with images. A video stands alone: most backbones stack the frames of a batch.
         """
         groups: dict[Any, list[int]] = {}
         for index, item in enumerate(parse_all(inputs)):
@@ -227,12 +202,11 @@ class MetaEmbedProcessor(ProcessorMixin):
             groups.setdefault(("alone", index) if alone else images, []).append(index)
         return list(groups.values())
 
-    def _appended_tokens(self, side: str, num_meta: int) -> list[str]:
-        count = num_meta if self.config.traits.causal else self.config.num_tokens(side)
-        tokens = meta_token_names(side, count)
+    def _appended_tokens(self, side: str, num_meta: int) -> str:
+        tokens = meta_token_names(side, num_meta if self.config.traits.causal else self.config.num_tokens(side))
         if side == "document" and self.config.document_sees_query_tokens:
             tokens = meta_token_names("query", self.config.num_query_tokens) + tokens
-        return tokens
+        return "".join(tokens)
 
     def _check_media(self, item: Item) -> None:
         for kind, held in (("image", item.num_images), ("video", item.has_video)):
@@ -242,7 +216,7 @@ class MetaEmbedProcessor(ProcessorMixin):
     # -- Text of users that looks like structure -----------------------------------------------------------------
 
     @cached_property
-    def _special(self) -> tuple[re.Pattern | None, set[int]]:
+    def _special(self) -> tuple[re.Pattern[str] | None, set[int]]:
         """What matches any string that means structure and not text, and the ids of these strings."""
         tokenizer = self.tokenizer
         tokens = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
@@ -276,91 +250,76 @@ class MetaEmbedProcessor(ProcessorMixin):
             raise ValueError(f"the tokenizer makes special tokens of the text {shorten(text)}. Take them out of it.")
         return text
 
-    def _escaped(self, messages: list[Message], instruction: str | None) -> list[Message]:
-        """Return the messages as the chat template takes them: text escaped and joined, pictures as mere places."""
+    def _prompt(self, messages: list[Message], instruction: str | None, max_length: int | None) -> str:
+        """Return the prompt of messages: cut, after the instruction, escaped, and as the chat template renders it."""
+        if max_length is not None:
+            messages = cut_text(messages, self.tokenizer, max_length)
         user = next((message for message in messages if message["role"] == "user"), messages[0])
-        skeleton = []
+        rendered = []
         for message in messages:
-            content: list[dict[str, Any]] = []
-            before = [{"type": "text", "text": instruction + "\n"}] if instruction and message is user else []
+            content: list[Any] = []
+            before = [{"type": "text", "text": f"{instruction}\n"}] if instruction and message is user else []
             for kind, parts in itertools.groupby([*before, *message["content"]], key=lambda part: part["type"]):
                 if kind == "text":  # neighbours as one text, in which no token can hide by being split
                     content.append({"type": "text", "text": self.escape("".join(part["text"] for part in parts))})
                 else:
-                    content += [{"type": kind} for _ in parts]
-            skeleton.append({"role": message["role"], "content": content})
-        return skeleton
+                    content += parts
+            rendered.append({"role": message["role"], "content": content})
+        return render(self.backbone_processor, rendered)
 
     # -- Through the backbone's processor ------------------------------------------------------------------------
 
-    @cached_property
-    def _keywords(self) -> set[str]:
-        """Every keyword that some part of the backbone's processor uses."""
-        inner = self.backbone_processor
-        if isinstance(inner, PreTrainedTokenizerBase):
-            return set(TextKwargs.__annotations__)
-        kinds = getattr(inner, "valid_processor_kwargs", ProcessingKwargs).__annotations__
-        names = set(kinds)
-        for kind in [*kinds.values(), *(getattr(part, "valid_kwargs", None) for part in vars(inner).values())]:
-            names.update(getattr(kind, "__annotations__", ()))
-        return names
-
     def _check_keywords(self, kwargs: dict[str, Any]) -> None:
-        """Raise for a keyword that has no effect: transformers only warns, and once."""
-        options = dict(kwargs)
+        """Raise for a keyword that has no effect (transformers only warns, and once) or a bad one."""
+        known, options = _keywords(self.backbone_processor), dict(kwargs)
         for kind in ("text", "images", "videos"):
             options.update(kwargs.get(f"{kind}_kwargs") or {})
-        if unknown := sorted(set(options) - self._keywords):
-            raise TypeError(
-                f"{type(self.backbone_processor).__name__} knows no keyword {', '.join(unknown)}. "
-                f"It knows {', '.join(sorted(self._keywords))}."
-            )
+        if unknown := sorted(options.keys() - known):
+            name = type(self.backbone_processor).__name__
+            raise TypeError(f"{name} knows no keyword {', '.join(unknown)}. It knows {', '.join(sorted(known))}.")
         if options.get("padding_side") == "left" and not self.config.traits.pads_left:
-            raise ValueError(
-                "with padding_side='left', embeddings of this backbone would depend on the rest of the batch: it "
-                "counts padding as positions. Leave the padding on the right."
-            )
+            raise ValueError("padding_side='left' is not for this backbone: it counts padding as positions.")
         if "truncation" in options:
-            raise ValueError(
-                "`truncation` would cut the Meta Tokens off. To cut the text before them, use `max_length`."
-            )
-        if options.get("return_tensors", "pt") != "pt":
-            raise ValueError(
-                f"`return_tensors` must be 'pt', got {options['return_tensors']!r}. Convert what is returned."
-            )
+            raise ValueError("`truncation` would cut the Meta Tokens off. To cut only text, use `max_length`.")
+        if (tensors := options.get("return_tensors", "pt")) != "pt":
+            raise ValueError(f"`return_tensors` must be 'pt', got {tensors!r}. Convert what is returned.")
 
     def _call_backbone(
-        self, texts: list[str], images: list, videos: list, indices: list[int], kwargs: dict
+        self,
+        texts: list[str],
+        images: list[list[Any]],
+        videos: list[list[Any]],
+        indices: list[int],
+        kwargs: dict[str, Any],
     ) -> BatchFeature:
-        inner = self.backbone_processor
+        inner, traits = self.backbone_processor, self.config.traits
         # Right padding gives equal rows whatever the position embedding is; left padding moves absolute positions.
         kwargs = {"padding": True, "padding_side": "right", "return_tensors": "pt", **kwargs}
         bos = self.tokenizer.bos_token
         if bos and texts[0].startswith(bos):  # the chat template wrote it already
             kwargs["add_special_tokens"] = False
-        bare = not any(images) and not any(videos)
-        if isinstance(inner, PreTrainedTokenizerBase) or (bare and self.config.traits.text_through_tokenizer):
+        flat = [image for pictures in images for image in pictures]
+        clips = [video for clips in videos for video in clips]
+        plain = traits.text_through_tokenizer and not flat and not clips
+        if plain or isinstance(inner, PreTrainedTokenizerBase):
             known = {name: value for name, value in kwargs.items() if name in TextKwargs.__annotations__}
             if "token_type_ids" in inner.model_input_names:
                 known["return_token_type_ids"] = True
             features = self.tokenizer(texts, **known)
         else:
-            flat = [image for pictures in images for image in pictures]
-            if not self.config.traits.nests_images:
-                images = flat
-            media = {name: lists for name, lists in (("images", images), ("videos", videos)) if any(lists)}
-            if any(isinstance(video, np.ndarray) for clips in videos for video in clips):
+            if flat:
+                kwargs["images"] = images if traits.nests_images else flat
+            if clips:
+                kwargs["videos"] = videos
+            if any(isinstance(clip, np.ndarray) for clip in clips):
                 kwargs.setdefault("do_sample_frames", False)  # whoever passes frames has sampled them
             try:
-                features = inner(text=texts, **media, **{**(self.config.traits.processor_options or {}), **kwargs})
+                features = inner(text=texts, **{**(traits.processor_options or {}), **kwargs})
             except ImportError:  # says what to install
                 raise
             except Exception as error:
-                sizes = [image.size for image in flat]
-                raise ValueError(
-                    f"{type(inner).__name__} refused inputs {indices} with images of (width, height) {sizes}: "
-                    f"{error!r}"
-                ) from error
+                refused = f"inputs {indices} with images of (width, height) {[image.size for image in flat]}"
+                raise ValueError(f"{type(inner).__name__} refused {refused}: {error!r}") from error
         if len(features["input_ids"]) != len(texts):
             raise ValueError(f"{type(inner).__name__} made {len(features['input_ids'])} inputs of {len(texts)}.")
         features.pop("labels", None)
@@ -372,10 +331,8 @@ class MetaEmbedProcessor(ProcessorMixin):
         ids = self.config.token_ids(side)
         counts = ((input_ids >= ids[0]) & (input_ids <= ids[-1])).sum(dim=1)  # [N]
         if (counts != expected).any():
-            raise ValueError(
-                f"after tokenization, inputs hold {counts.tolist()} {side} Meta Tokens instead of {expected} each. "
-                "The backbone's processor or tokenizer is not usable for MetaEmbed as it is set up."
-            )
+            found = f"after tokenization, inputs hold {counts.tolist()} {side} Meta Tokens instead of {expected} each"
+            raise ValueError(f"{found}. As it is set up, the backbone's processor is not usable for MetaEmbed.")
 
     # -- Saving and loading --------------------------------------------------------------------------------------
 
@@ -394,7 +351,7 @@ class MetaEmbedProcessor(ProcessorMixin):
         content["processor_class"] = type(self).__name__
         content["auto_map"] = {"AutoProcessor": f"{Path(__file__).stem}.{type(self).__name__}"}
         path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        custom_object_save(self, folder)
+        remote_code.custom_object_save(self, folder)
         if push_to_hub:
             self.push_to_hub(kwargs.pop("repo_id", folder.name), **kwargs)
         return [str(path)]
@@ -413,27 +370,23 @@ class MetaEmbedProcessor(ProcessorMixin):
                 "To make a MetaEmbed model of a plain backbone, use MetaEmbedModel.from_backbone."
             )
         saved = content["metaembed"]
-        if saved["backbone_auto_map"]:
-            trusted = kwargs.get("trust_remote_code")
-            resolve_trust_remote_code(
-                trusted, str(pretrained_model_name_or_path), has_local_code=False, has_remote_code=True
-            )
-            inner = get_class_from_dynamic_module(saved["backbone_auto_map"], pretrained_model_name_or_path, **kwargs)
+        if reference := saved["backbone_auto_map"]:
+            source = str(pretrained_model_name_or_path)
+            remote_code.resolve_trust_remote_code(kwargs.get("trust_remote_code"), source, False, has_remote_code=True)
+            inner = remote_code.get_class_from_dynamic_module(reference, pretrained_model_name_or_path, **kwargs)
         else:
             inner = getattr(transformers, str(saved["backbone_processor"]), AutoTokenizer)
-        if inner is not AutoTokenizer and not (
-            isinstance(inner, type) and issubclass(inner, (ProcessorMixin, PreTrainedTokenizerBase))
-        ):
+        kinds = (ProcessorMixin, PreTrainedTokenizerBase, AutoTokenizer)
+        if not isinstance(inner, type) or not issubclass(inner, kinds):
             raise ValueError(
                 f"{pretrained_model_name_or_path} names {shorten(saved['backbone_processor'])} as its backbone's "
                 "processor, which is neither a processor nor a tokenizer."
             )
         if issubclass(inner, PreTrainedTokenizerBase):
             inner = AutoTokenizer  # it alone knows how to load every tokenizer class
-        backbone_processor = inner.from_pretrained(pretrained_model_name_or_path, **kwargs)
-        # A field that came later than the checkpoint takes its default.
-        known = {*PROCESSING_FIELDS, *BackboneTraits.__annotations__}  # version 0.1 saved the traits flat
-        return cls(backbone_processor, MetaEmbedConfig(**{name: saved[name] for name in saved if name in known}))
+        # A field that came later than the checkpoint takes its default; version 0.1 saved the traits flat.
+        fields = {name: saved[name] for name in saved if name in {*PROCESSING_FIELDS, *BackboneTraits.__annotations__}}
+        return cls(inner.from_pretrained(pretrained_model_name_or_path, **kwargs), MetaEmbedConfig(**fields))
 
 
 def default_device_cpu() -> Any:
@@ -451,7 +404,16 @@ def tokenizer_of(processor: Any) -> PreTrainedTokenizerBase:
     return processor if isinstance(processor, PreTrainedTokenizerBase) else processor.tokenizer
 
 
-def escape(text: str, special_token: re.Pattern | None) -> str:
+def _keywords(processor: Any) -> set[str]:
+    """Return every keyword that some part of a processor uses."""
+    if isinstance(processor, PreTrainedTokenizerBase):
+        return set(TextKwargs.__annotations__)
+    kinds = getattr(processor, "valid_processor_kwargs", ProcessingKwargs).__annotations__
+    own = [getattr(part, "valid_kwargs", None) for part in vars(processor).values()]
+    return set(kinds).union(*(getattr(kind, "__annotations__", ()) for kind in [*kinds.values(), *own]))
+
+
+def escape(text: str, special_token: re.Pattern[str] | None) -> str:
     """Break every special token that stands literally in a text: `<|image_pad|>` becomes `< |image_pad|>`."""
     while special_token and special_token.search(text):
         text = special_token.sub(lambda match: break_token(match[0]), text)
@@ -465,30 +427,17 @@ def break_token(token: str) -> str:
 
 def cut_text(messages: list[Message], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Message]:
     """Return the messages of one input with the first `max_length` tokens of text, counted over all its parts."""
-    cut = []
-    for message in messages:
-        content = []
-        for part in message["content"]:
-            if part["type"] == "text":
-                text, used = _first_tokens(part["text"], tokenizer, max_length)
-                max_length -= used
-                part = {"type": "text", "text": text}
-            content.append(part)
-        cut.append({"role": message["role"], "content": content})
-    return cut
-
-
-def _first_tokens(text: str, tokenizer: PreTrainedTokenizerBase, count: int) -> tuple[str, int]:
-    with TOKENIZING:
-        fast = tokenizer.is_fast
-        tokens = tokenizer(text, add_special_tokens=False, return_offsets_mapping=fast, verbose=False)
-    ids = tokens["input_ids"]
-    if not fast:
-        return (text, len(ids)) if len(ids) <= count else (tokenizer.decode(ids[:count]), count)
-    offsets = tokens["offset_mapping"]
-    if len(offsets) <= count:
-        return text, len(offsets)
-    return text[: offsets[count - 1][1]] if count else "", count
+    messages = copy.deepcopy(messages)
+    for part in (part for message in messages for part in message["content"] if part["type"] == "text"):
+        text, fast = part["text"], tokenizer.is_fast
+        with TOKENIZING:
+            tokens = tokenizer(text, add_special_tokens=False, return_offsets_mapping=fast, verbose=False)
+        ids = tokens["input_ids"]
+        if len(ids) > max_length:
+            ends = [0, *(end for _, end in tokens["offset_mapping"])] if fast else []
+            part["text"] = text[: ends[max_length]] if fast else tokenizer.decode(ids[:max_length])
+        max_length -= min(len(ids), max_length)
+    return messages
 
 
 def render(processor: Any, messages: list[Message]) -> str:
@@ -498,24 +447,28 @@ def render(processor: Any, messages: list[Message]) -> str:
         ValueError: If the chat template leaves out what the messages say, or does not end.
     """
     owner = processor if getattr(processor, "chat_template", None) else tokenizer_of(processor)
-    as_strings = [{**message, "content": _plain(processor, message)} for message in messages]
+    parts = [part for message in messages for part in message["content"]]
+    texts = [part["text"].strip() for part in parts if part["type"] == "text"]
+    places = {kind: getattr(processor, f"{kind}_token", "") for kind in ("image", "video")}
+    strings = [
+        "".join(part.get("text", places.get(part["type"])) for part in message["content"]) for message in messages
+    ]
     if not owner.chat_template:
-        return "\n".join(message["content"] for message in as_strings)
-    texts = [part["text"].strip() for message in messages for part in message["content"] if part["type"] == "text"]
-    media = any(part["type"] != "text" for message in messages for part in message["content"])
+        return "\n".join(strings)
     # Templates for text alone expect strings, and render a list of parts as nothing, or as Python writes a list.
-    forms = (messages, as_strings) if media or owner is processor else (as_strings, messages)
-    for form in forms:
-        prompt = _bounded(owner.apply_chat_template, form)
-        written = "[{'type':" in prompt and any(str(message["content"]) in prompt for message in messages)
-        if not written and _holds(prompt, texts):
+    as_strings = [{**message, "content": string} for message, string in zip(messages, strings, strict=True)]
+    parts_first = owner is processor or len(texts) < len(parts)
+    for form in (messages, as_strings) if parts_first else (as_strings, messages):
+        prompt = _apply_in_time(owner.apply_chat_template, form)
+        as_python = "[{'type':" in prompt and any(str(message["content"]) in prompt for message in messages)
+        if not as_python and _holds(prompt, texts):
             return prompt
     raise ValueError(
         f"the chat template of {type(owner).__name__} leaves out what the messages say: {shorten(prompt, 1000)}."
     )
 
 
-def _bounded(apply: Any, form: list[Message]) -> str:
+def _apply_in_time(apply: Any, form: list[Message]) -> str:
     """Apply a chat template, which is code of whoever made the checkpoint: a loop without end is an error."""
     end, before = time.monotonic() + RENDER_SECONDS + len(form) / 1000, sys.gettrace()
 
@@ -538,12 +491,5 @@ def _holds(prompt: str, texts: list[str]) -> bool:
         found = prompt.find(text, place)
         if found < 0 and text not in prompt:
             return False
-        place = max(found + len(text), place)
+        place = max(found, place)
     return True
-
-
-def _plain(processor: Any, message: Message) -> str:
-    return "".join(
-        part["text"] if part["type"] == "text" else getattr(processor, f"{part['type']}_token", "")
-        for part in message["content"]
-    )

@@ -2,36 +2,24 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from .configuration_metaembed import SIDES
-from .inputs_metaembed import InputPolicy, Item, is_batch, is_single
+from .inputs_metaembed import InputPolicy, is_batch, is_single
+from .loading_metaembed import HUB_ARGUMENTS, of_package, read_json
 from .modeling_metaembed import MetaEmbedModel, check_finite
+from .processing_metaembed import MetaEmbedProcessor
 
 try:  # in a `try`, so that transformers does not ask users of AutoModel alone to install it
     from sentence_transformers import MultiVectorEncoder
     from sentence_transformers.base.modules import InputModule
 except ImportError as error:
-    raise ImportError(
-        "this entry point needs sentence-transformers: pip install 'sentence-transformers>=6.0'"
-    ) from error
-
-try:
-    from metaembed.cards import adopt_card
-except ImportError:  # without the package, the card that is there is kept
-    adopt_card = None
-
-if TYPE_CHECKING:
-    from .processing_metaembed import MetaEmbedProcessor
-
-# sentence-transformers' names of where to load from, and transformers'
-HUB_NAMES = dict(token="token", cache_folder="cache_dir", revision="revision", local_files_only="local_files_only")
+    raise ImportError("this needs sentence-transformers: pip install 'sentence-transformers>=6.0'") from error
 
 
 def _num_meta(side: str) -> property:
@@ -70,15 +58,6 @@ class MetaEmbedTransformer(InputModule):
         return self.model.processor
 
     @property
-    def policy(self) -> InputPolicy:
-        """What may be read and fetched for an input. Not saved."""
-        return self.processor.policy
-
-    @policy.setter
-    def policy(self, policy: InputPolicy) -> None:
-        self.processor.policy = policy
-
-    @property
     def tokenizer(self) -> Any:
         """The backbone's tokenizer."""
         return self.processor.tokenizer
@@ -91,7 +70,7 @@ class MetaEmbedTransformer(InputModule):
 
     @property
     def max_seq_length(self) -> int | None:
-        """None: nothing is cut."""
+        """None, which cannot be set: nothing is cut."""
         return None
 
     query_num_meta, document_num_meta = map(_num_meta, SIDES)
@@ -117,42 +96,37 @@ class MetaEmbedTransformer(InputModule):
             prompt: Instruction put before each input. None or "" (no prompt): the configuration's default.
             task: "query" or "document". None means "document".
             num_meta: Number of vectors of each. None: the persistent default, else all.
-            policy: What may be read and fetched. None: `policy` of this module.
-            processing_kwargs: `max_length`, and options of the backbone's processor.
+            policy: What may be read and fetched. None: the model's `policy`.
+            processing_kwargs: `max_length`, and options of the processor: what is an argument here is a TypeError.
             **kwargs: What sentence-transformers sends along for modules of other kinds.
 
         Returns:
             The model inputs; in `groups`, each with its `rows`, where inputs may not share a batch.
-
-        Raises:
-            TypeError: If `processing_kwargs` has what is an argument of its own.
         """
         side = "query" if task == "query" else "document"
-        options = {"num_meta": num_meta, "instruction": prompt or None, "policy": policy}
+        options: dict[str, Any] = {"num_meta": num_meta, "instruction": prompt or None, "policy": policy}
         if own := options.keys() & (processing_kwargs or {}).keys():
             raise TypeError(f"{min(own)} is no option of the processor: pass it outside processing_kwargs.")
         options.update(processing_kwargs or {})
         items = self.processor.parse(inputs)
         groups = self.processor.group(items)
-        if len(groups) == 1:
-            return self._process(items, side, options)
-        parts = [
-            {**self._process([items[i] for i in rows], side, {**options, "indices": rows}), "rows": torch.tensor(rows)}
-            for rows in groups
-        ]
+        parts = []
+        for rows in groups:
+            batch = [items[i] for i in rows]
+            part = dict(self.processor.process(batch, side, **{**options, "indices": rows}))
+            counts = [item.num_images for item in batch]
+            if any(counts):  # says which images are whose, where a cached loss cuts the batch into smaller ones
+                part["num_images_per_sample"] = torch.tensor(counts)
+            parts.append(part)
+        if len(parts) == 1:
+            return parts[0]
         # The trainer tells the columns of a batch apart by their input_ids, and counts rows by them.
         longest = max((part["input_ids"].shape[1] for part in parts), default=0)
         input_ids = torch.zeros(len(items), longest, dtype=torch.long)
-        for part in parts:
-            input_ids[part["rows"], : part["input_ids"].shape[1]] = part["input_ids"]
+        for rows, part in zip(groups, parts, strict=True):
+            part["rows"] = torch.tensor(rows)
+            input_ids[rows, : part["input_ids"].shape[1]] = part["input_ids"]
         return {"input_ids": input_ids, "groups": parts}
-
-    def _process(self, items: list[Item], side: str, options: dict[str, Any]) -> dict[str, Any]:
-        features = dict(self.processor.process(items, side, **options))
-        counts = [item.num_images for item in items]
-        if any(counts):  # says which images are whose, where a cached loss cuts the batch into smaller ones
-            features["num_images_per_sample"] = torch.tensor(counts)
-        return features
 
     def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         """Return the features with `token_embeddings` [N, r, D] and an `attention_mask` [N, r] that keeps them all.
@@ -181,7 +155,7 @@ class MetaEmbedTransformer(InputModule):
 
     def on_model_ready(self, model: MultiVectorEncoder) -> None:
         """Let the encoder that this is a module of write our card, and take batches of any kind."""
-        if adopt_card is not None:
+        if adopt_card := of_package("cards", "adopt_card"):  # else the card that is there is kept
             adopt_card(model)
         model.is_singular_input = is_one_input
 
@@ -191,31 +165,30 @@ class MetaEmbedTransformer(InputModule):
         Raises:
             ValueError: If a prompt and the configuration's instruction disagree.
         """
-        settings = Path(output_path) / "config_sentence_transformers.json"
-        prompts = json.loads(settings.read_text(encoding="utf-8"))["prompts"] if settings.is_file() else {}
-        config = self.model.config
-        own = {f"{side}_instruction": getattr(config, f"{side}_instruction") for side in SIDES}
-        for side, (field, instruction) in zip(SIDES, own.items(), strict=True):
-            prompt = prompts.get(side)
-            if prompt and instruction and prompt != instruction:
+        settings, config = Path(output_path) / "config_sentence_transformers.json", self.model.config
+        prompts = read_json(settings)["prompts"] if settings.is_file() else {}
+        own = {side: getattr(config, f"{side}_instruction") for side in SIDES}
+        for side, instruction in own.items():
+            if prompts.get(side) and instruction and prompts[side] != instruction:
                 raise ValueError(
-                    f"encoder.prompts[{side!r}] is {prompt!r}, but the {field} of the model's configuration, which "
-                    f"other entry points apply, is {instruction!r}. Set encoder[0].model.config.{field} or the prompt."
+                    f"encoder.prompts[{side!r}] is {prompts[side]!r}, but the {side}_instruction of the model's "
+                    f"configuration, which other entry points apply, is {instruction!r}. Set "
+                    f"encoder[0].model.config.{side}_instruction or the prompt."
                 )
         try:
-            for side, (field, instruction) in zip(SIDES, own.items(), strict=True):
-                setattr(config, field, prompts.get(side) or instruction)
+            for side in SIDES:
+                setattr(config, f"{side}_instruction", prompts.get(side) or own[side])
             self.model.save_pretrained(output_path, model_card=False)
         finally:  # a checkpoint that is saved on the way must not change what training does
-            for field, instruction in own.items():
-                setattr(config, field, instruction)
+            for side in SIDES:
+                setattr(config, f"{side}_instruction", own[side])
 
     @classmethod
     def load(
         cls,
         model_name_or_path: str,
         subfolder: str = "",
-        trust_remote_code: bool = False,
+        cache_folder: str | None = None,
         model_kwargs: dict[str, Any] | None = None,
         processor_kwargs: dict[str, Any] | None = None,
         config_kwargs: dict[str, Any] | None = None,
@@ -223,19 +196,16 @@ class MetaEmbedTransformer(InputModule):
         **kwargs: Any,
     ) -> MetaEmbedTransformer:
         """Load the module of a saved model. An option that would have no effect is a ValueError."""
-        refused = (
-            (
-                "processor_kwargs",
-                processor_kwargs,
-                'pass processing_kwargs={"max_pixels": 500_000} to encode_document',
-            ),
+        other = None if backend == "torch" else backend
+        for name, given, instead in (
+            ("processor_kwargs", processor_kwargs, "pass processing_kwargs={...} to encode_document"),
             ("config_kwargs", config_kwargs, "set the fields of encoder[0].model.config after loading"),
-            ("backend", None if backend == "torch" else backend, 'it has the backend "torch" only'),
-        )
-        for name, given, instead in refused:
+            ("backend", other, 'it has the backend "torch" only'),
+        ):
             if given:
                 raise ValueError(f"a MetaEmbed model does not take {name}, got {given}: {instead}.")
-        where = {HUB_NAMES[name]: value for name, value in kwargs.items() if name in HUB_NAMES and value is not None}
+        where = {"cache_dir": cache_folder, **{name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}}
+        where = {name: value for name, value in where.items() if value is not None}
         return cls(MetaEmbedModel.from_pretrained(model_name_or_path, **where, **(model_kwargs or {})))
 
 

@@ -19,8 +19,10 @@ HERE = InputPolicy(private_addresses=True)  # pictures are served from this mach
 
 
 def to_messages(item):
+    parsed = parse(item)
     with ExitStack() as stack:
-        return parse(item).load(InputPolicy(), stack)
+        parsed.load(InputPolicy(), stack)
+    return parsed.messages
 
 
 @pytest.fixture(scope="module")

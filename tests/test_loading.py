@@ -102,9 +102,11 @@ def test_a_model_encodes_after_its_folder_is_gone_elsewhere_and_pickled(model, f
     )
 
 
-def test_the_token_of_the_hub_stays_out_of_the_model(folder):
-    loaded = MetaEmbedModel.from_pretrained(folder, token="hf_secret_of_a_user")
-    assert b"hf_secret" not in pickle.dumps(loaded) and "hf_secret" not in repr(vars(copy.deepcopy(loaded)))
+@pytest.mark.parametrize("kind", ["folder", "adapter"])
+def test_the_token_of_the_hub_stays_out_of_the_model(request, kind):
+    loaded = MetaEmbedModel.from_pretrained(request.getfixturevalue(kind), token="hf_secret_of_a_user")
+    for part in (loaded, loaded.config, loaded.processor):
+        assert b"hf_secret" not in pickle.dumps(part) and "hf_secret" not in repr(vars(copy.deepcopy(part)))
 
 
 def test_a_configuration_and_weights_alone_make_a_model(model):
@@ -211,6 +213,16 @@ def rebase(adapter, base):
 
 
 @pytest.mark.timeout(60)
+def test_an_adapter_that_names_itself_is_an_error_at_every_entry_point(adapter):
+    from sentence_transformers import MultiVectorEncoder
+
+    rebase(adapter, adapter)
+    for load in (AutoModel.from_pretrained, MultiVectorEncoder):
+        with pytest.raises(ValueError, match=r"names .* as its base, which is an adapter too"):
+            load(str(adapter), trust_remote_code=True)
+
+
+@pytest.mark.timeout(60)
 def test_an_adapter_that_names_itself_or_another_adapter_is_an_error(adapter, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(adapter, other)
@@ -232,8 +244,9 @@ def test_trust_in_an_adapter_is_not_trust_in_its_base(model, adapter, tmp_path):
     (base / "code.py").write_text(code + "class Config(PreTrainedConfig): pass\n")
     rebase(adapter, base)
     message = f"{re.escape(str(adapter))} is based on {re.escape(str(base))}.*trusted_base"
-    with pytest.raises(ValueError, match=message):
-        MetaEmbedModel.from_pretrained(adapter, trust_remote_code=True)
+    for load in (MetaEmbedModel, AutoModel):
+        with pytest.raises(ValueError, match=message):
+            load.from_pretrained(adapter, trust_remote_code=True)
     MetaEmbedModel.from_pretrained(adapter)  # without that code, which transformers does not need
     assert not ran.exists()
     with pytest.raises(ValueError, match="Unrecognized configuration class"):

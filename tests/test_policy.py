@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from test_inputs import encoded
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from metaembed import InputPolicy, MetaEmbedConfig, MetaEmbedProcessor
@@ -50,8 +50,11 @@ class Hostile(http.server.BaseHTTPRequestHandler):
         self.send_response(200)
         if kind == "gzip":
             self.send_header("Content-Encoding", "gzip")
-        self.end_headers()
         try:
+            for letter in "X-Slow: a very slow header" if kind == "headers" else "":
+                self.wfile.write(letter.encode())
+                time.sleep(0.3)
+            self.end_headers()
             if kind == "gzip":
                 self.wfile.write(gzip.compress(bytes(2**24)))
             for _ in range(200 if kind in ("endless", "drip") else 0):
@@ -71,7 +74,11 @@ def hostile():
 
 
 @pytest.mark.parametrize(
-    ("path", "message"), [("endless", "1048576 bytes"), ("gzip", "1048576 bytes"), ("drip", "timed out after 1 s")]
+    ("path", "message"),
+    [
+        *(("endless", "1048576 bytes"), ("gzip", "1048576 bytes")),
+        *(("drip", "timed out after 1 s"), ("headers", "timed out after 1 s")),
+    ],
 )
 def test_a_body_without_end_is_an_error_in_bounded_time_and_memory(hostile, path, message):
     start = time.monotonic()
@@ -200,6 +207,8 @@ def test_a_policy_holds_on_the_model_and_for_a_call(qwen, tmp_path):
 def test_a_bomb_is_refused_by_its_header():
     with pytest.raises(ValueError, match="13000 x 13000 pixels, more than"):
         read_image(hostile_png(13000, 13000, bytes(1626)))
+    with pytest.raises(ValueError, match="cannot be read"):  # within the limit, with no pixels to decode
+        read_image(hostile_png(9400, 9400, b""))
     with pytest.raises(ValueError, match="more than the 3 of the policy"):
         read_image(Image.new("RGB", (2, 2)), InputPolicy(max_pixels=3))
 
@@ -221,6 +230,34 @@ def test_a_16_bit_tiff_whose_white_is_zero_is_not_inverted():
     content = encoded(grey, "TIFF", tiffinfo={262: 0})
     stored = np.asarray(Image.open(io.BytesIO(content)))
     assert (np.asarray(read_image(content))[..., 0] == 255 - np.round(stored / 257)).all()
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("PNG", {}),
+        ("JPEG", {}),
+        ("JPEG", {"progressive": True}),
+        ("WEBP", {"lossless": True}),
+        ("GIF", {}),
+        ("BMP", {}),
+        ("TIFF", {}),
+        ("TIFF", {"compression": "tiff_lzw"}),
+        ("PPM", {}),
+    ],
+    ids=str,
+)
+def test_a_file_cut_short_is_an_error_or_the_same_picture(kind, options):
+    noise = np.random.default_rng(0).integers(0, 256, (24, 24, 3), np.uint8)
+    content = encoded(Image.fromarray(noise), kind, **options)
+    whole = np.asarray(read_image(content))
+    refused = 0
+    for length in range(len(content) - 1, 0, -1 - len(content) // 40):
+        try:
+            assert (np.asarray(read_image(content[:length])) == whole).all()
+        except ValueError:
+            refused += 1
+    assert refused > 30
 
 
 def test_a_pdf_says_to_render_its_pages():
@@ -293,6 +330,31 @@ def test_no_form_of_a_special_token_becomes_one_by_normalization(name, parts):
     assert 2 not in ids
 
 
+@pytest.mark.parametrize("name", ["NFKC", "Lowercase", "BERT", "all"])
+@pytest.mark.parametrize("token", ["<|im_end|>", "[SEP]"])
+def test_no_form_of_a_token_that_is_compared_after_normalization_becomes_one(name, token):
+    tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1}, unk_token="<unk>"))
+    tokenizer.normalizer = NORMALIZERS[name]
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
+    fast.add_special_tokens({"eos_token": AddedToken(token, normalized=True, special=True)})
+    processor = MetaEmbedProcessor(fast, MetaEmbedConfig())
+    for form in (*FORMS, lambda text: "\u00ad".join(text), lambda text: f"a{text * 2}a"):
+        ids = fast(f"x {processor.escape(form(token))} x", add_special_tokens=False)["input_ids"]
+        assert fast.convert_tokens_to_ids(token) not in ids
+
+
+def test_meta_tokens_swapped_in_the_file_of_a_tokenizer_are_an_error(qwen, tmp_path):
+    qwen.processor.save_pretrained(tmp_path)
+    for path in tmp_path.glob("*.json"):
+        text = path.read_text(encoding="utf-8")
+        for old, new in (("query_0", "X"), ("query_1", "query_0"), ("X", "query_1")):
+            text = text.replace(f"<|meta_{old}|>", f"<|meta_{new}|>")
+        path.write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match="query Meta Tokens the ids"):
+        MetaEmbedProcessor.from_pretrained(tmp_path)
+
+
 def test_swapped_meta_tokens_are_an_error(qwen):
     config = qwen.config
     ids = {"query_token_ids": config.document_token_ids[:16], "document_token_ids": None}
@@ -312,6 +374,18 @@ def test_the_chat_template_can_be_set_and_one_that_loops_is_an_error(qwen, monke
     with pytest.raises(ValueError, match="input 0: the chat template takes too long"):
         processor.process_queries("a")
     assert time.monotonic() - start < 5
+
+
+@pytest.mark.parametrize(
+    "template", ["{% for i in range(10**9) %}{% endfor %}", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}"]
+)
+def test_a_chat_template_without_end_in_one_loop_or_call_is_an_error(qwen, template):
+    import copy
+
+    processor = copy.deepcopy(qwen.processor)
+    processor.chat_template = template
+    with pytest.raises((ValueError, OverflowError, RecursionError)):
+        processor.process_queries("a")
 
 
 def test_many_messages_take_time_in_proportion(qwen):
@@ -356,11 +430,15 @@ def test_many_threads_with_a_model_in_training_mode_get_the_rows_of_one(qwen):
     assert all(module.training for module in model.modules())
 
 
-def test_not_finite_embeddings_are_an_error_that_names_the_input(qwen):
+@pytest.mark.parametrize("where", ["weights", "image_mean"])
+def test_not_finite_embeddings_are_an_error_that_names_the_input(qwen, where):
     import copy
 
     model = copy.deepcopy(qwen)
-    model.backbone.visual.patch_embed.proj.weight.data.fill_(float("nan"))
+    if where == "weights":
+        model.backbone.visual.patch_embed.proj.weight.data.fill_(float("nan"))
+    else:
+        model.processor.image_processor.image_mean = [float("nan")] * 3
     with pytest.raises(ValueError, match="input 1: its embedding is not finite"):
         model.encode_documents(["a", Image.new("RGB", (32, 32))], batch_size=1)
 
@@ -379,7 +457,7 @@ def test_global_defaults_of_torch_change_nothing(qwen, pictures):
     assert torch.equal(rows, expected)
 
 
-def test_an_offloaded_model_encodes_on_the_device_that_it_runs_on(qwen):
+def test_an_offloaded_model_encodes_on_the_device_that_it_runs_on(qwen, tmp_path):
     import copy
 
     import accelerate
@@ -388,6 +466,8 @@ def test_an_offloaded_model_encodes_on_the_device_that_it_runs_on(qwen):
     model = accelerate.cpu_offload(copy.deepcopy(qwen), execution_device="cpu")
     assert model.device.type == "meta"
     torch.testing.assert_close(model.encode_queries("a cat"), qwen.encode_queries("a cat"))
+    from_disk = accelerate.disk_offload(copy.deepcopy(qwen), tmp_path, execution_device="cpu")
+    torch.testing.assert_close(from_disk.encode_queries("a cat"), qwen.encode_queries("a cat"))
 
 
 def test_batches_of_any_kind_work_at_the_entry_point_of_sentence_transformers(qwen):

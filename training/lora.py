@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..loading_metaembed import import_peft
+from ..loading_metaembed import adapter_parameters, import_peft
 
 COMPILED = "_orig_mod."  # stands in the name of each part of a module that torch.compile returned
 
@@ -119,6 +119,19 @@ def language_model_layers(model: Any) -> str:
     raise ValueError(
         f"{type(model.backbone).__name__} has no linear layers in numbered blocks: pass `target_modules`."
     )
+
+
+def check_adapter_whole(model: PreTrainedModel, given: set[str]) -> None:
+    """Raise a `ValueError` if a state dict with the names `given` holds only a part of an adapter of `model`."""
+    expected: dict[str, set[str]] = {}
+    for name, adapter, _ in adapter_parameters(model):
+        expected.setdefault(adapter, set()).add(name)
+    for adapter, names in expected.items():
+        if names & given and (missing := names - given):
+            raise ValueError(
+                f'{len(missing)} weights of the adapter "{adapter}" are missing from what is loaded, so would be '
+                f"random: {min(missing)}, ... It was not saved completely, or belongs to another model."
+            )
 
 
 def merge_adapter(model: PreTrainedModel) -> None:
