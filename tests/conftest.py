@@ -6,6 +6,7 @@ import threading
 
 import pytest
 import torch
+from fresh import FreshProcesses
 from PIL import Image
 from scenes import make_scene
 from tiny_backbone import CHAT_TEMPLATE, build_backbone, build_processor, train_tokenizer
@@ -140,6 +141,14 @@ def served(tmp_path):
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}"
         server.shutdown()
+
+
+@pytest.fixture(scope="session")
+def fresh_process(tmp_path_factory) -> FreshProcesses:
+    """Runs code or a script in a fresh process that has no network: `fresh_process("-c", code, *arguments)`."""
+    processes = FreshProcesses(tmp_path_factory.mktemp("fresh"), HF_HUB_OFFLINE="1")
+    yield processes
+    processes.close()
 
 
 @pytest.fixture(scope="session")
