@@ -34,6 +34,12 @@ def pytest_configure(config):
     config.pluginmanager.register(RootIsNoTestPackage())
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items):
+    """The long ones first: what is short then keeps every worker busy to the end."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 TEXTS = [
     "a red apple and a cat face on the table",
     "a blue rocket over the yellow moon",
