@@ -90,6 +90,7 @@ setup(
         "numpy>=2.0.0",  # what today's pyarrow is built for
         "tqdm>=4.66.3",  # what datasets 5.2 asks for
         "pillow>=10.1.0",  # draws colour fonts of the kind the quickstart uses
+        "scipy>=1.13.0",  # pools documents of any length in an index; the first for numpy 2
         "filelock>=3.13.0",  # one writer at a time in an index; 3.13 has `is_singleton`, for its threads
     ],
     extras_require={

@@ -65,7 +65,7 @@ def read_format_1(folder: Path) -> FormatOne:
             raise
         raise DamagedIndexError(f"{path} is damaged: it does not describe an index of format 1 ({error})") from error
 
-    pieces, ids = [], []
+    pieces, ids = [], list[Any]()
     for name, documents in entries:
         tensors = _read(folder / name)
         piece = [tensors.get(f"{part.kind}.{part.slab}") for part in manifest.layout.parts]

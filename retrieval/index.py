@@ -83,6 +83,14 @@ class MultiVectorIndex:
         [['a']]
     """
 
+    folder: Path | None
+    timeout: float
+    _mutex: threading.RLock
+    _pid: int
+    _writer: Catalog | None
+    _snapshot: Snapshot
+    _fresh: Buffers | None  # what `compact` made, in memory
+
     def __init__(self) -> None:
         raise TypeError("make an index with MultiVectorIndex.create, or open one with MultiVectorIndex.open")
 
@@ -91,7 +99,7 @@ class MultiVectorIndex:
         self = object.__new__(cls)
         self.folder, self.timeout = folder, timeout
         self._mutex, self._pid = threading.RLock(), os.getpid()
-        self._writer: Catalog | None = None
+        self._writer = self._fresh = None
         return self
 
     @classmethod
@@ -208,7 +216,7 @@ class MultiVectorIndex:
             raise TypeError("delete needs either ids or where")
         ids = None if ids is None else check_ids(ids)
         with self._writing() as (catalog, _):
-            slots = catalog.where(where).tolist() if ids is None else list(catalog.slots(ids).values())
+            slots = catalog.where(where or {}).tolist() if ids is None else list(catalog.slots(ids).values())
             catalog.bury(slots)
         return len(slots)
 
@@ -319,7 +327,7 @@ class MultiVectorIndex:
     def _writing(self) -> Iterator[tuple[Catalog, Manifest]]:
         """Be the only writer, see the latest state, and commit all of it or nothing."""
         with self._mutex:
-            self._fresh: Buffers | None = None
+            self._fresh = None
             if self.folder is None:
                 assert self._writer is not None
                 with self._writer.transaction() as catalog:

@@ -125,7 +125,7 @@ class Catalog:
         """Say of an error of SQLite what it means for the index."""
         try:
             yield
-        except sqlite3.Error as error:
+        except (sqlite3.Error, UnicodeDecodeError) as error:
             raise _explained(error, self.folder) from error
 
     def checkpoint(self, how: str = "PASSIVE") -> None:
@@ -322,7 +322,7 @@ def _connect(folder: Path) -> sqlite3.Connection:
         except BaseException:
             db.close()
             raise
-    except sqlite3.Error as error:
+    except (sqlite3.Error, UnicodeDecodeError) as error:  # of text that is damaged
         raise _explained(error, folder) from error
     return db
 
@@ -340,7 +340,7 @@ def _check_schema(db: sqlite3.Connection) -> None:
         raise DamagedIndexError("the database of the index does not hold the tables that it should")
 
 
-def _explained(error: sqlite3.Error, folder: Path | None) -> Exception:
+def _explained(error: sqlite3.Error | UnicodeDecodeError, folder: Path | None) -> Exception:
     """The error of the operating system or of the index that an error of SQLite stands for."""
     name = getattr(error, "sqlite_errorname", "") or ""
     where = "the index" if folder is None else folder / DATABASE
@@ -348,7 +348,9 @@ def _explained(error: sqlite3.Error, folder: Path | None) -> Exception:
         return OSError(errno.ENOSPC, f"the disk of {folder} is full; nothing of this operation was kept")
     if name.startswith(("SQLITE_READONLY", "SQLITE_PERM")):
         return PermissionError(errno.EROFS, f"{where} may not be written to by this process; nothing was changed")
-    if name.startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB", "SQLITE_MISMATCH", "SQLITE_FORMAT", "SQLITE_ERROR")):
+    if isinstance(error, UnicodeDecodeError) or name.startswith(
+        ("SQLITE_CORRUPT", "SQLITE_NOTADB", "SQLITE_MISMATCH", "SQLITE_FORMAT", "SQLITE_ERROR")
+    ):
         return DamagedIndexError(f"{where} is damaged: {error}")
     return OSError(errno.EIO, f"{where} cannot be used: {error} ({name})")
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..scoring_metaembed import Budget, as_stack
 from .metadata import Catalog
 from .quantization import decode
-from .search import Store, check_k, rescore, search, top_k
+from .search import Store, check_k, choose_backend, prepare, search, select_candidates
 from .storage import ROLES, Buffers, DamagedIndexError, Layout, check_kept, check_rows, is_segment, map_rows
 
 _MOST_FILTERS = 32  # masks of filters that a snapshot remembers
@@ -159,6 +159,9 @@ class Snapshot:
             same = before is not None and before.manifest.compactions == self.manifest.compactions
             before = before if same else None
             self._base: list[Tensor] | None = None
+            self.dead: Tensor | None = None
+            self.dead_count: int
+            self._dead_number: int
             self.buffers = Buffers(self.layout) if buffers is None else buffers
             if buffers is not None:
                 self.pieces = [buffers.take(self.manifest.rows)] if self.manifest.rows else []
@@ -176,8 +179,8 @@ class Snapshot:
         manifest, pieces = self.manifest, []
         if manifest.base:
             assert self.folder is not None and manifest.segment is not None
-            unchanged = before is not None and before.manifest.base == manifest.base
-            self._base = before._base if unchanged else None
+            if before is not None and before.manifest.base == manifest.base:
+                self._base = before._base
             if self._base is None:
                 self._base = map_rows(self.folder, manifest.segment, self.layout, manifest.base)
             pieces.append(self._base)
@@ -205,7 +208,7 @@ class Snapshot:
         """Dead slots, as a bool for every slot, or `None` if there are none."""
         rows = self.manifest.rows
         slots, self._dead_number = self.catalog.dead(before._dead_number if before else 0)
-        self.dead, self.dead_count = None, len(slots) + (before.dead_count if before else 0)
+        self.dead_count = len(slots) + (before.dead_count if before else 0)
         if len(slots) and not (slots.min() >= 0 and slots.max() < rows):
             raise DamagedIndexError(f"{self.folder} is damaged: it deletes documents that it does not have")
         if self.dead_count:
@@ -355,13 +358,13 @@ class Snapshot:
             stages = self._auto_stages(stack.shape[1], budget, k) if available > _FEW_DOCUMENTS else ()
         stages = self._check_stages(stages or (), k)
         last = Stage(budget or (stack.shape[1], self.manifest.vectors), k, self.best_role)
-        first, *others = [*stages, last]
-        scores, slots = self._scan(stack, first, allowed, available, backend)
-        for stage in others:
-            slots = slots.sort(dim=1).values
-            scores = rescore(stack, self._side(stage.quantization), slots, stage.budget, backend=backend)
-            scores, order = top_k(scores, stage.keep)
-            slots = slots.gather(1, order)
+        every: list[Stage] = [*stages, last]
+        scores, slots = self._scan(stack, every[0], allowed, available, backend)
+        for stage in every[1:]:
+            q, stores = prepare(stack, self._side(stage.quantization), stage.budget)
+            kernel, _ = choose_backend(backend, stores, q)
+            counts = torch.full((len(q),), slots.shape[1])
+            scores, slots = select_candidates(q, stores, kernel, stage.keep, slots.sort(dim=1).values, counts)
         return scores, slots
 
     def _scan(
@@ -393,7 +396,7 @@ class Snapshot:
 
     def _auto_stages(self, r_q: int, budget: Budget | None, k: int) -> list[Stage]:
         r_q, r_c = budget or (r_q, self.manifest.vectors)
-        kept, stages = self.manifest.kept, []
+        kept, stages = self.manifest.kept, list[Stage]()
         for (q, c), keep in (((1, 1), max(1000, 10 * k)), ((4, 8), max(200, 4 * k))):
             if self.manifest.pooling is not None:
                 q = r_q  # the vectors of such queries are in no order of importance
@@ -405,7 +408,7 @@ class Snapshot:
         return stages
 
     def _check_stages(self, stages: Iterable[Any], k: int) -> list[Stage]:
-        kept, checked = self.manifest.kept, []
+        kept, checked = self.manifest.kept, list[Stage]()
         for given in stages:
             stage = given
             if isinstance(given, tuple | list) and len(given) == 2:

@@ -243,7 +243,7 @@ def append_rows(
         try:
             for block in blocks:
                 for i, (file, tensor) in enumerate(zip(files, block, strict=True)):
-                    raw = memoryview(_bytes(tensor))
+                    raw = _bytes(tensor)
                     _write(file, raw)
                     sums[i] = zlib.crc32(raw, sums[i])
                 rows += len(block[0])
@@ -322,8 +322,8 @@ def _read_chunk(part: Part, file: Any, count: int) -> tuple[int, bool]:
     step = max(1, (1 << 24) // part.row_bytes)
     for at in range(0, count, step):
         rows = min(step, count - at)
-        raw = np.frombuffer(bytearray(file.read(rows * part.row_bytes)), np.uint8)
-        total, sound = zlib.crc32(raw, total), sound and finite(part, raw, rows)
+        raw = bytearray(file.read(rows * part.row_bytes))
+        total, sound = zlib.crc32(raw, total), sound and finite(part, np.frombuffer(raw, np.uint8), rows)
     return total, sound
 
 
@@ -441,9 +441,9 @@ def _explained(error: OSError, folder: Path) -> OSError:
     return error
 
 
-def _bytes(tensor: Tensor) -> np.ndarray:
+def _bytes(tensor: Tensor) -> memoryview:
     """The bytes of a contiguous tensor, flat. Copies nothing."""
-    return tensor.contiguous().view(-1).view(torch.uint8).numpy()
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy().data
 
 
 def _write(file: Any, raw: Any) -> None:

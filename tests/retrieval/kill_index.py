@@ -46,7 +46,7 @@ def write(folder: str, name: str, seed: int, start: int) -> None:
         elif kind == "upsert":
             what = {document: rng.randrange(1, 1000) for document in rng.sample(mine, min(len(mine), 3))}
         elif kind == "delete":
-            what = dict.fromkeys(rng.sample(mine, min(len(mine), rng.choice([1, 40]))))
+            what = dict.fromkeys(rng.sample(mine, min(len(mine), rng.choice([1, 40, 2000]))))
         else:
             what = {}
         journal.write(json.dumps({"begin": kind, "what": what}) + "\n")
@@ -133,6 +133,8 @@ def run(kills: int, seed: int = 0) -> dict[str, float]:
                 file.write("state " + json.dumps(now) + "\n")
             assert expected(journal) == now, f"after kill {kill}: documents are lost or came back"
             assert reader.is_alive(), "the reader found something wrong"
+            if kill % 10 == 9:
+                print(f"{kill + 1} kills, {len(now)} documents of {name}", flush=True)
             starts[name] += 10**6
             processes[name] = start(write, name, rng.randrange(10**6), starts[name])
         for process in processes.values():
