@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -171,7 +171,7 @@ class MetaEmbedConfig(PreTrainedConfig):
     def to_dict(self) -> dict[str, Any]:
         """Return the configuration as it is saved: without paths of this machine."""
         content = {**super().to_dict(), "base_model": hub_id(self.base_model)}
-        if isinstance(content["traits"], BackboneTraits):
+        if is_dataclass(content["traits"]):  # maybe of this class before transformers loaded this file anew
             content["traits"] = asdict(content["traits"])
         _drop_paths(content["backbone_config"])
         return content

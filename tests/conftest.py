@@ -6,6 +6,7 @@ import threading
 
 import pytest
 import torch
+from fresh import FreshProcesses
 from PIL import Image
 from scenes import make_scene
 from tiny_backbone import CHAT_TEMPLATE, build_backbone, build_processor, train_tokenizer
@@ -31,6 +32,12 @@ class RootIsNoTestPackage:
 
 def pytest_configure(config):
     config.pluginmanager.register(RootIsNoTestPackage())
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items):
+    """The long ones first: what is short then keeps every worker busy to the end."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 TEXTS = [
@@ -140,6 +147,14 @@ def served(tmp_path):
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}"
         server.shutdown()
+
+
+@pytest.fixture(scope="session")
+def fresh_process(tmp_path_factory) -> FreshProcesses:
+    """Runs code or a script in a fresh process that has no network: `fresh_process("-c", code, *arguments)`."""
+    processes = FreshProcesses(tmp_path_factory.mktemp("fresh"), HF_HUB_OFFLINE="1")
+    yield processes
+    processes.close()
 
 
 @pytest.fixture(scope="session")

@@ -2,9 +2,6 @@
 
 import copy
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -47,12 +44,10 @@ json.dump([type(x).__name__ for x in (config, processor, model, encoder[0])], op
 """
 
 
-def run_as_a_stranger(folder: Path, out: Path) -> dict[str, np.ndarray]:
+def run_as_a_stranger(fresh_process, folder: Path, out: Path) -> dict[str, np.ndarray]:
     """Load `folder` in a fresh process, from an empty folder, with an empty cache of code."""
     out.mkdir()
-    environment = {**os.environ, "HF_HOME": str(out / "hf"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
-    command = [sys.executable, "-W", "ignore", "-c", STRANGER, str(folder), str(out)]
-    result = subprocess.run(command, cwd=out, env=environment, capture_output=True, text=True)
+    result = fresh_process("-c", STRANGER, folder, out, cwd=out)
     assert result.returncode == 0, result.stderr
     names = ["MetaEmbedConfig", "MetaEmbedProcessor", "MetaEmbedModel", "MetaEmbedTransformer"]
     assert json.loads((out / "types.json").read_text()) == names
@@ -86,17 +81,17 @@ def names(folder: Path) -> set[str]:
 
 @pytest.mark.slow
 def test_saved_folders_stand_on_their_own_through_every_entry_point_and_again_when_saved_from_there(
-    defaulted, folder, tmp_path
+    defaulted, folder, tmp_path, fresh_process
 ):
     to_multi_vector_encoder(defaulted).save_pretrained(str(tmp_path / "by_sentence_transformers"))
-    first = run_as_a_stranger(folder, tmp_path / "first")
+    first = run_as_a_stranger(fresh_process, folder, tmp_path / "first")
     for name in ("forward", "sentence"):
         np.testing.assert_allclose(first[name], first["auto"], atol=1e-6)
     assert first["query"].shape == first["sentence_query"].shape == (2, 4, 64)
     np.testing.assert_allclose(first["sentence_query"], first["query"], atol=1e-6)
     others = (tmp_path / "by_sentence_transformers", tmp_path / "first/from_auto", tmp_path / "first/from_sentence")
     for index, other in enumerate(others):
-        again = run_as_a_stranger(other, tmp_path / f"again{index}")
+        again = run_as_a_stranger(fresh_process, other, tmp_path / f"again{index}")
         assert all(np.array_equal(first[name], again[name]) for name in first)
         # A card is written by the package, and by sentence-transformers where the package is not installed.
         assert names(other) - {"README.md"} == names(folder) - {"README.md"}

@@ -1,8 +1,5 @@
 """Checkpoints that earlier versions saved keep loading, with this code and with their own, and mean the same."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -49,7 +46,7 @@ def test_a_frozen_adapter_loads_with_this_code(folder, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("folder", CHECKPOINTS, ids=lambda folder: folder.name)
-def test_a_frozen_checkpoint_loads_with_its_own_code(folder, tmp_path):
+def test_a_frozen_checkpoint_loads_with_its_own_code(folder, tmp_path, fresh_process):
     """As its users do: from the Hub with trust_remote_code, on today's libraries."""
     code = """
 import sys
@@ -63,10 +60,5 @@ model = AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True)
 found = dict(queries=model.encode_queries(QUERIES), documents=model.encode_documents(DOCUMENTS))
 save_file({**found, "short": model.encode_documents(DOCUMENTS, num_meta=2)}, sys.argv[2])
 """
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.path.dirname(__file__),
-        "HF_MODULES_CACHE": str(tmp_path / "modules"),
-    }
-    subprocess.run([sys.executable, "-c", code, folder, tmp_path / "found"], env=environment, check=True)
+    fresh_process("-c", code, folder, tmp_path / "found", path=[Path(__file__).parent]).check_returncode()
     check(load((tmp_path / "found").read_bytes()), folder)

@@ -11,6 +11,7 @@ import sys
 
 import pytest
 import torch
+from fresh import FreshProcesses
 from tiny_models import ROOT, save_tiny_backbone
 
 from metaembed.loading_metaembed import TRAVELLING
@@ -33,27 +34,25 @@ def hub(tmp_path_factory):
     assert log.read_text() == ""
 
 
+@pytest.fixture(scope="module")
+def process(hub, tmp_path_factory):
+    """Runs code in a fresh process that knows this Hub only."""
+    known = {"HF_ENDPOINT": hub, "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": "hf_test"}
+    processes = FreshProcesses(tmp_path_factory.mktemp("processes"), **known)
+    yield processes
+    processes.close()
+
+
 class Machine:
     """A machine of its own: its folder, its cache; here it is told what to run."""
 
-    def __init__(self, folder, hub):
-        self.folder = folder
+    def __init__(self, folder, process):
+        self.folder, self.process = folder, process
         folder.mkdir()
-        self.environment = {
-            **{name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTHONPATH"))},
-            "HF_ENDPOINT": hub,
-            "HF_HOME": str(folder / "cache"),
-            "HF_HUB_DISABLE_XET": "1",
-            "HF_TOKEN": "hf_test",
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": HERE,
-        }
 
     def run(self, code):
         """Run `code` in a fresh process, and return what it printed last, as JSON."""
-        done = subprocess.run(
-            [sys.executable, "-c", code], cwd=self.folder, env=self.environment, capture_output=True, text=True
-        )
+        done = self.process("-c", code, cwd=self.folder, home=self.folder / "cache", path=[HERE])
         assert done.returncode == 0, done.stderr[-3000:]
         return json.loads(done.stdout.splitlines()[-1])
 
@@ -86,9 +85,9 @@ def by_sentence_transformers(model):
 
 
 @pytest.fixture(scope="module")
-def trainer(hub, tmp_path_factory):
+def trainer(process, tmp_path_factory):
     """The machine that makes models; the plain backbone is on the Hub."""
-    machine = Machine(tmp_path_factory.mktemp("machines") / "trainer", hub)
+    machine = Machine(tmp_path_factory.mktemp("machines") / "trainer", process)
     save_tiny_backbone(machine.folder / "backbone")
     machine.run("""
 import json
@@ -101,9 +100,9 @@ print(json.dumps("done"))
 
 
 @pytest.fixture
-def user(hub, tmp_path):
+def user(process, tmp_path):
     """A machine that has nothing yet."""
-    return Machine(tmp_path / "user", hub)
+    return Machine(tmp_path / "user", process)
 
 
 def close(actual, expected):
@@ -318,14 +317,16 @@ print(json.dumps([embeddings(whole), embeddings(plain), embeddings(wrapped)]))
 def test_training_publishes_its_result(trainer, user):
     """`train.py --push_to_hub`, from a backbone and to a repository on the Hub."""
     trainer.run(f"""
-import json, subprocess, sys
+import json, sys
+sys.path.append(r"{ROOT}/examples")
+import train
 from datasets import Dataset
 from tiny_models import WORDS
 Dataset.from_dict({{"query": WORDS, "positive": WORDS[::-1]}}).to_json("pairs.jsonl")
-command = [sys.executable, r"{ROOT}/examples/train.py", "--backbone", "lab/backbone", "--dataset", "pairs.jsonl"]
+command = ["--backbone", "lab/backbone", "--dataset", "pairs.jsonl"]
 command += ["--output_dir", "out", "--num_query_tokens", "4", "--num_document_tokens", "8", "--eval_size", "4"]
 command += ["--num_train_epochs", "1", "--report_to", "none", "--use_cpu", "--push_to_hub", "--license", "mit"]
-subprocess.run([*command, "--hub_model_id", "lab/trained"], check=True)
+train.main([*command, "--hub_model_id", "lab/trained"])
 print(json.dumps("done"))
 """)
     card, files, shape = user.run(f"""{LOAD}

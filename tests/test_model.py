@@ -1,6 +1,7 @@
 """What a model promises: the right rows, the same rows however they are asked for, and errors that say what to do."""
 
 import copy
+import json
 import re
 import types
 
@@ -12,6 +13,7 @@ from torch.nn.functional import normalize
 from transformers import AutoModel, AutoProcessor
 
 from metaembed import MetaEmbedConfig, MetaEmbedModel
+from metaembed.configuration_metaembed import BackboneTraits
 from metaembed.processing_metaembed import escape
 
 SIDES = ("query", "document")
@@ -492,3 +494,10 @@ def test_configuration_survives_saving(tmp_path):
 
 def test_default_budgets_are_the_papers():
     assert MetaEmbedConfig().budgets == [[1, 1], [2, 4], [4, 8], [8, 16], [16, 64]]
+
+
+def test_a_configuration_is_saved_after_transformers_has_loaded_its_file_again(bert, monkeypatch):
+    """As it does for a class of a file that another file of the same checkpoint has imported."""
+    again = type("BackboneTraits", (BackboneTraits,), {})
+    monkeypatch.setattr("metaembed.configuration_metaembed.BackboneTraits", again)
+    assert json.loads(bert.config.to_json_string())["traits"]["causal"] is False

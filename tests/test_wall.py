@@ -2,7 +2,6 @@
 
 import ast
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -37,8 +36,8 @@ def test_what_travels_can_be_read_in_one_sitting():
     assert sum(wall.lines().values()) <= wall.MOST_LINES, wall.lines()
 
 
-def test_a_command_prints_what_travels():
-    output = subprocess.run([sys.executable, wall.__file__], capture_output=True, text=True, check=True).stdout
+def test_a_command_prints_what_travels(fresh_process):
+    output = fresh_process(wall.__file__).stdout
     assert all(name in output for name in EVERY) and f"in 7 files, of {wall.MOST_LINES:,} allowed" in output
 
 
@@ -78,7 +77,9 @@ def test_every_entry_point_saves_exactly_these(model, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_checkpoint_saves_all_of_them_again_without_the_package_and_says_what_needs_it(model, tmp_path):
+def test_a_checkpoint_saves_all_of_them_again_without_the_package_and_says_what_needs_it(
+    model, tmp_path, fresh_process
+):
     model.save_pretrained(tmp_path / "first")
     code = """
 import sys
@@ -96,6 +97,6 @@ for create in (type(model).from_backbone, type(model).from_authors_checkpoint):
     else:
         raise AssertionError("the package was found")
 """
-    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True)
+    done = fresh_process("-c", code, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
     assert python_files(tmp_path / "second") == python_files(tmp_path / "third") == EVERY

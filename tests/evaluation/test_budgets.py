@@ -1,7 +1,7 @@
 """One encoding gives the right figures at every budget."""
 
 import importlib
-import subprocess
+import multiprocessing
 import sys
 
 import pytest
@@ -67,7 +67,10 @@ def test_every_input_is_encoded_once(encoder):
 
 
 @pytest.mark.slow
-def test_several_processes_encode_as_one(encoder):
+def test_several_processes_encode_as_one(encoder, monkeypatch):
+    """Processes that are forked of a server take their work pickled, as spawned ones do, and import torch once."""
+    monkeypatch.setattr(torch.multiprocessing, "get_context", lambda method: multiprocessing.get_context("forkserver"))
+    multiprocessing.set_forkserver_preload(["sentence_transformers"])
     documents = list(CORPUS.values()) * 2
     expected = encoder.encode_document(documents, num_meta=3)
     pool = encoder.start_multi_process_pool(["cpu", "cpu"])
@@ -276,7 +279,7 @@ def test_results_are_written_into_a_saved_model_only(tmp_path, monkeypatch, scri
 
 
 @pytest.mark.slow
-def test_the_evaluation_scripts_run(encoder, tmp_path):
+def test_the_evaluation_scripts_run(encoder, tmp_path, fresh_process):
     """From the command line, on a saved model: MMEB's format on disk, and the help of MTEB's."""
     encoder.save_pretrained(str(tmp_path / "model"))
     (tmp_path / "data" / "Tiny").mkdir(parents=True)
@@ -284,8 +287,10 @@ def test_the_evaluation_scripts_run(encoder, tmp_path):
     Dataset.from_list(mmeb_rows(tmp_path / "images")).to_parquet(tmp_path / "data" / "Tiny" / "test.parquet")
     card = "---\nconfigs:\n- config_name: Tiny\n  data_files: [{split: test, path: Tiny/test.parquet}]\n---\n"
     (tmp_path / "data" / "README.md").write_text(card)
-    script = [sys.executable, ROOT / "examples" / "evaluate_mmeb.py", tmp_path / "model", "--subsets", "Tiny"]
+    script = [ROOT / "examples" / "evaluate_mmeb.py", tmp_path / "model", "--subsets", "Tiny"]
     paths = ["--dataset", tmp_path / "data", "--image-dir", tmp_path / "images", "--output", tmp_path / "out"]
-    printed = subprocess.run([*script, *paths], capture_output=True, text=True, check=True).stdout.splitlines()
+    done = fresh_process(*script, *paths)
+    assert done.returncode == 0, done.stderr
+    printed = done.stdout.splitlines()
     assert printed[0] == "| subset | (1,1) | (2,4) | (4,8) |" and printed[2].startswith("| Tiny | ")
-    subprocess.run([sys.executable, ROOT / "examples" / "evaluate_mteb.py", "--help"], check=True, capture_output=True)
+    fresh_process(ROOT / "examples" / "evaluate_mteb.py", "--help").check_returncode()

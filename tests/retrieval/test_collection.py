@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 import textwrap
 
 import pytest
@@ -96,7 +94,7 @@ def test_a_smaller_budget_can_be_stored_alone():
         maxsim(queries, small, (8, 16))
 
 
-def test_a_small_budget_reads_a_small_part_of_the_file(tmp_path):
+def test_a_small_budget_reads_a_small_part_of_the_file(tmp_path, fresh_process):
     EmbeddingCollection.from_embeddings(vectors(0, 20_000, 64, 32), folder=tmp_path / "folder")  # 164 MB
     code = f"""
         import torch
@@ -112,14 +110,14 @@ def test_a_small_budget_reads_a_small_part_of_the_file(tmp_path):
         search(torch.ones(1, 1, 32), collection, 10, (1, 64))
         print(one, mapped() - before)
     """
-    out = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True)
+    out = fresh_process("-c", textwrap.dedent(code))
     first_vector, everything = map(float, out.stdout.split())
     assert everything > 100
     assert first_vector < 20
 
 
 @pytest.mark.parametrize("moment", range(1, 8))
-def test_killed_at_any_moment_what_was_committed_loads_and_the_rest_is_named(moment, tmp_path):
+def test_killed_at_any_moment_what_was_committed_loads_and_the_rest_is_named(moment, tmp_path, fresh_process):
     """The process dies at its n-th flush to the disk or renaming of a file."""
     code = f"""
         import os, torch
@@ -138,7 +136,7 @@ def test_killed_at_any_moment_what_was_committed_loads_and_the_rest_is_named(mom
         os.fsync, os.replace = dying(os.fsync), dying(os.replace)
         collection.append(torch.ones(2, 3, 4), ids=["f", "g"])
     """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True)
+    done = fresh_process("-c", textwrap.dedent(code))
     assert done.returncode == (9 if moment < 7 else 0), done.stderr
     committed = moment > 5  # data: fsync, replace, fsync; manifest: fsync, replace, fsync
     if moment in (6, 7):

@@ -4,7 +4,6 @@ import ctypes
 import os
 import platform
 import resource
-import subprocess
 import sys
 import time
 import warnings
@@ -331,8 +330,7 @@ def test_leftovers_of_killed_builds_are_removed(fresh, compiler, built):
     assert young.exists() and not old.exists()
 
 
-def test_importing_the_package_loads_no_kernel(tmp_path):
+def test_importing_the_package_loads_no_kernel(tmp_path, fresh_process):
     code = "import sys, metaembed; print([name for name in sys.modules if 'kernels.c' in name])"
-    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
-    assert out.stdout.strip() == "[]" and not (tmp_path / "metaembed").exists()
+    done = fresh_process("-c", code, env={"XDG_CACHE_HOME": str(tmp_path)})
+    assert done.stdout.strip() == "[]" and not (tmp_path / "metaembed").exists()
