@@ -16,7 +16,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 
 from metaembed import MetaEmbedModel
 from metaembed.backbones import paper_checkpoint
-from metaembed.loading_metaembed import load_backbone
+from metaembed.backbones.loading import load_backbone
 
 R_Q, R_C, DIM = 3, 5, 24
 

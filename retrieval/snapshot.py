@@ -1,0 +1,466 @@
+"""What a reader of an index sees: one state of it, whatever is written meanwhile."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..scoring_metaembed import Budget, as_stack
+from .metadata import Catalog
+from .quantization import decode
+from .search import Store, check_k, rescore, search, top_k
+from .storage import ROLES, Buffers, DamagedIndexError, Layout, check_kept, check_rows, is_segment, map_rows
+
+_MOST_FILTERS = 32  # masks of filters that a snapshot remembers
+_FEW_DOCUMENTS = 4096  # that are scored in full sooner than narrowed down
+_MOST_HIDDEN = 512  # documents that are left out after scoring; more of them are left out before
+_BLOCK_BYTES = 1 << 26  # that are copied at a time
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What an index is, and which rows of its files count.
+
+    Attributes:
+        vectors: How many vectors of a document are kept.
+        dim: Dimensions of what is added, and of queries.
+        kept_dim: Dimensions that are kept.
+        kept: For every role the quantization and the number of vectors.
+        pooling: How documents of any number of vectors are made ones of `vectors`, if they are.
+        segment: The name of the files, if there are files.
+        base: How many rows of the files count.
+        rows: How many slots there are: `base`, and behind them what small adds left in the catalog.
+        compactions: How often slots were renumbered.
+        writes: How often anything was written.
+    """
+
+    vectors: int
+    dim: int
+    kept_dim: int
+    kept: Mapping[str, tuple[str, int]]
+    pooling: str | None = None
+    segment: str | None = None
+    base: int = 0
+    rows: int = 0
+    compactions: int = 0
+    writes: int = 0
+    format: int = 2
+
+    @classmethod
+    def read(cls, given: Mapping[str, Any], where: Any) -> Manifest:
+        """Check all of a manifest, before anything is opened or allocated by what it says."""
+        if given.get("format") != 2:
+            raise DamagedIndexError(
+                f"{where} is of format {given.get('format')!r}; this version reads formats 1 and 2"
+            )
+        try:
+            self = cls(**given)
+            for name, least, most in (
+                ("vectors", 1, 1 << 20),
+                ("dim", 1, 1 << 20),
+                ("kept_dim", 1, self.dim),
+                ("base", 0, self.rows),
+                ("rows", 0, 1 << 48),
+                ("compactions", 0, 1 << 62),
+                ("writes", 0, 1 << 62),
+            ):
+                value = getattr(self, name)
+                if type(value) is not int or not least <= value <= most:
+                    raise ValueError(f"{name} is {value!r}")
+            if (self.segment is None) != (self.base == 0) or not (self.segment is None or is_segment(self.segment)):
+                raise ValueError(f"segment is {self.segment!r}")
+            if not (self.pooling is None or isinstance(self.pooling, str)):
+                raise ValueError(f"pooling is {self.pooling!r}")
+            kept = check_kept({role: tuple(kept) for role, kept in self.kept.items()}, self.vectors)
+        except (TypeError, ValueError, AttributeError) as error:
+            raise DamagedIndexError(f"{where} is damaged: its manifest does not describe an index ({error})") from None
+        return cls(**{**given, "kept": kept})
+
+    def as_json(self) -> dict[str, Any]:
+        """What `read` reads."""
+        return asdict(self)
+
+    @property
+    def layout(self) -> Layout:
+        """How documents are kept."""
+        return _layout(tuple(self.kept.items()), self.kept_dim)
+
+
+@cache
+def _layout(kept: tuple[tuple[str, tuple[str, int]], ...], dim: int) -> Layout:
+    return Layout(dict(kept), dim)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage of a cascade: score with a budget, on one of the index's copies of the vectors, and keep the best.
+
+    Attributes:
+        budget: `(query vectors, document vectors)`.
+        keep: How many documents go on to the next stage.
+        quantization: `"first"`, `"main"` or `"exact"`, or the name of a quantization that one of these has.
+    """
+
+    budget: Budget
+    keep: int
+    quantization: str = "main"
+
+
+@dataclass(frozen=True)
+class Document:
+    """A document of an index.
+
+    Attributes:
+        id: Its id.
+        metadata: Its metadata.
+        embedding: `[vectors, dim]` float32, as the index keeps it (so rounded, and of the dimensions of the PCA).
+    """
+
+    id: str
+    metadata: dict[str, Any]
+    embedding: Tensor
+
+
+class Snapshot:
+    """One state of an index.
+
+    Args:
+        catalog: A connection that sees this state.
+        folder: Of the index, if it has one.
+        before: An earlier snapshot: what did not change is taken from it.
+        buffers: The vectors, if they are in memory.
+        pieces: The vectors, if they are of a folder of format 1.
+    """
+
+    def __init__(
+        self,
+        catalog: Catalog,
+        folder: Path | None = None,
+        before: Snapshot | None = None,
+        *,
+        buffers: Buffers | None = None,
+        pieces: list[list[Tensor]] | None = None,
+    ):
+        self.catalog, self.folder, self._lock = catalog, folder, threading.RLock()
+        with catalog.errors():
+            self.manifest = Manifest.read(catalog.manifest(), folder)
+            self.layout = self.manifest.layout
+            self.pca = _read_pca(catalog.pca(), self.manifest, folder)
+            same = before is not None and before.manifest.compactions == self.manifest.compactions
+            before = before if same else None
+            self._base: list[Tensor] | None = None
+            self.buffers = Buffers(self.layout) if buffers is None else buffers
+            if buffers is not None:
+                self.pieces = [buffers.take(self.manifest.rows)] if self.manifest.rows else []
+            else:
+                self.pieces = self._find_pieces(before) if pieces is None else pieces
+            self._find_dead(before)
+        stores = [self.layout.stores(piece) for piece in self.pieces]
+        self.stores: dict[str, list[Store]] = {role: [of[role] for of in stores] for role in self.manifest.kept}
+        self._masks: dict[str, Tensor] = {}
+
+    def __len__(self) -> int:
+        return self.manifest.rows - self.dead_count
+
+    def _find_pieces(self, before: Snapshot | None) -> list[list[Tensor]]:
+        manifest, pieces = self.manifest, []
+        if manifest.base:
+            assert self.folder is not None and manifest.segment is not None
+            unchanged = before is not None and before.manifest.base == manifest.base
+            self._base = before._base if unchanged else None
+            if self._base is None:
+                self._base = map_rows(self.folder, manifest.segment, self.layout, manifest.base)
+            pieces.append(self._base)
+        behind = manifest.rows - manifest.base
+        if behind:
+            there = 0
+            if before is not None and before.manifest.base == manifest.base:
+                self.buffers, there = before.buffers, before.manifest.rows - manifest.base
+            self._check_tail()
+            for first, count, packed in self.catalog.tail(manifest.base + there):
+                self.buffers.append(self.layout.unpack(packed, count), first - manifest.base)
+            pieces.append(self.buffers.take(behind))
+        return pieces
+
+    def _check_tail(self) -> None:
+        expected = self.manifest.base
+        for first, count, size in self.catalog.tail_sizes():
+            if first != expected or type(count) is not int or count < 1 or size != count * self.layout.row_bytes:
+                break
+            expected += count
+        if expected != self.manifest.rows:
+            raise DamagedIndexError(f"{self.folder} is damaged: the vectors of small adds are not what was written")
+
+    def _find_dead(self, before: Snapshot | None) -> None:
+        """Dead slots, as a bool for every slot, or `None` if there are none."""
+        rows = self.manifest.rows
+        slots, self._dead_number = self.catalog.dead(before._dead_number if before else 0)
+        self.dead, self.dead_count = None, len(slots) + (before.dead_count if before else 0)
+        if len(slots) and not (slots.min() >= 0 and slots.max() < rows):
+            raise DamagedIndexError(f"{self.folder} is damaged: it deletes documents that it does not have")
+        if self.dead_count:
+            self.dead = torch.zeros(rows, dtype=torch.bool)
+            if before is not None and before.dead is not None:
+                self.dead[: len(before.dead)] = before.dead
+            self.dead[torch.from_numpy(slots)] = True
+
+    # Reading
+
+    def allowed(
+        self, where: Mapping[str, Any] | None, include: Sequence[str] | None, exclude: Sequence[str] | None
+    ) -> Tensor | None:
+        """A bool for every slot, whether a search may find it, or `None` if it may find all."""
+        mask = None if self.dead is None else ~self.dead
+        with self._lock, self.catalog.errors():
+            if where is not None:
+                selected = self._selected(where)
+                mask = selected if mask is None else mask & selected
+            for ids, wanted in ((include, True), (exclude, False)):
+                if ids is not None:
+                    slots = torch.tensor(list(self.catalog.slots(check_ids(ids)).values()), dtype=torch.int64)
+                    chosen = torch.full((self.manifest.rows,), not wanted).index_fill_(0, slots, wanted)
+                    mask = chosen if mask is None else mask & chosen
+        return mask
+
+    def _selected(self, where: Mapping[str, Any]) -> Tensor:
+        """A bool for every slot. The last filters are remembered: people search with the same ones again and again."""
+        try:
+            key = json.dumps(where)
+        except (TypeError, ValueError):  # a set for `$in`, for instance
+            key = None
+        mask = self._masks.get(key) if key else None
+        if mask is None:
+            mask = torch.zeros(self.manifest.rows, dtype=torch.bool)
+            mask[torch.from_numpy(self.catalog.where(where))] = True
+            if key:
+                self._masks[key] = mask
+                if len(self._masks) > _MOST_FILTERS:
+                    del self._masks[next(iter(self._masks))]
+        return mask
+
+    def documents(self, slots: Sequence[int]) -> dict[int, tuple[str, dict[str, Any]]]:
+        """The ids and metadata of slots that are not dead."""
+        with self._lock, self.catalog.errors():
+            return self.catalog.documents(slots)
+
+    def slots(self, ids: Sequence[str]) -> dict[str, int]:
+        """The slots of those ids that are there."""
+        with self._lock, self.catalog.errors():
+            return self.catalog.slots(ids)
+
+    def after(self, slot: int, count: int) -> list[int]:
+        """The slots of the next documents from a slot on."""
+        with self._lock, self.catalog.errors():
+            return self.catalog.after(slot, count)
+
+    def ids(self) -> list[str]:
+        """All ids, in order of slots."""
+        with self._lock, self.catalog.errors():
+            return [i for i, _ in self.catalog.all()]
+
+    def get(self, slots: Sequence[int]) -> list[Document]:
+        """The documents of slots that are not dead."""
+        texts = self.documents(slots)
+        embeddings = self._embeddings(slots)
+        return [Document(*texts[slot], embedding) for slot, embedding in zip(slots, embeddings, strict=True)]
+
+    def _embeddings(self, slots: Sequence[int]) -> Tensor:
+        """What is kept of documents, as near as it can be had: `[n, vectors, kept_dim]` float32."""
+        store, dim = self.layout.stores(self.take(slots))[self.best_role], self.manifest.kept_dim
+        return torch.cat([decode(s.stored, s.scales, store.quantization, dim) for s in store.slabs], dim=1)
+
+    def verify(self) -> list[str]:
+        """Read every byte and say what is wrong."""
+        manifest, parts = self.manifest, self.layout.parts
+        with self._lock, self.catalog.errors():
+            wrong = self.catalog.verify(manifest.rows)
+            chunks = self.catalog.chunks()
+            if manifest.segment is not None:
+                for _ in self.catalog.tail(manifest.base):  # which looks at the sums
+                    pass
+        starts = np.cumsum([0, *(count for _, count, _ in chunks)]).tolist()
+        sound = all(len(sums) == len(parts) and count > 0 for _, count, sums in chunks)
+        if not sound or starts != [*(first for first, _, _ in chunks), manifest.base]:
+            wrong.append("the sums of the files are not those of its documents")
+        elif manifest.segment is not None:
+            assert self.folder is not None
+            wrong += check_rows(self.folder, manifest.segment, self.layout, chunks)
+        for piece in self.pieces:
+            if piece is not self._base and not all(t.isfinite().all() for t in piece if t.dtype.is_floating_point):
+                wrong.append("some vectors hold NaN or infinity")
+        return wrong
+
+    def take(self, slots: Sequence[int] | Tensor) -> list[Tensor]:
+        """The vectors of slots, which are in any order: a tensor for every part."""
+        at, start = torch.as_tensor(slots, dtype=torch.int64), 0
+        out = [torch.empty(len(at), *part.shape, dtype=part.dtype) for part in self.layout.parts]
+        for piece in self.pieces:
+            here = (at >= start) & (at < start + len(piece[0]))
+            index = at[here] - start
+            for mine, theirs in zip(out, piece, strict=True):
+                mine[here] = theirs[index]
+            start += len(piece[0])
+        return out
+
+    def blocks(self) -> Iterator[list[Tensor]]:
+        """The vectors of all documents that are not dead, in order, some at a time."""
+        step = max(1, _BLOCK_BYTES // self.layout.row_bytes)
+        start = 0
+        for piece in self.pieces:
+            for at in range(0, len(piece[0]), step):
+                block = [tensor[at : at + step] for tensor in piece]
+                if self.dead is not None:
+                    alive = ~self.dead[start + at : start + at + len(block[0])]
+                    block = [tensor[alive] for tensor in block]
+                if len(block[0]):
+                    yield block
+            start += len(piece[0])
+
+    @property
+    def best_role(self) -> str:
+        """The copy of the vectors that is nearest to what was added."""
+        return "exact" if "exact" in self.manifest.kept else "main"
+
+    # Searching
+
+    def search(
+        self,
+        queries: Any,
+        k: int,
+        budget: Budget | None,
+        stages: Any,
+        where: Mapping[str, Any] | None,
+        include: Sequence[str] | None,
+        exclude: Sequence[str] | None,
+        backend: str,
+    ) -> tuple[Tensor, Tensor]:
+        """Scores and slots `[Q, k]`, best first, equal scores by lower slot."""
+        check_k(k)
+        allowed = self.allowed(where, include, exclude)
+        stack = as_stack(queries, "queries")
+        available = self.manifest.rows if allowed is None else int(allowed.sum())
+        if isinstance(stages, str):
+            if stages != "auto":
+                raise ValueError(f"stages must be 'auto', None, or a list of Stage, not {stages!r}")
+            stages = self._auto_stages(stack.shape[1], budget, k) if available > _FEW_DOCUMENTS else ()
+        stages = self._check_stages(stages or (), k)
+        last = Stage(budget or (stack.shape[1], self.manifest.vectors), k, self.best_role)
+        first, *others = [*stages, last]
+        scores, slots = self._scan(stack, first, allowed, available, backend)
+        for stage in others:
+            slots = slots.sort(dim=1).values
+            scores = rescore(stack, self._side(stage.quantization), slots, stage.budget, backend=backend)
+            scores, order = top_k(scores, stage.keep)
+            slots = slots.gather(1, order)
+        return scores, slots
+
+    def _scan(
+        self, queries: Tensor, stage: Stage, allowed: Tensor | None, available: int, backend: str
+    ) -> tuple[Tensor, Tensor]:
+        """The first stage: of all documents that are allowed."""
+        side, hidden = self._side(stage.quantization), self.manifest.rows - available
+        if allowed is None or hidden > _MOST_HIDDEN:
+            found = search(queries, side, stage.keep, stage.budget, include=allowed, backend=backend)
+            return found.scores, found.indices
+        found = search(queries, side, stage.keep + hidden, stage.budget, backend=backend)
+        # The best `keep + hidden` of all hold the best `keep` of those that are allowed; these go to the front.
+        order = (~allowed[found.indices]).int().sort(dim=1, stable=True).indices[:, : min(stage.keep, available)]
+        return found.scores.gather(1, order), found.indices.gather(1, order)
+
+    def _side(self, role: str) -> Any:
+        """One copy of the documents, as `search` and `rescore` take documents."""
+        return SimpleNamespace(
+            stores=self.stores[role],
+            project=self.project,
+            vectors=self.manifest.kept[role][1],
+            input_dim=self.manifest.dim,
+            device=torch.device("cpu"),
+        )
+
+    def project(self, x: Tensor) -> Tensor:
+        """Do to queries what was done to the documents."""
+        return x if self.pca is None else x @ self.pca
+
+    def _auto_stages(self, r_q: int, budget: Budget | None, k: int) -> list[Stage]:
+        r_q, r_c = budget or (r_q, self.manifest.vectors)
+        kept, stages = self.manifest.kept, []
+        for (q, c), keep in (((1, 1), max(1000, 10 * k)), ((4, 8), max(200, 4 * k))):
+            if self.manifest.pooling is not None:
+                q = r_q  # the vectors of such queries are in no order of importance
+            if q <= r_q and c < r_c:
+                small = not stages and "first" in kept and c <= kept["first"][1]
+                stages.append(Stage((q, c), keep, "first" if small else "main"))
+        if "exact" in kept:
+            stages.append(Stage((r_q, r_c), max(50, 4 * k), "main"))
+        return stages
+
+    def _check_stages(self, stages: Iterable[Any], k: int) -> list[Stage]:
+        kept, checked = self.manifest.kept, []
+        for given in stages:
+            stage = given
+            if isinstance(given, tuple | list) and len(given) == 2:
+                stage = Stage(given[0], given[1])
+            elif isinstance(given, tuple | list) and len(given) == 3:
+                stage = Stage(given[0], given[2], given[1])
+            if not hasattr(stage, "budget"):
+                raise TypeError(f"a stage must be a Stage, or (budget, keep) such as ((1, 1), 1000), not {given!r}")
+            if isinstance(stage.keep, bool) or not isinstance(stage.keep, int):
+                raise TypeError(f"{stage}: the number of documents to keep must be an int")
+            if stage.keep < k or (checked and stage.keep > checked[-1].keep):
+                raise ValueError(f"{stage} must keep at least k = {k} documents, and no more than the stage before")
+            roles = [r for r in ROLES if r in kept and stage.quantization in (r, kept[r][0], None)]
+            role = "main" if stage.quantization is None else next(iter(roles), None)
+            if role is None:
+                raise ValueError(f"{stage}: the index keeps {dict(kept)}, not {stage.quantization!r}")
+            checked.append(Stage(stage.budget, stage.keep, role))
+        return checked
+
+
+def check_ids(ids: Any) -> list[str]:
+    """Return the ids as a list if they are ids.
+
+    Raises:
+        TypeError: if they are not a list of text.
+        ValueError: if one is empty, or holds what UTF-8 or SQLite cannot.
+    """
+    if isinstance(ids, str | bytes | Mapping) or not isinstance(ids, Iterable):
+        raise TypeError(f"ids must be a list of str, not {ids!r}")
+    ids = list(ids)
+    for i in ids:
+        if not isinstance(i, str):
+            raise TypeError(f"ids must be str, not {i!r}")
+        if not i or "\0" in i or (not i.isprintable() and not _encodable(i)):
+            raise ValueError(f"an id must not be empty, nor hold the character NUL or half a character: {i!r}")
+    return ids
+
+
+def _encodable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _read_pca(raw: bytes | None, manifest: Manifest, folder: Path | None) -> Tensor | None:
+    expected = 4 * manifest.dim * manifest.kept_dim
+    if raw is None and manifest.dim == manifest.kept_dim:
+        return None
+    if raw is None or len(raw) != expected:
+        raise DamagedIndexError(
+            f"{folder} is damaged: its PCA is not of {manifest.dim} and {manifest.kept_dim} dimensions"
+        )
+    pca = torch.from_numpy(np.frombuffer(raw, np.float32).copy()).view(manifest.dim, manifest.kept_dim)
+    if not pca.isfinite().all():
+        raise DamagedIndexError(f"{folder} is damaged: its PCA holds NaN or infinity")
+    return pca

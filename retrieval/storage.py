@@ -1,0 +1,453 @@
+"""How an index keeps vectors: one file for every group of vectors, appended to, memory-mapped, and checked.
+
+The first vector of every document lies apart from the next three, these from the next four, and so on at the edges of
+the usual budgets, so that a budget reads only what it needs. Each such group (a *part*) is a file of its own with one
+row for every document: adding documents appends rows, so there is one array for every part however often documents
+were added. Nothing that was written is ever changed. The catalog (see `metadata.py`) says how many rows count, and its
+transaction is the commit: rows behind them are of an interrupted `add`, and the next writer cuts them off.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import itertools
+import json
+import mmap
+import os
+import re
+import secrets
+import socket
+import stat
+import time
+import warnings
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import filelock
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..scoring_metaembed import check_finite
+from .quantization import bytes_per_vector, check_quantization, encode
+from .search import Slab, Store
+
+ROLES = ("first", "main", "exact")  # what a copy of the vectors is for; "main" is always there
+LOCK, QUEUE, HOLDER = "index.lock", "index.lock.queue", "index.lock.holder"
+
+_EDGES = (1, 4, 8, 16, 64)  # the document sides of the default budgets
+_HEADER = 4096  # bytes in front of the rows, so that they begin at a page
+_ENCODED_AT_ONCE = 1 << 24  # numbers
+_NAME = re.compile(r"[0-9a-f]{16}")
+_FILE = re.compile(r"vectors-([0-9a-f]{16})\.[a-z]+\.[0-9]+\.(vectors|scales)")
+
+
+class DamagedIndexError(ValueError):
+    """A file of the index is missing, or does not hold what was written."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """An array with a row for every document: some consecutive vectors of one copy, or their scales."""
+
+    role: str
+    slab: int
+    kind: str  # "vectors" or "scales"
+    dtype: torch.dtype
+    shape: tuple[int, ...]  # of a row
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes that a document takes."""
+        return int(np.prod(self.shape)) * self.dtype.itemsize
+
+    def file_name(self, segment: str) -> str:
+        """The name of the part's file in a segment."""
+        return f"vectors-{segment}.{self.role}.{self.slab}.{self.kind}"
+
+    def header(self, segment: str) -> bytes:
+        """What the file must begin with: a file that was swapped with another one is noticed when it is opened."""
+        described = {"metaembed": "vectors", "format": 2, "file": self.file_name(segment)}
+        described |= {"dtype": str(self.dtype).removeprefix("torch."), "row": self.shape}
+        return json.dumps(described).encode().ljust(_HEADER)
+
+    def view(self, raw: np.ndarray, rows: int) -> Tensor:
+        """Bytes as the tensor `[rows, *shape]`. Copies nothing."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")  # nobody writes to it
+            return torch.from_numpy(raw).view(self.dtype).view(rows, *self.shape)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What is kept of a document: for every role the quantization and the number of vectors, of `dim` dimensions."""
+
+    kept: Mapping[str, tuple[str, int]]
+    dim: int
+
+    @cached_property
+    def parts(self) -> tuple[Part, ...]:
+        """The arrays, in the order in which they are written."""
+        parts = []
+        for role, (quantization, vectors) in self.kept.items():
+            for slab, n in enumerate(_slabs(vectors)):
+                stored, scales = encode(torch.zeros(1, n, self.dim), quantization)
+                parts.append(Part(role, slab, "vectors", stored.dtype, tuple(stored.shape[1:])))
+                if scales is not None:
+                    parts.append(Part(role, slab, "scales", scales.dtype, tuple(scales.shape[1:])))
+        return tuple(parts)
+
+    @cached_property
+    def row_bytes(self) -> int:
+        """Bytes that a document's vectors take, all copies together."""
+        return sum(vectors * bytes_per_vector(q, self.dim) for q, vectors in self.kept.values())
+
+    def blocks(self, stack: Tensor) -> Iterator[Tensor]:
+        """Split documents `[n, r, dim]` into so many as are encoded at a time."""
+        yield from stack.split(max(1, _ENCODED_AT_ONCE // (stack.shape[1] * stack.shape[2])))
+
+    def encode(self, stack: Tensor) -> list[Tensor]:
+        """Documents `[n, r, dim]` float32 as they are kept: a tensor for every part."""
+        check_finite(stack, "embeddings")
+        encoded = []
+        for quantization, vectors in self.kept.values():
+            for group in stack[:, :vectors].split(_slabs(vectors), dim=1):
+                encoded += [x.contiguous() for x in encode(group, quantization) if x is not None]
+        return encoded
+
+    def stores(self, tensors: Sequence[Tensor]) -> dict[str, Store]:
+        """Tensors, one for every part, as what is searched, for every role."""
+        of = {(part.role, part.slab, part.kind): tensor for part, tensor in zip(self.parts, tensors, strict=True)}
+        return {
+            role: Store(
+                [Slab(of[role, i, "vectors"], of.get((role, i, "scales"))) for i in range(len(_slabs(vectors)))],
+                quantization,
+                self.dim,
+                checked=True,
+            )
+            for role, (quantization, vectors) in self.kept.items()
+        }
+
+    def pack(self, tensors: Sequence[Tensor]) -> bytes:
+        """The bytes of some documents, part after part."""
+        return b"".join(_bytes(tensor).tobytes() for tensor in tensors)
+
+    def unpack(self, packed: bytes, rows: int) -> list[Tensor]:
+        """Undo `pack`."""
+        raw, tensors, start = np.frombuffer(packed, np.uint8), [], 0
+        for part in self.parts:
+            stop = start + rows * part.row_bytes
+            tensors.append(part.view(raw[start:stop].copy(), rows))
+            start = stop
+        return tensors
+
+
+def check_kept(quantization: Any, vectors: int) -> dict[str, tuple[str, int]]:
+    """Make `{role: (quantization, vectors)}` of what a caller gives, `"int8"` or `{"main": "int8", "first": ...}`."""
+    given = {"main": quantization} if isinstance(quantization, str) else quantization
+    if not isinstance(given, Mapping) or "main" not in given or not set(given) <= set(ROLES):
+        raise ValueError(
+            'quantization must be a name such as "int8", or a dict with "main", and "first" or "exact", such as '
+            f'{{"first": ("binary", 1), "main": "int8", "exact": "float32"}}, not {quantization!r}'
+        )
+    kept = {}
+    for role in ROLES:
+        if role not in given:
+            continue
+        name, n = (given[role], vectors) if isinstance(given[role], str) else _pair(given[role])
+        if not isinstance(n, int) or isinstance(n, bool) or not 1 <= n <= vectors or (role != "first" and n < vectors):
+            raise ValueError(
+                f"quantization keeps {n!r} vectors as {role!r}: only 'first' may keep fewer than {vectors}"
+            )
+        kept[role] = (check_quantization(name), n)
+    return kept
+
+
+def _pair(value: Any) -> tuple[str, int]:
+    if not isinstance(value, Sequence) or len(value) != 2:
+        raise ValueError(f'a quantization must be a name such as "int8" or (name, vectors), not {value!r}')
+    return value[0], value[1]
+
+
+def _slabs(vectors: int) -> list[int]:
+    edges = [0, *(edge for edge in _EDGES if edge < vectors), vectors]
+    return [stop - start for start, stop in itertools.pairwise(edges)]
+
+
+class Buffers:
+    """Parts in memory that grow. What was taken from them stays as it is: rows are only added behind it."""
+
+    def __init__(self, layout: Layout):
+        self._layout, self._capacity = layout, 0
+        self._tensors = [torch.empty(0, *part.shape, dtype=part.dtype) for part in layout.parts]
+        self.rows = 0
+
+    def append(self, tensors: Sequence[Tensor], at: int) -> None:
+        """Put documents behind the first `at` ones."""
+        rows = at + len(tensors[0])
+        if rows > self._capacity:
+            self._capacity = max(rows, self._capacity * 3 // 2)
+            for i, old in enumerate(self._tensors):
+                self._tensors[i] = torch.empty(self._capacity, *old.shape[1:], dtype=old.dtype)
+                self._tensors[i][:at] = old[:at]
+        for mine, new in zip(self._tensors, tensors, strict=True):
+            mine[at:rows] = new
+        self.rows = rows
+
+    def take(self, rows: int) -> list[Tensor]:
+        """The first rows. Copies nothing."""
+        return [tensor[:rows] for tensor in self._tensors]
+
+
+def new_segment() -> str:
+    """A name that no other segment has."""
+    return secrets.token_hex(8)
+
+
+def append_rows(
+    folder: Path, segment: str, layout: Layout, at: int, blocks: Iterable[Sequence[Tensor]]
+) -> tuple[int, list[int]]:
+    """Write documents behind the first `at` ones of a segment, and have them on the disk.
+
+    Args:
+        folder: Of the index.
+        segment: Its name; its files are created if `at` is 0.
+        layout: What the files hold.
+        at: How many rows count; what is behind them is cut off.
+        blocks: Tensors for every part, some documents at a time.
+
+    Returns:
+        How many rows were written, and for every part the CRC-32 of them.
+    """
+    sums, rows = [0] * len(layout.parts), 0
+    with contextlib.ExitStack() as opened:
+        files = []
+        for part in layout.parts:
+            if at:
+                open_part(folder, segment, part, at).close()
+            flags = os.O_WRONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+            flags |= os.O_CREAT | os.O_TRUNC if at == 0 else 0
+            file = opened.enter_context(
+                open(os.open(folder / part.file_name(segment), flags, 0o666), "wb", buffering=0)
+            )
+            file.truncate(_HEADER + at * part.row_bytes)
+            if at == 0:
+                _write(file, part.header(segment))
+            file.seek(_HEADER + at * part.row_bytes)
+            files.append(file)
+        try:
+            for block in blocks:
+                for i, (file, tensor) in enumerate(zip(files, block, strict=True)):
+                    raw = memoryview(_bytes(tensor))
+                    _write(file, raw)
+                    sums[i] = zlib.crc32(raw, sums[i])
+                rows += len(block[0])
+            for file in files:
+                os.fsync(file.fileno())
+        except BaseException:
+            for part, file in zip(layout.parts, files, strict=True):
+                with contextlib.suppress(OSError):
+                    file.truncate(_HEADER + at * part.row_bytes)
+            raise
+    if at == 0:
+        flush_folder(folder)
+    return rows, sums
+
+
+def map_rows(folder: Path, segment: str, layout: Layout, rows: int) -> list[Tensor]:
+    """Map the first rows of a segment into memory, after a look at whether the files are what was written.
+
+    Raises:
+        FileNotFoundError: if a file is missing.
+        DamagedIndexError: if a file is not what it should be.
+    """
+    tensors = []
+    for part in layout.parts:
+        with open_part(folder, segment, part, rows) as file:
+            mapped = mmap.mmap(file.fileno(), _HEADER + rows * part.row_bytes, access=mmap.ACCESS_READ)
+            tensors.append(part.view(np.frombuffer(mapped, np.uint8, offset=_HEADER), rows))
+    return tensors
+
+
+def open_part(folder: Path, segment: str, part: Part, rows: int) -> Any:
+    """Open the file of a part for reading, at its first row, if it is of that part and holds so many rows."""
+    path = folder / part.file_name(segment)
+    file = open_regular(path)
+    try:
+        header, size = file.read(_HEADER), os.fstat(file.fileno()).st_size
+        if header != part.header(segment):
+            raise DamagedIndexError(
+                f"{path} is damaged: it does not begin as {part.role} {part.kind} of this index do"
+            )
+        if size < _HEADER + rows * part.row_bytes:
+            raise DamagedIndexError(
+                f"{path} is damaged: {rows} documents need {_HEADER + rows * part.row_bytes} bytes, and it has {size}"
+            )
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
+def check_rows(folder: Path, segment: str, layout: Layout, chunks: Sequence[tuple[int, int, list[int]]]) -> list[str]:
+    """Read all rows and say what is wrong with them.
+
+    Args:
+        folder: Of the index.
+        segment: Its name.
+        layout: What the files hold.
+        chunks: What was written at a time: the first row, how many, and for every part the CRC-32.
+    """
+    wrong, rows = [], sum(count for _, count, _ in chunks)
+    with contextlib.ExitStack() as opened:  # all at once, since others may delete them meanwhile
+        files = [opened.enter_context(open_part(folder, segment, part, rows)) for part in layout.parts]
+        for i, (part, file) in enumerate(zip(layout.parts, files, strict=True)):
+            for first, count, sums in chunks:
+                total, sound = _read_chunk(part, file, count)
+                if total != sums[i]:
+                    wrong.append(f"{file.name}: documents {first} to {first + count - 1} are not what was written")
+                elif not sound:
+                    wrong.append(f"{file.name}: documents {first} to {first + count - 1} hold NaN or infinity")
+    return wrong
+
+
+def _read_chunk(part: Part, file: Any, count: int) -> tuple[int, bool]:
+    """The CRC-32 of the next rows, and whether there is no NaN or infinity among them."""
+    total, sound = 0, True
+    step = max(1, (1 << 24) // part.row_bytes)
+    for at in range(0, count, step):
+        rows = min(step, count - at)
+        raw = np.frombuffer(bytearray(file.read(rows * part.row_bytes)), np.uint8)
+        total, sound = zlib.crc32(raw, total), sound and finite(part, raw, rows)
+    return total, sound
+
+
+def finite(part: Part, raw: np.ndarray, rows: int) -> bool:
+    """Whether there is no NaN or infinity in the bytes of a part."""
+    return not part.dtype.is_floating_point or bool(part.view(raw, rows).isfinite().all())
+
+
+def segment_files(folder: Path) -> dict[str, list[Path]]:
+    """The files of every segment in the folder, whether it counts or not."""
+    found: dict[str, list[Path]] = {}
+    for path in folder.iterdir():
+        if match := _FILE.fullmatch(path.name):
+            found.setdefault(match[1], []).append(path)
+    return found
+
+
+def is_segment(name: Any) -> bool:
+    """Whether this can be the name of a segment (and so leads to no file outside the folder)."""
+    return isinstance(name, str) and _NAME.fullmatch(name) is not None
+
+
+def remove(paths: Iterable[Path]) -> None:
+    """Delete files. One that Windows still has mapped stays, for the next writer."""
+    for path in paths:
+        with contextlib.suppress(FileNotFoundError, PermissionError):
+            path.unlink()
+
+
+def check_regular(path: Path) -> None:
+    """Raise unless this is a file, or nothing: a link or a FIFO could lead anywhere, or wait for ever."""
+    with contextlib.suppress(FileNotFoundError):
+        if not stat.S_ISREG(os.lstat(path).st_mode):
+            raise DamagedIndexError(f"{path} is not a regular file")
+
+
+def open_regular(path: Path) -> Any:
+    """Open a file for reading that is a regular one."""
+    check_regular(path)
+    flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    return open(path, "rb", buffering=0, opener=lambda name, _: os.open(name, flags))
+
+
+def flush_folder(folder: Path) -> None:
+    """Have the names of a folder's files on the disk."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+@contextlib.contextmanager
+def writer_lock(folder: Path, timeout: float) -> Iterator[None]:
+    """Be the only writer of a folder.
+
+    Raises:
+        TimeoutError: if another writer has it for that long; the message says who.
+        PermissionError: if the folder may not be written to.
+    """
+    queue, lock = (_file_lock(folder / name, timeout) for name in (QUEUE, LOCK))
+    try:
+        with queue:  # who waits for the lock holds the queue: a busy writer does not get the lock twice in a row
+            lock.acquire()
+    except filelock.Timeout:
+        raise TimeoutError(
+            f"{folder} is being written to by {_holder(folder)}; this process waited for {timeout:g} seconds. "
+            "Try again later, or give the index a longer timeout"
+        ) from None
+    except OSError as error:
+        raise _explained(error, folder) from error
+    try:
+        holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+        check_regular(folder / HOLDER)
+        with contextlib.suppress(OSError):  # a full disk must not keep anyone from deleting
+            (folder / HOLDER).write_text(json.dumps(holder), encoding="utf-8")
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            (folder / HOLDER).unlink()
+        lock.release()
+
+
+def _file_lock(path: Path, timeout: float) -> filelock.BaseFileLock:
+    check_regular(path)
+    return filelock.FileLock(path, timeout=timeout, thread_local=False, poll_interval=0.01)
+
+
+def _holder(folder: Path) -> str:
+    try:
+        with open_regular(folder / HOLDER) as file:
+            holder = json.loads(file.read(1 << 12))
+        return f"process {int(holder['pid'])} on {holder['host']} (since {holder['since']})"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "another process"
+
+
+@contextlib.contextmanager
+def explained(folder: Path) -> Iterator[None]:
+    """Say of an error of the operating system what it means for the index."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise _explained(error, folder) from error
+
+
+def _explained(error: OSError, folder: Path) -> OSError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return OSError(error.errno, f"the disk of {folder} is full; nothing of this operation was kept")
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return PermissionError(error.errno, f"{folder} may not be written to by this process; nothing was changed")
+    return error
+
+
+def _bytes(tensor: Tensor) -> np.ndarray:
+    """The bytes of a contiguous tensor, flat. Copies nothing."""
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy()
+
+
+def _write(file: Any, raw: Any) -> None:
+    """Write all of it: one call may write less, for instance when the disk is nearly full."""
+    left = memoryview(raw)
+    while left:
+        left = left[file.write(left) :]
