@@ -124,7 +124,7 @@ def find_source(backbone: Any, processor: Any, loading: dict[str, Any]) -> Sourc
         whole, missing = backbone, set()
         name, commit = headless(backbone).config._name_or_path or None, None
     found = headless(whole)
-    own = plain_processor(copy.deepcopy(processor), found)  # the caller's own is not changed
+    own = plain_processor(copy.deepcopy(processor), found)  # the caller's processor is not changed
     return Source(whole, found, own, name, commit, frozenset(missing))
 
 
@@ -232,10 +232,10 @@ def check_rebuilds(backbone: PreTrainedModel) -> None:
 
 
 def plain_processor(processor: Any, backbone: PreTrainedModel) -> Any:
-    """Return the processor of the backbone where the given one is that of a retriever around it.
+    """Return the backbone's processor; if the given one belongs to a retriever around the backbone, build it.
 
     A retriever's processor takes either texts or images and adds prompts of its own; the backbone's takes any input.
-    Both are made of the same parts, but for the video processor, which retrievers of pages lack.
+    Both have the same parts, except the video processor, which retrievers of pages lack.
     """
     expected = PROCESSOR_MAPPING.get(type(backbone.config), None)
     if expected is None or isinstance(processor, expected) or not hasattr(processor, "tokenizer"):
@@ -266,6 +266,6 @@ def matching_projection(model: nn.Module, backbone: nn.Module, embedding_dim: in
 
 @torch.no_grad()
 def set_linear(linear: nn.Linear, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-    """Copy trained weights into a linear layer with a bias; where they have none, it is zero."""
+    """Copy trained weights into a linear layer with a bias, which is zero if they have none."""
     linear.weight.copy_(weight)
     linear.bias.copy_(torch.zeros_like(linear.bias) if bias is None else bias)

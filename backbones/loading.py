@@ -25,11 +25,11 @@ def load_backbone(source: Any, **kwargs: Any) -> tuple[PreTrainedModel, Any, set
 
     Args:
         source: Hub id or folder of a plain backbone, of one with a head, or of a late-interaction retriever.
-        **kwargs: For `from_pretrained` of the model; those that say where to load from hold for the processor too.
+        **kwargs: For `from_pretrained` of the model; those that say where to load from apply to the processor too.
 
     Returns:
         The model, of which [`headless`] is the backbone, its processor (or tokenizer), and the names of backbone
-        weights that the checkpoint lacks: allowed only where the embedding does not depend on them.
+        weights that the checkpoint lacks: allowed only if the embedding does not depend on them.
 
     Raises:
         ValueError: If a weight has another shape than the checkpoint's, one of the checkpoint's belongs neither to
@@ -75,7 +75,7 @@ def grow_embedding(backbone: PreTrainedModel, token_ids: list[int], vocabulary: 
     """Give every Meta Token its own row in the backbone's input embedding.
 
     The rows are drawn from a normal distribution with the mean and standard deviation, per dimension, of the rows of
-    the other tokens: so they lie where the backbone expects embeddings, and all differ.
+    the other tokens: so they have the scale of the backbone's embeddings, and all differ.
 
     Args:
         backbone: Changed in place; its embedding grows if the tokens do not fit its spare rows.
@@ -90,6 +90,8 @@ def grow_embedding(backbone: PreTrainedModel, token_ids: list[int], vocabulary: 
         weight = backbone.get_input_embeddings().weight
         known = weight[:vocabulary].float()  # [vocabulary, hidden]
         shape, generator = (len(token_ids), weight.shape[1]), torch.Generator("cpu").manual_seed(seed)
-        noise = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")  # whatever the defaults are
+        noise = torch.randn(
+            shape, generator=generator, dtype=torch.float32, device="cpu"
+        )  # for any default dtype and device
         drawn = known.mean(dim=0) + known.std(dim=0) * noise.to(weight.device)
         weight[token_ids[0] : token_ids[-1] + 1] = drawn.to(weight.dtype)

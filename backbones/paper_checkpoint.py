@@ -145,7 +145,7 @@ def _read(folder: Path) -> dict[str, Tensor]:
 
 
 def _unpickle(path: Path) -> dict[str, Tensor]:
-    """Return the tensors in a .bin file, running no code that is in it."""
+    """Return the tensors in a .bin file, without running code in it."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except UnpicklingError as error:
@@ -176,7 +176,7 @@ def _base_of(folder: Path) -> tuple[str, str | None]:
 
 
 def _load_base(base: str | Path, **options: Any) -> tuple[PreTrainedModel, Any]:
-    """Return the backbone that an adapter was trained on, loaded whole, and its processor."""
+    """Return the backbone that an adapter was trained on, loaded completely, and its processor."""
     whole, processor, missing = load_backbone(base, **options)
     check_loading(base, {"missing_keys": missing})
     return headless(whole), processor
@@ -208,7 +208,7 @@ def _adapter_config(folder: Path) -> dict[str, Any]:
 
 
 def _check_adapter(folder: Path, config: dict[str, Any]) -> None:
-    """Raise unless an adapter is plain LoRA, the same for every layer, on a base that stayed as it was."""
+    """Raise unless an adapter is plain LoRA, the same for every layer, on an unchanged base."""
     if str(config.get("peft_type")).upper() != "LORA":
         raise ValueError(f"the adapter {folder} is of peft_type {config.get('peft_type')!r}: only LORA is supported.")
     for setting in ("rank_pattern", "alpha_pattern", "use_dora", "fan_in_fan_out", "layer_replication"):

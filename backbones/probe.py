@@ -1,4 +1,4 @@
-"""What a backbone does with its inputs, found out by running it once on small ones when a model is created."""
+"""Measures how a backbone treats its inputs, by running it once on small ones when a model is created."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def picture(seed: int) -> Image.Image:
 def measure(model: MetaEmbedModel) -> None:
     """Set every trait in `model.config.traits` to what the backbone does: see [`BackboneTraits`].
 
-    The order matters: each question is asked by means of the processor, which heeds the answers before it.
+    The order matters: each question uses the processor, which heeds the answers to those before it.
 
     Args:
         model: The model, on its device, in evaluation mode.
@@ -85,9 +85,9 @@ class Probe:
         """Whether the first items of a batch keep the rows [n, R, D] that each has alone."""
         try:
             together = self.embed(items, **options)[: len(alone)]
-        except Exception:  # refused by the backbone's processor, or by the backbone
+        except Exception:  # the backbone's processor or the backbone refuses it
             return False
-        # Half of the digits: far above the noise of another batch shape, far below what a leak changes. Of float32 at
+        # Half of the digits: far above the noise of another batch shape, far below the effect of a leak. Of float32 at
         # most: rotary positions have no more.
         digits = max(torch.finfo(dtype).eps for dtype in (self.model.backbone.dtype, torch.float32))
         return bool((together - alone).norm(dim=-1).max() < digits**0.5)
@@ -140,7 +140,7 @@ def takes_nested_images(probe: Probe) -> bool:
 
 
 def options_needed(probe: Probe) -> dict[str, Any]:
-    """Return the options without which the processor withholds what the backbone needs from one kind of input."""
+    """Return the options that make the processor return everything that the backbone needs for one kind of input."""
     with probe.assuming(processor_options=None):
         return next(filter(None, probe.for_each_kind(lambda item: options_for(probe, item))), {})
 
@@ -191,7 +191,7 @@ def mixes_images(probe: Probe) -> bool:
     except Exception:  # one image at most: an input with two will say so
         pass
     with probe.assuming(mixes_images=True):  # so that the processor lets them try
-        # Texts at both ends: some processors lose those that stand after the last image.
+        # Texts at both ends: some processors lose text after the last image.
         return probe.keeps_rows([*items, TEXT], torch.cat([*alone, alone[0]]))
 
 

@@ -28,6 +28,8 @@ from tiny import build  # noqa: E402
 from tqdm.auto import tqdm  # noqa: E402
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES  # noqa: E402
 
+from metaembed.evaluation.tables import markdown_table  # noqa: E402
+
 ALSO = ["modernvbert", "qwen3", "llama", "bert", "modernbert"]
 TIME_LIMIT = 300  # seconds for one architecture
 LONGEST_REASON = 600  # characters
@@ -50,14 +52,10 @@ a model is a backbone if it passes the checks of `MetaEmbedModel.from_backbone`.
 
 ## Backbones that work
 
-| architecture | inputs | prefix | batches |
-|---|---|---|---|
 {table}
 
 ## Backbones that do not work
 
-| architecture | stage | reason |
-|---|---|---|
 {reasons}
 """
 
@@ -101,13 +99,17 @@ def attempt(name: str) -> tuple[bool, list[str]]:
         signal.alarm(0)
 
 
-def read(path: Path) -> dict[str, tuple[bool, str]]:
+def read(path: Path) -> dict[str, tuple[bool, list[str]]]:
     """Return the results in a file written by this command."""
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
     works, _, fails = text.partition("## Backbones that do not work")
-    rows = [(worked, line) for worked, part in ((True, works), (False, fails)) for line in part.splitlines()]
-    rows = [(worked, line) for worked, line in rows if line.startswith("| ") and "| architecture |" not in line]
-    return {line.split(" ")[1]: (worked, line) for worked, line in rows}
+    results = {}
+    for worked, part in ((True, works), (False, fails)):
+        for line in part.splitlines():
+            if line.startswith("| ") and "| architecture |" not in line:
+                name, *cells = line.removeprefix("| ").removesuffix(" |").split(" | ")
+                results[name] = worked, cells
+    return results
 
 
 def main() -> None:
@@ -116,7 +118,7 @@ def main() -> None:
     parser.add_argument("--only", help="names of architectures, separated by commas")
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "backbones.md")
     arguments = parser.parse_args()
-    torch.set_num_threads(1)  # models this small lose by more
+    torch.set_num_threads(1)  # models this small are slower with more
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -125,16 +127,19 @@ def main() -> None:
     for name in tqdm(arguments.only.split(",") if arguments.only else every):
         start = time.perf_counter()
         works, cells = attempt(name)
-        results[name] = works, f"| {name} | " + " | ".join(cells) + " |"
-        tqdm.write(f"{results[name][1]} {time.perf_counter() - start:.1f} s")
-    rows = {works: sorted(row for worked, row in results.values() if worked is works) for works in (True, False)}
+        results[name] = works, cells
+        tqdm.write(f"{name}: {', '.join(cells)}, {time.perf_counter() - start:.1f} s")
+    rows = {
+        works: sorted([name, *cells] for name, (worked, cells) in results.items() if worked is works)
+        for works in (True, False)
+    }
     text = HEADER.format(
         version=transformers.__version__,
         checks=", ".join(check.replace("_", " ") for check in CHECKS),
         works=len(rows[True]),
         total=len(results),
-        table="\n".join(rows[True]),
-        reasons="\n".join(rows[False]),
+        table=markdown_table(["architecture", "inputs", "prefix", "batches"], rows[True]),
+        reasons=markdown_table(["architecture", "stage", "reason"], rows[False]),
     )
     arguments.output.parent.mkdir(exist_ok=True)
     arguments.output.write_text(text, encoding="utf-8")

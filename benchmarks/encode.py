@@ -1,10 +1,10 @@
-"""What encoding costs over the bare backbone, and what asking for fewer Meta Tokens saves.
+"""How much longer encoding takes than the bare backbone, and how much fewer Meta Tokens save.
 
     make benchmark-encode                                writes a section of docs/performance.md
     python benchmarks/encode.py --print                  prints only; [--hidden-size 256] [--layers 6] [--repeats 12]
 
-A Qwen2.5-VL with random weights and its real processor, on the CPU. The variants of a row run in turn, again and
-again, and each keeps the fastest of its runs: other work on the machine only ever adds time.
+Uses a Qwen2.5-VL with random weights and its real processor, on the CPU. The variants of a row take turns, and each
+reports its fastest run, because other work on the machine can only add time.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from report import describe_load, describe_machine, write_report  # noqa: E402
 from tiny_backbone import build_backbone, build_processor  # noqa: E402
 
 from metaembed import MetaEmbedModel  # noqa: E402
+from metaembed.evaluation.tables import markdown_table  # noqa: E402
 
 WORDS = ["red", "apple", "green", "pear", "blue", "table", "two", "cats", "under", "one", "chair"]
 
@@ -54,7 +55,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=12)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--print", action="store_true", help="leave docs/performance.md as it is")
+    parser.add_argument("--print", action="store_true", help="do not write docs/performance.md")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     processor = build_processor([" ".join(WORDS)])
@@ -88,16 +89,24 @@ def main() -> None:
 
 
 def measure_overhead(model: MetaEmbedModel, inputs: dict[str, list], batch_size: int, repeats: int) -> list[str]:
-    """Measure the time of `encode_documents` beside that of the backbone alone, over the same batches of ids."""
-    lines = [
+    """Measure the time of `encode_documents` and of the backbone alone, on the same batches of ids."""
+    head = [
         "`encode_documents` with 64 Meta Tokens over the bare backbone's forward, given the same batches of the same",
-        "tokens ready-made, and over the backbone's own processor and forward on the same inputs:",
+        "tokens, and over the backbone's own processor and forward on the same inputs:",
         "",
-        "| inputs | tokens | forward | processor and forward | `encode_documents` | over forward | over both |",
-        "|---|---|---|---|---|---|---|",
     ]
+    columns = [
+        "inputs",
+        "tokens",
+        "forward",
+        "processor and forward",
+        "`encode_documents`",
+        "over forward",
+        "over both",
+    ]
+    rows = []
     for name, items in inputs.items():
-        batches = [[items[i] for i in indices] for indices in model._batches(items, batch_size)]
+        batches = [[items[i] for i in indices] for indices in model._batches(model.processor.parse(items), batch_size)]
         features = [model.processor.process_documents(batch) for batch in batches]
 
         @torch.inference_mode()
@@ -107,7 +116,7 @@ def measure_overhead(model: MetaEmbedModel, inputs: dict[str, list], batch_size:
 
         @torch.inference_mode()
         def process_and_forward(batches=batches, features=features):
-            """The backbone's own processor and forward, on prompts that hold the same tokens."""
+            """Run the backbone's own processor and forward, on prompts that give the same tokens."""
             for batch, expected in zip(batches, features, strict=True):
                 prompts = prompts_of(model, batch)
                 images = [[item] for item in batch] if isinstance(batch[0], Image.Image) else None
@@ -122,12 +131,10 @@ def measure_overhead(model: MetaEmbedModel, inputs: dict[str, list], batch_size:
 
         seconds = fastest({"forward": forward, "bare": process_and_forward, "ours": encode}, repeats)
         tokens = sum(each["attention_mask"].sum().item() for each in features)
-        lines.append(
-            f"| {name} | {tokens:,} | {seconds['forward'] * 1e3:,.0f} ms | {seconds['bare'] * 1e3:,.0f} ms "
-            f"| {seconds['ours'] * 1e3:,.0f} ms | {seconds['ours'] / seconds['forward'] - 1:+.1%} "
-            f"| {seconds['ours'] / seconds['bare'] - 1:+.1%} |"
-        )
-    return lines
+        times = [f"{seconds[each] * 1e3:,.0f} ms" for each in ("forward", "bare", "ours")]
+        over = [f"{seconds['ours'] / seconds[each] - 1:+.1%}" for each in ("forward", "bare")]
+        rows.append([name, f"{tokens:,}", *times, *over])
+    return [*head, markdown_table(columns, rows)]
 
 
 def prompts_of(model: MetaEmbedModel, batch: list) -> list[str]:
@@ -145,18 +152,17 @@ def prompts_of(model: MetaEmbedModel, batch: list) -> list[str]:
 
 
 def measure_saving(model: MetaEmbedModel, inputs: dict[str, list], batch_size: int, repeats: int) -> list[str]:
-    """Measure what encoding costs with fewer Meta Tokens."""
+    """Measure the time of encoding with fewer Meta Tokens."""
     counts = (64, 16, 4, 1)
-    lines = ["| `encode_documents` | " + " | ".join(f"num_meta={r}" for r in counts) + " | 1 against 64 |"]
-    lines.append("|---" * (len(counts) + 2) + "|")
+    rows = []
     for name, items in inputs.items():
         seconds = fastest(
             {r: lambda r=r, items=items: model.encode_documents(items, r, batch_size=batch_size) for r in counts},
             repeats,
         )
-        cells = " | ".join(f"{seconds[r] * 1e3:,.0f} ms" for r in counts)
-        lines.append(f"| {name} | {cells} | {seconds[64] / seconds[1]:.2f} times faster |")
-    return lines
+        cells = [f"{seconds[r] * 1e3:,.0f} ms" for r in counts]
+        rows.append([name, *cells, f"{seconds[64] / seconds[1]:.2f} times faster"])
+    return [markdown_table(["`encode_documents`", *(f"num_meta={r}" for r in counts), "1 against 64"], rows)]
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What cascades and fewer bytes cost in quality: on the quickstart's task, and on embeddings of the paper's size."""
+"""Quality of cascades and of smaller documents: on the quickstart's task, and on embeddings of the paper's size."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from scenes_embedded import MODEL, embed_scenes
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from metaembed.evaluation.metrics import ndcg, recall
 from metaembed.evaluation.tables import markdown_table
 from metaembed.retrieval.cascade import DEFAULT_STAGES, cascade
 from metaembed.retrieval.collection import EmbeddingCollection
@@ -21,22 +22,21 @@ from metaembed.retrieval.tune_cascade import tune_cascade
 
 QUERIES = 200
 SCENES = 100_000
-DISCOUNTS = 1 / torch.arange(2, 12).float().log2()  # [10]
 
 
 def recall_at_10(found: Tensor, truth: Tensor) -> float:
-    """The share of the true best ten among those found."""
-    return (found[:, :, None] == truth[:, None, :]).any(dim=2).double().mean().item()
+    """Return the share of the true best ten `[Q, 10]` among those found `[Q, 10]`."""
+    ranked = (found[:, :, None] == truth[:, None, :]).any(dim=2)
+    return recall(ranked, torch.full((len(truth),), truth.shape[1])).mean().item()
 
 
 def ndcg_at_10(found: Tensor, relevant: Tensor) -> float:
-    """With a relevance of 0 or 1, `[Q, N]` boolean."""
-    best = torch.stack([DISCOUNTS[:count].sum() for count in relevant.sum(dim=1).clamp(max=10).tolist()])
-    return ((relevant.gather(1, found) * DISCOUNTS).sum(dim=1) / best).mean().item()
+    """Return nDCG@10 of positions `[Q, 10]`, with `relevant` `[Q, N]` boolean."""
+    return ndcg(relevant.gather(1, found), relevant.sum(dim=1)).mean().item()
 
 
 def milliseconds(call: Callable[[Tensor], object], queries: Tensor) -> float:
-    """The median for one query at a time, of processor time: on one thread, whatever else the machine does."""
+    """Return the median processor time of one query at a time, which other work on the machine hardly changes."""
     call(queries[:1])
     times = []
     for query in queries[:50].split(1):
@@ -47,7 +47,7 @@ def milliseconds(call: Callable[[Tensor], object], queries: Tensor) -> float:
 
 
 def measure_cascade(size: str) -> list[str]:
-    """Cascades on the quickstart's model against full scans of our own."""
+    """Compare cascades with full scans, on the quickstart's model."""
     if not MODEL.exists():
         raise SystemExit(f"{MODEL} is not there: run `make quickstart` first")
     torch.set_num_threads(1)
@@ -97,14 +97,14 @@ def measure_cascade(size: str) -> list[str]:
 
 
 def show(stages: tuple) -> str:
-    """Stages as text."""
+    """Return stages as text."""
     return " ".join(f"({r_q},{r_c})->{keep}" for (r_q, r_c), keep in stages) or "no stages"
 
 
 def measure_quality(size: str) -> list[str]:
-    """Quantizations and fewer dimensions against float32."""
+    """Compare quantizations and fewer dimensions with float32."""
     torch.set_num_threads(2)
-    lines = ["## Fewer bytes", "", "At (16, 64). Recall@10 is the share of what float32 finds."]
+    lines = ["## Fewer bytes", "", "At (16, 64). Recall@10 is the share of the ten best documents of float32."]
     if not MODEL.exists():
         raise SystemExit(f"{MODEL} is not there: run `make quickstart` first")
     stored, queries, relevant = embed_scenes(1000 if size == "quick" else SCENES, QUERIES)
@@ -125,7 +125,7 @@ def measure_quality(size: str) -> list[str]:
 
 
 def compare(queries: Tensor, documents: Tensor, relevant: Tensor, dims: list[int]) -> str:
-    """A table of every quantization at every number of dimensions."""
+    """Return a table of every quantization at every number of dimensions."""
     truth = search(queries, documents, 10).indices
     pca = fit_pca(documents[:200], max(dims))
     rows = []
@@ -142,10 +142,10 @@ def compare(queries: Tensor, documents: Tensor, relevant: Tensor, dims: list[int
 
 
 def synthesize(n: int, dim: int, queries: int = 200) -> tuple[Tensor, Tensor, Tensor]:
-    """Embeddings like a language model's: most variance in few directions, and a direction that all share.
+    """Return embeddings like a language model's: few directions hold most of the variance, and all share one.
 
-    The variance of the i-th direction falls as 1/i. A document's vectors are its topic plus details of their own; a
-    query's are noisy copies of some of them.
+    The variance of the i-th direction falls as 1/i. The vectors of a document are its topic plus details of their own;
+    those of a query are noisy copies of some of them.
     """
     generator = torch.Generator().manual_seed(dim)
 

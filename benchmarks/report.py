@@ -1,4 +1,4 @@
-"""The report that the benchmarks share: each writes its own sections, and keeps the others as they are."""
+"""docs/performance.md: each benchmark writes its own sections and leaves the others unchanged."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ REPORT = Path(__file__).parent.parent / "docs/performance.md"
 TITLE = """\
 # Performance
 
-Written by `make benchmark`, `make benchmark-encode` and `make benchmark-training`; every number was measured by them.
+`make benchmark`, `make benchmark-encode` and `make benchmark-training` measured every number here and wrote the page.
 """
 
 
 def describe_machine() -> str:
-    """Return what this is measured on."""
+    """Return the processor, the cores, the memory and the versions."""
     model = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -32,12 +32,12 @@ def describe_machine() -> str:
 
 
 def describe_load() -> str:
-    """Return how busy the machine was."""
-    return f"The load average was {os.getloadavg()[2]:.1f} at the end: above one, other work ran at the same time."
+    """Return a sentence about how busy the machine was."""
+    return f"The load average was {os.getloadavg()[2]:.1f} at the end; above one, other programs ran at the same time."
 
 
 def write_report(parts: dict[str, str], path: Path = REPORT) -> None:
-    """Replace sections of the report by name, or append those that it has not, and keep the others as they are."""
+    """Replace sections of the report by name, append new ones, and leave the others unchanged."""
     old = path.read_text(encoding="utf-8") if path.exists() else ""
     sections = dict(re.findall(r"<!-- (\w+) -->\n(.*?)\n<!-- end of \1 -->", old, flags=re.DOTALL))
     sections.update({name: text.strip("\n") for name, text in parts.items()})

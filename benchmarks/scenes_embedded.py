@@ -1,4 +1,4 @@
-"""Scenes and queries of the quickstart, embedded by the model that it trained: real Matryoshka embeddings, cached."""
+"""Scenes and queries of the quickstart, embedded by the model that it trained, and cached."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from scenes import make_query, make_scene, name_query  # noqa: E402
 MODEL = ROOT / "outputs/quickstart/model"
 CACHE = ROOT / "outputs/benchmark"
 SEED = 123_456_789  # not the quickstart's training seed, nor its test seed
-PART = 5000  # scenes encoded and committed at a time
+PART = 5000  # scenes encoded and written at a time
 
 
 def embed_scenes(count: int, queries: int) -> tuple[EmbeddingCollection, Tensor, Tensor]:
-    """Embed `count` scenes and the queries of the first `queries` of them; what the cache has is not done again.
+    """Embed `count` scenes and the queries of the first `queries` of them, unless they are in the cache.
 
     Returns:
-        The collection, in float32; the queries `[queries, R_q, D]`; whether a scene holds all that a query names,
-        boolean `[queries, count]`.
+        The scenes, in float32; the queries `[queries, R_q, D]`; and whether a scene has every pictogram that a query
+        names, boolean `[queries, count]`.
     """
     rng = random.Random(SEED)
     scenes = [make_scene(rng) for _ in range(count)]

@@ -1,10 +1,10 @@
-"""What five budgets cost over one in a training step.
+"""How much longer a training step takes with five budgets than with one.
 
     make benchmark-training                              writes a section of docs/performance.md
     python benchmarks/training.py --print                prints only
 
-Runs the same step (forward, backward, optimizer) with the loss at (16, 64) only and at all five budgets, alternately,
-so that a machine that slows down slows both. Reports the medians, also of the loss alone.
+Alternates the same step (forward, backward, optimizer) with the loss at (16, 64) only and at all five budgets, so that
+other work on the machine slows both. Reports the medians, also of the loss alone.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ sys.path.append(str(Path(__file__).parent.parent / "examples"))
 from tiny_backbone import build_backbone, build_processor
 
 from metaembed import MetaEmbedModel
+from metaembed.evaluation.tables import markdown_table
 from metaembed.sentence_metaembed import to_multi_vector_encoder
 from metaembed.training.losses import CachedMMRLoss, MMRLoss
 
@@ -99,13 +100,12 @@ def main() -> None:
         f"{arguments.layers} layers, on one thread, with {arguments.batch_size} queries and pictures of "
         f"{arguments.side} x {arguments.side} and {kind}: medians of {arguments.steps} steps each.",
         "",
-        "| | (16, 64) only | five budgets | five over one |",
-        "|---|---|---|---|",
     ]
+    rows = []
     for what in ("step", "loss alone"):
         one, five = (median[name, what] for name in losses)
-        lines.append(f"| {what} | {one:.2f} ms | {five:.2f} ms | {five / one - 1:+.1%} |")
-    lines += ["", describe_load()]
+        rows.append([what, f"{one:.2f} ms", f"{five:.2f} ms", f"{five / one - 1:+.1%}"])
+    lines += [markdown_table(["", *losses, "five over one"], rows), "", describe_load()]
     print("\n".join(lines))
     if not arguments.print:
         write_report({"training": "\n".join(lines)})

@@ -18,6 +18,6 @@ def adopt_card(encoder: MultiVectorEncoder) -> None:
     Args:
         encoder: The encoder, whose one module holds the `MetaEmbedModel`.
     """
-    from .sentence_card import adopt_card  # imports sentence-transformers, which saving a model does without
+    from .sentence_card import adopt_card  # imports sentence-transformers, which saving a model does not need
 
     adopt_card(encoder)

@@ -1,4 +1,4 @@
-"""The model card: what fills the template, and what an earlier card says that still holds."""
+"""The model card: the values for the template, and the parts of an earlier card that are still true."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ LIBRARY = "sentence-transformers"
 PIPELINE_TAG = "visual-document-retrieval"
 TAGS = ["metaembed", "multi-vector", "late-interaction", "matryoshka", "sentence-transformers"]
 
-# Tells our cards, which are rewritten at every save, from those that people write, which are kept. It never changes,
-# since saved cards hold it.
+# Marks our cards, which are rewritten at every save; cards that people write are kept. It never changes, since saved
+# cards contain it.
 MARK = "<!-- Written by metaembed, anew at every save. Delete this line to keep what you change. -->"
 
-SMALL = 2**16  # numbers of a tensor that the fingerprint reads whole
+SMALL = 2**16  # numbers of a tensor that the fingerprint reads completely
 
 Quality = Mapping[tuple[int, int], Mapping[str, float]]
 
@@ -39,10 +39,10 @@ def is_ours(card: str | None) -> bool:
 
 
 def write_card(model: Any, folder: Path, repository: str) -> None:
-    """Write the model card of a saved model, unless a person wrote the one that is there.
+    """Write the model card of a saved model, unless the folder has one that a person wrote.
 
-    Quality, training and licence are taken over from an earlier card of ours, in the folder or where the model was
-    loaded from, if it was written of the same weights.
+    Quality, training and licence are copied from an earlier card of ours, in the folder or at the source of the model,
+    if it describes the same weights.
 
     Args:
         model: The `MetaEmbedModel`.
@@ -69,23 +69,23 @@ def write_card(model: Any, folder: Path, repository: str) -> None:
 
 
 def fingerprint(model: nn.Module, instructions: Iterable[str | None]) -> str | None:
-    """Return a digest of what a measured quality depends on, without reading all of the weights.
+    """Return a digest of everything that measured quality depends on, without reading all of the weights.
 
     It covers the instructions, and the type, the shape and a sample of each parameter and saved buffer in memory.
-    Tensors of up to 65,536 numbers (norms, biases, small adapters) are read whole. Of a larger one, at least one
+    Tensors of up to 65,536 numbers (norms, biases, small adapters) are read completely. Of a larger one, at least one
     number of every row is read, in columns that shift from row to row. Training, merging an adapter, replacing rows of
     an embedding table and initializing anew change whole rows at least, so they change the digest; so does another
     dtype. For 10 billion parameters that is 5 million numbers.
 
-    The opposite mistake, two digests of the same weights (of a model that is sharded over processes, say), only costs
-    the card a sentence.
+    The opposite error, two digests of the same weights (such as those of a sharded model), only costs the card a
+    sentence.
 
     Args:
         model: The model.
         instructions: The default instructions of queries and documents, on which quality depends as well.
 
     Returns:
-        The digest, or None where the weights cannot be read here (offloaded, say): then nothing is known of them.
+        The digest, or None if the weights cannot be read here (because they are offloaded, for instance).
     """
     digest = hashlib.sha256(json.dumps(list(instructions)).encode())
     seen = 0
@@ -121,7 +121,7 @@ def sample_of(tensor: Tensor) -> Tensor:
 
 
 def card_of_source(model: Any) -> str | None:
-    """Return the model card of where a model was loaded from, or None where there is none (any more)."""
+    """Return the model card at the source of a model, or None if there is none."""
     source, where = model.config._name_or_path, getattr(model, "_hub_arguments", None)
     if not source or where is None:
         return None
@@ -133,14 +133,14 @@ def card_of_source(model: Any) -> str | None:
 
 
 def still_true(cards: Iterable[str | None], weights: str | None) -> tuple[dict[str, str], dict[str, Any]]:
-    """Return what the first card of ours that was written of the same weights says.
+    """Return the content of the first card of ours that describes the same weights.
 
     Args:
         cards: Earlier cards. None: there is none.
         weights: The fingerprint of the weights.
 
     Returns:
-        Its sections by title, and from its metadata what the weights do not tell. Both empty where there is no such
+        Its sections by title, and the metadata that the weights do not determine. Both are empty if there is no such
         card.
     """
     for text in cards:
@@ -163,19 +163,19 @@ def hub_id(name: str | None) -> str | None:
 
 
 def base_fields(model: Any) -> dict[str, Any]:
-    """Return what the metadata of a card says of the base model: an adapter's, or else the backbone."""
+    """Return the base model fields of a card's metadata: the base of an adapter, or else the backbone."""
     is_adapter = model._hf_peft_config_loaded
     base = hub_id(model.adapter_base[0] if is_adapter else model.config.base_model)
     return {"base_model": base, "base_model_relation": "adapter" if is_adapter else "finetune"} if base else {}
 
 
 def card_fields(model: Any, quality: Quality | None = None, quality_of: str = "") -> dict[str, Any]:
-    """Return what the template asks for that the model itself tells.
+    """Return the values of the template that the model itself determines.
 
     Args:
         model: The `MetaEmbedModel`.
-        quality: Metrics by budget, where they were measured of these weights.
-        quality_of: On what.
+        quality: Metrics by budget, if they were measured with these weights.
+        quality_of: The data that they were measured on.
     """
     config = model.config
     dim = config.embedding_dim or config.hidden_size
@@ -199,7 +199,7 @@ def card_fields(model: Any, quality: Quality | None = None, quality_of: str = ""
 
 
 def budget_table(budgets: Iterable[Sequence[int]], dim: int, quality: Quality) -> str:
-    """Return a Markdown table of the budgets: their bytes, and their quality where it was measured."""
+    """Return a Markdown table of the budgets: their bytes, and their quality if it was measured."""
     names = [name for name in next(iter(quality.values()), {}) if name.split("@")[0] in ("ndcg", "recall", "mrr")]
     rows = []
     for r_q, r_c in sorted({(r_q, r_c) for r_q, r_c in budgets} | set(quality)):
@@ -211,7 +211,7 @@ def budget_table(budgets: Iterable[Sequence[int]], dim: int, quality: Quality) -
 def write_eval_results(
     folder: Path, dataset: str, task: str, quality: Quality, metric: str, notes: str = ""
 ) -> list[Path]:
-    """Write the Hub's `.eval_results` files, one a budget, which show on the pages of the model and of the data set.
+    """Write the Hub's `.eval_results` files, one per budget, for the pages of the model and of the data set.
 
     Args:
         folder: The saved model.
@@ -219,7 +219,7 @@ def write_eval_results(
         task: Name of the task in that data set.
         quality: Metrics by budget.
         metric: Which of them to report.
-        notes: What else to say of how it was measured.
+        notes: Further remarks on the measurement.
 
     Returns:
         The files.

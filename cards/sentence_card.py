@@ -1,4 +1,4 @@
-"""The model card that sentence-transformers writes of an encoder: our template, its record of the training."""
+"""The model card of a sentence-transformers encoder: our template, with its record of the training."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ from .card import (
 
 @dataclass
 class MetaEmbedCardData(MultiVectorEncoderModelCardData):
-    """What sentence-transformers records for the card, and what a MetaEmbed model adds.
+    """Data of the card that sentence-transformers records, and those that a MetaEmbed model adds.
 
-    No training data are copied into the repository, as they are by default: they may be private. What
-    [`BudgetEvaluator`] measured is written only of the weights that it measured.
+    No training data are copied into the repository, as they are by default: they may be private. The
+    results of [`BudgetEvaluator`] are written only for the weights that it measured.
 
     Example:
         >>> encoder = to_multi_vector_encoder(model)
@@ -42,7 +42,7 @@ class MetaEmbedCardData(MultiVectorEncoderModelCardData):
     tags: list[str] = field(default_factory=lambda: list(TAGS))
     pipeline_tag: str = field(default=PIPELINE_TAG, init=False)
     template_path: Path = field(default=TEMPLATE, init=False, repr=False)
-    said: dict[str, Any] = field(default_factory=dict, init=False, repr=False)  # by an earlier card, and still true
+    said: dict[str, Any] = field(default_factory=dict, init=False, repr=False)  # from an earlier card, and still true
     # Fingerprints of weights, with their quality and what it was measured on. The best checkpoint may not be the last.
     measured: dict[str, tuple[Quality, str]] = field(default_factory=dict, init=False, repr=False)
 
@@ -54,7 +54,7 @@ class MetaEmbedCardData(MultiVectorEncoderModelCardData):
         )
 
     def set_evaluation_metrics(self, evaluator: Any, metrics: dict[str, Any], epoch: int = 0, step: int = 0) -> None:
-        """Record what an evaluator measured; and of a [`BudgetEvaluator`], of which weights."""
+        """Record the results of an evaluator; for a [`BudgetEvaluator`], with the fingerprint of the weights."""
         super().set_evaluation_metrics(evaluator, metrics, epoch, step)
         if hasattr(evaluator, "budget_metrics") and (weights := self.fingerprint()) is not None:
             sizes = f"{len(evaluator.queries):,} queries and {len(evaluator.corpus):,} documents"
@@ -62,7 +62,7 @@ class MetaEmbedCardData(MultiVectorEncoderModelCardData):
             self.measured[weights] = found, f"{evaluator.name or 'held-out data'}: {sizes}"
 
     def get_model_specific_metadata(self) -> dict[str, Any]:
-        """Return what the template asks for."""
+        """Return the values of the template."""
         model, weights = self.model[0].model, self.fingerprint()
         present = Path(self.save_dir) / "README.md" if self.save_dir else None
         text = present.read_text(encoding="utf-8") if present is not None and present.is_file() else None
@@ -111,8 +111,8 @@ class MetaEmbedCardData(MultiVectorEncoderModelCardData):
 def adopt_card(encoder: MultiVectorEncoder) -> None:
     """Let `encoder` write our card when it is saved, whatever class loaded it. A second call changes nothing.
 
-    A card of ours that the encoder was loaded with is written anew, with what still holds of it. A person's is kept,
-    as sentence-transformers does.
+    A card of ours that the encoder was loaded with is rewritten, with what is still true. A person's is kept, as
+    in sentence-transformers.
     """
     if is_ours(encoder._model_card_text):
         encoder._model_card_text = None

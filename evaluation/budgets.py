@@ -48,13 +48,13 @@ class BudgetEvaluator(MultiVectorInformationRetrievalEvaluator):
         self.budgets = [(int(r_q), int(r_c)) for r_q, r_c in budgets]
         scores = {f"{r_q}x{r_c}": partial(maxsim, budget=(r_q, r_c)) for r_q, r_c in self.budgets}
         super().__init__(dict(queries), dict(corpus), dict(relevant_docs), score_functions=scores, **kwargs)
-        # The number that decides which checkpoint is the best is the largest budget's.
+        # The best checkpoint is the best at the largest budget.
         self.primary_metric = f"{'x'.join(map(str, self.budgets[-1]))}_ndcg@{max(self.ndcg_at_k)}"
 
     def embed_inputs(
         self, model: MultiVectorEncoder, sentences: Any, encode_fn_name: str | None = None, **kwargs: Any
     ):
-        """Encode with the vectors that the largest budget needs, whatever the model's defaults are.
+        """Encode with as many vectors as the largest budget needs, for any defaults of the model.
 
         Returns:
             Vectors [N, r, D].

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def ndcg(ranked: Tensor, num_relevant: Tensor, k: int = 10) -> Tensor:
-    """Return nDCG@k: the discounted gain of the relevant documents found, divided by the best that was possible.
+    """Return nDCG@k: the discounted gain of the relevant documents found, divided by the best possible.
 
     Args:
         ranked: Whether each of the documents that were found is relevant [Q, n], best first, n >= k.
@@ -31,12 +31,12 @@ def ndcg(ranked: Tensor, num_relevant: Tensor, k: int = 10) -> Tensor:
 
 
 def recall(ranked: Tensor, num_relevant: Tensor, k: int = 10) -> Tensor:
-    """Return recall@k [Q]: the share of a query's relevant documents that the first `k` hold. See [`ndcg`]."""
+    """Return recall@k [Q]: the share of a query's relevant documents that are in the first `k`. See [`ndcg`]."""
     return _hits(ranked, num_relevant, k).sum(dim=1) / num_relevant
 
 
 def mrr(ranked: Tensor, num_relevant: Tensor, k: int = 10) -> Tensor:
-    """Return MRR@k [Q]: 1 / the rank of the first relevant document, or 0 if the first `k` hold none. See [`ndcg`]."""
+    """Return MRR@k [Q]: 1 / the rank of the first relevant document, or 0 if that is above `k`. See [`ndcg`]."""
     hits = _hits(ranked, num_relevant, k)
     return hits.amax(dim=1) / (hits.argmax(dim=1) + 1)
 

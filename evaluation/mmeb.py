@@ -49,8 +49,8 @@ def evaluate(
         load: Returns the rows of a subset.
         subsets: Their names, such as those of [`GROUPS`].
         image_dir: What the image paths are relative to.
-        output: Folder that keeps the results, in one JSON file a subset.
-        overwrite: Whether to run a subset again whose file is there.
+        output: Folder that keeps the results, in one JSON file per subset.
+        overwrite: Whether to run subsets again that have a file.
         batch_size: Inputs encoded at a time.
 
     Returns:
@@ -115,7 +115,7 @@ def _encode(
 
 def _as_input(text: str, image_path: str, image_dir: Path) -> Any:
     """Turn a text and an image path, either of which may be empty, into an input of the model."""
-    text = re.sub(r"<\|image_\d+\|>\s*", "", text).strip()  # the data set's own mark of where the image goes
+    text = re.sub(r"<\|image_\d+\|>\s*", "", text).strip()  # the data set's placeholder of the image
     if not image_path:
         return text
     image = image_dir / image_path
@@ -123,7 +123,7 @@ def _as_input(text: str, image_path: str, image_dir: Path) -> Any:
 
 
 def table(results: Mapping[str, Mapping[Budget, float]]) -> str:
-    """Return a Markdown table: a line a subset, and the means of the groups that are complete, and of all subsets."""
+    """Return a Markdown table: one row per subset, and the means of complete groups and of all subsets."""
     budgets = list(next(iter(results.values())))
     groups = {name: names for name, names in GROUPS.items() if set(names) <= set(results)}
     rows = []

@@ -67,7 +67,7 @@ class BudgetModel(MultiVectorWrapper):
 
 
 class FramesLast:
-    """A data loader of MTEB whose videos are [frames, height, width, 3]: models take these, MTEB has channels first.
+    """A data loader of MTEB with videos as [frames, height, width, 3], which models take; MTEB's have channels first.
 
     MTEB sets `collate_fn`, which decodes the videos, on the loader just before it reads it.
     """
@@ -90,7 +90,7 @@ class FramesLast:
 
 
 def public_tasks(benchmarks: Iterable[str]) -> list[mteb.AbsTask]:
-    """Return the tasks of benchmarks whose data everybody can load, and print which ones are left out."""
+    """Return the tasks of benchmarks with public data, and print the names of the others."""
     tasks = [task for name in benchmarks for task in mteb.get_benchmark(name).tasks]
     if private := [task.metadata.name for task in tasks if not task.metadata.is_public]:
         print(f"left out, since their data are not public: {', '.join(private)}", file=sys.stderr)
@@ -113,7 +113,7 @@ def evaluate(
         tasks: Retrieval tasks.
         budgets: `(r_q, r_c)` pairs.
         name: The name that MTEB keeps the results under: a Hub id or a folder.
-        revision: The commit of the model. "local": what is in the cache is run again, since a folder may have changed.
+        revision: The commit of the model. "local": cached tasks are run again, since a folder may have changed.
         output: Folder of MTEB's result cache.
         batch_size: Inputs encoded at a time.
 
@@ -138,7 +138,7 @@ def evaluate(
 
 
 def table(rows: Iterable[Row]) -> str:
-    """Return a Markdown table: a line a task, a column a budget, and the means of what ran at every budget."""
+    """Return a Markdown table: a row per task, a column per budget, and means of tasks that ran at every budget."""
     scores: dict[str, dict[Budget, float]] = {}
     for task, budget, score in rows:
         scores.setdefault(task, {})[budget] = score

@@ -28,8 +28,10 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", help="Hub id or folder")
     parser.add_argument("--revision", default="main", help="branch, tag or commit of the model")
-    parser.add_argument("--dataset", default="TIGER-Lab/MMEB-eval", help="Hub id, or a folder with a folder a subset")
-    parser.add_argument("--image-dir", type=Path, required=True, help="what the image paths are relative to")
+    parser.add_argument(
+        "--dataset", default="TIGER-Lab/MMEB-eval", help="Hub id, or a folder with one folder per subset"
+    )
+    parser.add_argument("--image-dir", type=Path, required=True, help="folder that the image paths are relative to")
     parser.add_argument("--subsets", nargs="*", default=[name for names in GROUPS.values() for name in names])
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--output", type=Path, default=Path("outputs/mmeb"), help="where results are kept")

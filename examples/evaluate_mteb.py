@@ -5,9 +5,9 @@
     python examples/evaluate_mteb.py you/your-metaembed --budgets 1,1 16,64
     python examples/evaluate_mteb.py saved --write-results saved                     for the pages of the Hub
 
-MTEB keeps the results in `outputs/mteb`, those of each budget and each commit of the model apart, and does not run
-again what is there. For a model in a folder, which may have changed, everything is run again. Of a benchmark, only the
-tasks with public data are run (ViDoRe v3 has two others). If a task fails, the others are still run and printed, and
+MTEB caches the results in `outputs/mteb`, separately for each budget and each commit of the model, and does not repeat
+them. A model in a folder may have changed, so all its tasks are run again. Only tasks with public data are run (two of
+ViDoRe v3 have none). If a task fails, the others are still run and printed, and
 the exit code is 1.
 """
 

@@ -1,4 +1,4 @@
-"""Coarse to fine: a small budget narrows all documents down, larger ones decide. Trained prefixes make it work."""
+"""Cascades: a small budget narrows all documents down, and larger ones decide. They rely on trained prefixes."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from .search import SearchResult, check_k, choose_backend, prepare, search, sele
 
 Stage = tuple[Budget, int]  # (budget, how many documents it keeps)
 
-DEFAULT_STAGES: tuple[Stage, ...] = (((1, 1), 1000), ((4, 8), 200))  # docs/performance.md has what they give
+DEFAULT_STAGES: tuple[Stage, ...] = (((1, 1), 1000), ((4, 8), 200))  # docs/performance.md has their quality and speed
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class CascadeResult(SearchResult):
-    """What `cascade` found. Unpacks as `scores, indices`.
+    """Result of `cascade`. Unpacks as `scores, indices`.
 
     Attributes:
-        scored: `[Q, stages + 1]` int64, how many documents each stage, and at last the budget, scored for a query.
+        scored: `[Q, stages + 1]` int64, how many documents each stage, and finally the budget, scored for a query.
     """
 
     scored: Tensor
@@ -44,20 +44,20 @@ def cascade(
     exact: Any = None,
     backend: str = "auto",
 ) -> CascadeResult:
-    """Find nearly what `search` at the same budget finds, for a fraction of the work.
+    """Find nearly the documents of `search` at the same budget, for a fraction of the work.
 
     Args:
         queries: As in `maxsim`.
         documents: As in `maxsim`.
         k: How many documents to return for a query.
-        budget: What the last documents are scored with: all vectors by default.
+        budget: The budget of the final scores: all vectors by default.
         stages: `(budget, keep)`: the first scores all documents and keeps its best, the next scores those, and so on.
-            With no stages this is `search`.
+            Without stages this equals `search`.
         margin: Adaptive. After each stage a query keeps, of `keep` at most, only documents whose mean similarity (the
             score divided by the query vectors of the stage) is within the margin of its `k`-th best. An easy query is
             left with `k` and skips the other stages, a hard one goes through all. `None` keeps `keep`.
-        exact: The same documents in the same order at a higher precision, from which the last documents are scored:
-            few are read, so they may stay on disk while `documents` are kept small and near.
+        exact: The same documents in the same order with less rounding, which give the final scores. Few of them are
+            read, so they may stay on disk while `documents` are small and in memory.
         backend: As in `maxsim`.
 
     Returns:
@@ -90,7 +90,7 @@ def cascade(
     scored = [torch.full_like(counts, n)]
     for vectors, stores, keep in later:
         counts = _near(values, counts, k, margin, r_q)
-        waits = (counts <= k) & (stores is not last)  # nothing to choose from: on to the last stage
+        waits = (counts <= k) & (stores is not last)  # there is nothing to choose, so these wait for the last stage
         scored.append(counts.masked_fill(waits, 0))
         values, candidates = values[:, :keep].clone(), candidates[:, : counts.max()] if len(q) else candidates
         at = (~waits).nonzero()[:, 0]
@@ -102,7 +102,7 @@ def cascade(
 
 
 def check_same_documents(queries: Any, documents: Any, exact: Any) -> int:
-    """Return how many documents there are, if both hold as many."""
+    """Return the number of documents, which must be the same in both."""
     n, others = (sum(map(len, prepare(queries, side, None)[1])) for side in (documents, exact))
     if n != others:
         raise ValueError(f"exact must hold the same documents, but has {others} of them where there are {n}")

@@ -1,8 +1,8 @@
-"""A collection of document embeddings: kept small, searched at any budget, and written so that nothing is lost.
+"""The collection of version 0.1: quantized document embeddings, searched at any budget and written durably.
 
-The first vector of every document lies apart from the next three, these from the next four, and so on at the edges
-that budgets have: a budget reads what it needs, front to back, and nothing else. On disk that is one safetensors file
-for every `append`, memory-mapped when read, and a manifest that is replaced in one step when a file is complete.
+The first vector of every document is stored apart from the next three, these apart from the next four, and so on at
+the edges of the default budgets, so that a budget reads only the vectors it uses. On disk, every `append` writes one
+safetensors file, memory-mapped when read, and then replaces the manifest in one step.
 """
 
 from __future__ import annotations
@@ -38,17 +38,17 @@ class EmbeddingCollection:
     """Embeddings of documents, `[N, vectors, dim]`, with ids. `maxsim`, `search` and `cascade` take it as documents.
 
     Args:
-        vectors: How many vectors of a document are kept: the first ones of what is appended.
-        input_dim: Dimensions of what is appended, and of queries.
+        vectors: How many vectors of a document are kept, from the first.
+        input_dim: Dimensions of appended documents, and of queries.
         quantization: `"float32"`, `"bfloat16"`, `"int8"`, `"int4"` or `"binary"`.
         pca: `[input_dim, dim]`, as `fit_pca` returns it, applied to documents and queries.
-        folder: Where to write; new or empty. Without one the collection is kept in memory.
+        folder: A new or empty folder to write to. `None` keeps the collection in memory.
         precision: Deprecated name of `quantization`.
         rotation: Deprecated name of `pca`.
 
     Attributes:
         dim: Dimensions kept.
-        stores: What is searched, one `Store` for every `append`.
+        stores: The documents, one `Store` for every `append`.
         uncommitted: Names of files in the folder that an interrupted `append` left.
 
     Raises:
@@ -99,10 +99,10 @@ class EmbeddingCollection:
     def from_embeddings(
         cls, embeddings: Any, ids: Sequence[str] | None = None, *, vectors: int | None = None, **options: Any
     ) -> EmbeddingCollection:
-        """Make a collection of embeddings: a tensor or array `[N, R_c, D]`, or a list of `[R_c, D]`.
+        """Create a collection from embeddings: a tensor or array `[N, R_c, D]`, or a list of `[R_c, D]`.
 
         Args:
-            embeddings: What to keep.
+            embeddings: The documents.
             ids: One for every document; their positions, as text, by default.
             vectors: Keep only so many vectors of a document; all of them by default.
             **options: `quantization`, `pca` and `folder`, as for the class.
@@ -114,9 +114,9 @@ class EmbeddingCollection:
 
     @torch.no_grad()
     def append(self, embeddings: Any, ids: Sequence[str] | None = None) -> None:
-        """Add documents, and write them if there is a folder: when this returns, they are there to stay.
+        """Add documents. When this returns, they are on disk, if the collection has a folder.
 
-        Every call makes a store (and a file) of its own: append thousands of documents at a time.
+        Every call creates a store and a file: append thousands of documents at a time.
 
         Args:
             embeddings: `[n, R_c, D]` with `R_c >= vectors`, or a list of `[R_c, D]`; the first `vectors` are kept.
@@ -145,7 +145,7 @@ class EmbeddingCollection:
         self.__dict__.pop("_position_of", None)
 
     def project(self, embeddings: Tensor) -> Tensor:
-        """Do to queries `[..., input_dim]` what was done to the documents: `[..., dim]`."""
+        """Apply the PCA of the documents to queries `[..., input_dim]`: `[..., dim]`."""
         return embeddings if self.pca is None else embeddings @ self.pca.to(embeddings)
 
     def rotate(self, embeddings: Tensor) -> Tensor:
@@ -175,12 +175,12 @@ class EmbeddingCollection:
 
     @property
     def bytes_per_document(self) -> int:
-        """What a document's vectors take, in memory and on disk."""
+        """Bytes of the vectors of a document, in memory and on disk."""
         return self.vectors * bytes_per_vector(self.quantization, self.dim)
 
     @property
     def device(self) -> torch.device:
-        """Where the documents are."""
+        """Device of the documents."""
         return self.stores[0].slabs[0].stored.device if self.stores else torch.device("cpu")
 
     @property
@@ -285,7 +285,7 @@ class EmbeddingCollection:
             raise ValueError(f"{len(there)} ids are in the collection already, such as {there[:3]}")
 
     def _encode(self, stack: Tensor) -> Store:
-        """Documents `[n, vectors, input_dim]` as they are kept."""
+        """Return documents `[n, vectors, input_dim]` as they are stored."""
         slabs: list[list[tuple[Tensor, Tensor | None]]] = [[] for _ in self._slabs]
         for part in stack.split(max(1, _ENCODED_AT_ONCE // (self.vectors * self.input_dim))):
             check_finite(part, "embeddings")
@@ -319,7 +319,7 @@ class EmbeddingCollection:
         _replace(self.folder / _MANIFEST, lambda path: path.write_text(json.dumps(manifest, indent=1), "utf-8"))
 
     def _write(self, folder: Path, store: Store, ids: list[str] | None) -> None:
-        """Write a file, then the manifest that names it: between the two, the file is one of no completed append."""
+        """Write a file, then the manifest that names it; a file without a manifest is from an interrupted append."""
         there = {path.name.removesuffix(_UNFINISHED) for path in folder.iterdir()}
         names = (f"documents-{i:05d}.safetensors" for i in itertools.count(len(self._files)))
         name = next(name for name in names if name not in there)
@@ -335,7 +335,7 @@ class EmbeddingCollection:
         self._commit()
 
     def _read(self, entry: dict[str, Any]) -> None:
-        """Map a file into memory, after a look at whether it is what was written."""
+        """Check that a file has the expected tensors, and map it into memory."""
         assert self.folder is not None
         path, width = self.folder / entry["name"], bytes_per_vector(self.quantization, self.dim)
         if not path.exists():
@@ -372,7 +372,7 @@ def _read_ids(ids: list[str] | Path | None) -> list[str]:
 
 
 def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file so that it is there whole or not at all, even if the power fails."""
+    """Write a file completely or not at all, even if the power fails."""
     unfinished = path.with_name(path.name + _UNFINISHED)
     write(unfinished)
     _flush(unfinished)
@@ -382,7 +382,7 @@ def _replace(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def _flush(path: Path) -> None:
-    """Have a file's, or a directory's, contents on the disk."""
+    """Flush a file or a directory to disk."""
     handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(handle)

@@ -1,4 +1,4 @@
-"""An index of documents: add, delete, filter and search them, in memory or in a folder that nothing is lost from."""
+"""An index of documents to add, delete, filter and search, in memory or durably in a folder."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from .storage import (
 __all__ = ["DamagedIndexError", "Document", "MultiVectorIndex", "SearchHits", "Stage"]
 
 _SMALL = 1 << 22  # bytes of vectors that stay in the catalog before they are moved to the files
-_LONG_LOG = 1 << 22  # bytes of SQLite's log that a writer makes it go through
+_LONG_LOG = 1 << 22  # bytes of SQLite's log after which a writer makes a checkpoint
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +45,7 @@ class SearchHits:
 
     Attributes:
         ids: For every query the ids of its hits, best first.
-        scores: `[Q, k]` float32; fewer than `k` columns if fewer documents were to be found.
+        scores: `[Q, k]` float32; fewer than `k` columns if fewer documents match.
         metadata: For every query the metadata of its hits.
     """
 
@@ -63,15 +63,15 @@ class SearchHits:
 class MultiVectorIndex:
     """Documents of several vectors each, with ids and metadata, searched by late interaction at any budget.
 
-    Make one with `create`, or open a folder with `open`.
+    Create one with `create`, or open a folder with `open`.
 
-    Several processes may use one folder: one writes at a time, the others wait; a reader sees the state that was there
-    when it opened the folder, or last called `refresh` or wrote, whatever is written meanwhile. When `add`, `upsert`,
-    `delete` or `compact` returns, what it did is on the disk; when it raises, it has not happened. Threads may share
-    an index.
+    Several processes may use one folder: one writes at a time and the others wait. A reader sees the state of the
+    folder when it opened it, or last called `refresh` or wrote, even if others write meanwhile. When `add`, `upsert`,
+    `delete` or `compact` returns, the change is on disk; when it raises, nothing has changed. Threads may share an
+    index.
 
     Attributes:
-        folder: Where it is; `None` if it lives in memory.
+        folder: Folder of the index; `None` if it is in memory.
         timeout: Seconds that a writer waits for another one.
 
     Example:
@@ -114,23 +114,23 @@ class MultiVectorIndex:
         pooling: str | None = None,
         timeout: float = 60.0,
     ) -> MultiVectorIndex:
-        """Make an empty index.
+        """Create an empty index.
 
         Args:
-            folder: Where; new or empty. `None` keeps the index in memory.
+            folder: A new or empty folder. `None` keeps the index in memory.
             vectors: How many vectors of a document are kept: its first ones.
             dim: Dimensions of documents and queries.
             quantization: `"float32"`, `"bfloat16"`, `"int8"`, `"int4"` or `"binary"`. Or several copies of the vectors
-                under one set of ids, `{"first": ("binary", 1), "main": "int8", "exact": "float32"}`: `"first"` is what
-                the first stage of a cascade reads (of so many vectors, if a number is given), `"exact"` what decides
-                between the last few documents.
-            pca: `[dim, kept]` as `fit_pca` makes it: applied to documents and queries, to keep fewer dimensions.
+                under one set of ids, `{"first": ("binary", 1), "main": "int8", "exact": "float32"}`: the first
+                stage of a cascade reads `"first"` (with that many vectors, if a number is given), and `"exact"`
+                decides between the last few documents.
+            pca: `[dim, kept]`, as `fit_pca` returns it, applied to documents and queries, to keep fewer dimensions.
             pooling: How documents of any number of vectors become documents of `vectors`, see `pool`: for embeddings
                 of ColBERT, ColPali and their like. `None` takes documents that have at least `vectors` already.
             timeout: Seconds that a writer waits for another one.
 
         Raises:
-            ValueError: if a number, a quantization or the PCA does not fit, or the folder holds something.
+            ValueError: if a number, a quantization or the PCA does not fit, or the folder is not empty.
             PermissionError: if the folder may not be written to.
         """
         for name, value in (("vectors", vectors), ("dim", dim)):
@@ -178,7 +178,7 @@ class MultiVectorIndex:
     def add(
         self, embeddings: Any, ids: Sequence[str], metadata: Sequence[Mapping[str, Any] | None] | None = None
     ) -> None:
-        """Add documents: when this returns, they are there to stay.
+        """Add documents. When this returns, they are on disk.
 
         Args:
             embeddings: `[n, r, dim]` with `r >= vectors`, of which the first are kept, or a list of such `[r, dim]`;
@@ -201,9 +201,9 @@ class MultiVectorIndex:
         self._insert(embeddings, ids, metadata, replacing=True)
 
     def delete(self, ids: Sequence[str] | None = None, where: Mapping[str, Any] | None = None) -> int:
-        """Delete documents, by id or by a filter, and return how many there were.
+        """Delete documents, by id or by a filter, and return their number.
 
-        Ids that are not there are passed over. The room of the vectors is given back by `compact`.
+        Ids that are not in the index are ignored. `compact` frees the space of the vectors.
 
         Args:
             ids: Their ids.
@@ -221,7 +221,7 @@ class MultiVectorIndex:
         return len(slots)
 
     def compact(self) -> None:
-        """Rewrite the index without deleted documents, and give back their room. Others may read meanwhile."""
+        """Rewrite the index without the deleted documents to free their space. Others may read meanwhile."""
         with self._writing() as (catalog, manifest):
             old = self._snapshot
             if not old.dead_count and manifest.base == manifest.rows and len(catalog.chunks()) <= 1:
@@ -247,7 +247,7 @@ class MultiVectorIndex:
         """Write the index to a folder, new or empty, from which `open` reads it.
 
         Raises:
-            ValueError: if the folder holds something.
+            ValueError: if the folder is not empty.
             OSError: if the disk is full, or the folder may not be written to.
         """
         with self._reading() as snapshot:
@@ -300,7 +300,7 @@ class MultiVectorIndex:
         return replace(new, segment=segment, base=new.rows)
 
     def _as_documents(self, embeddings: Any) -> Tensor:
-        """What is to be kept: `[n, vectors, dim]`."""
+        """Return the vectors to keep: `[n, vectors, dim]`."""
         manifest = self._snapshot.manifest
         if isinstance(embeddings, list | tuple) and not len(embeddings):
             return torch.empty(0, manifest.vectors, manifest.dim)
@@ -357,7 +357,7 @@ class MultiVectorIndex:
                     self._clean()
                 if (
                     self._fresh is not None or self._writer.log_size() > _LONG_LOG
-                ):  # which goes on from its start when no reader needs it
+                ):  # SQLite starts the log anew when no reader needs it
                     self._writer.checkpoint()
                     self.refresh()
                     self._writer.checkpoint("TRUNCATE")
@@ -376,7 +376,7 @@ class MultiVectorIndex:
                 remove([*files[1:], files[0]])
 
     def _migrate(self) -> None:
-        """Make format 2 of format 1: the database appears when all else is there, and from then on counts."""
+        """Convert format 1 to format 2: the database is written last, and is valid from then on."""
         assert self.folder is not None
         if not (self.folder / MANIFEST).exists():
             raise FileNotFoundError(f"{self.folder} holds no index any more")
@@ -401,14 +401,15 @@ class MultiVectorIndex:
 
         Args:
             queries: `[Q, r, dim]`, or one query `[r, dim]`, or a list of equal `[r, dim]`.
-            k: How many documents to return for a query; fewer if fewer are to be found.
-            budget: `(query vectors, document vectors)` that decide. All of them by default.
-            stages: `"auto"` narrows large indexes down by small budgets first; `None` scores every document in full.
-                Or what comes before that: a list of `Stage`, of `(budget, keep)` or of `(budget, quantization, keep)`.
+            k: How many documents to return for a query; fewer if fewer match.
+            budget: `(query vectors, document vectors)` of the final scores. All of them by default.
+            stages: `"auto"` narrows large indexes down with small budgets first; `None` scores every document.
+                Or the stages before the final scores: a list of `Stage`, of `(budget, keep)` or of
+                `(budget, quantization, keep)`.
             where: Only documents whose metadata this filter selects: `{"lang": "en", "page": {"$lt": 10}}`, with
                 `$eq`, `$ne`, `$lt`, `$lte`, `$gt`, `$gte`, `$in`, `$nin`, `$exists`, and `$and` and `$or` of filters.
                 A dot leads into nested metadata, `"author.name"`; see `compile_where` for the rules.
-            include_ids: Only these documents. Ids that are not there are passed over.
+            include_ids: Only these documents. Ids that are not in the index are ignored.
             exclude_ids: None of these.
             backend: As in `maxsim`.
 
@@ -445,7 +446,7 @@ class MultiVectorIndex:
             return len(snapshot)
 
     def __iter__(self) -> Iterator[Document]:
-        """Yield all documents in the order of adding, as they are at the start (in memory, those that are left)."""
+        """Yield all documents in the order of adding, as of the start (in memory, without those deleted meanwhile)."""
         with self._reading() as snapshot:
             end = snapshot.manifest.rows
         at = 0
@@ -481,7 +482,7 @@ class MultiVectorIndex:
 
     @property
     def bytes_per_document(self) -> int:
-        """What a document's vectors take, all copies together."""
+        """Bytes of the vectors of a document, with all copies."""
         return self._snapshot.layout.row_bytes
 
     def __repr__(self) -> str:
@@ -491,7 +492,7 @@ class MultiVectorIndex:
         return f"MultiVectorIndex({len(self)} documents, {manifest.dim} dimensions, vectors {kept}, {where})"
 
     def refresh(self) -> None:
-        """See what others have written since this index was opened, last refreshed or written to."""
+        """See the changes of others since this index was opened, last refreshed or written to."""
         if self.folder is not None:
             with self._mutex:
                 self._after_fork()
@@ -507,13 +508,13 @@ class MultiVectorIndex:
         while wrong is None:
             with self._reading() as seen:
                 snapshot = seen if self.folder is None else self._read()
-                with contextlib.suppress(FileNotFoundError):  # somebody compacts: what is there now is elsewhere
+                with contextlib.suppress(FileNotFoundError):  # another process compacted the index into other files
                     wrong = snapshot.verify()
         if wrong:
             raise DamagedIndexError(f"the index in {self.folder} is damaged: " + "; ".join(wrong[:10]))
 
     def close(self) -> None:
-        """Close the files; not needed, since an index that nobody refers to any more does so too."""
+        """Close the files. An index without references closes them too."""
         with self._mutex:
             for catalog in (self._writer, self._snapshot.catalog):
                 if catalog is not None:
@@ -532,7 +533,7 @@ class MultiVectorIndex:
 
     @contextlib.contextmanager
     def _reading(self) -> Iterator[Snapshot]:
-        """The state that this index sees. In memory there is one only, so nobody writes meanwhile."""
+        """Yield the state that this index sees. In memory there is only one, so it is locked meanwhile."""
         if self.folder is None:
             with self._mutex:
                 yield self._snapshot
@@ -542,7 +543,7 @@ class MultiVectorIndex:
         yield self._snapshot
 
     def _read(self) -> Snapshot:
-        """The latest state of the folder."""
+        """Return the latest state of the folder."""
         folder, before = self.folder, getattr(self, "_snapshot", None)
         assert folder is not None
         for _ in range(100):
@@ -569,7 +570,7 @@ def _reopen(folder: Path, timeout: float) -> MultiVectorIndex:
 
 
 def _begin(folder: Path, timeout: float, make: Callable[[], None]) -> None:
-    """Make a folder that is new or empty into an index."""
+    """Create an index in a new or empty folder."""
 
     def check() -> None:
         known = {LOCK, QUEUE, HOLDER} | {path.name for paths in segment_files(folder).values() for path in paths}
@@ -590,7 +591,7 @@ def _begin(folder: Path, timeout: float, make: Callable[[], None]) -> None:
 
 
 def _write_folder(folder: Path, snapshot: Snapshot) -> None:
-    """Write all that a snapshot holds to a folder; it counts when the database appears, which is last."""
+    """Write a snapshot to a folder, the database last: it makes the index valid."""
     manifest = replace(snapshot.manifest, segment=None, base=0, rows=len(snapshot))
     manifest = replace(manifest, compactions=manifest.compactions + 1)
     segment, rows, sums = new_segment(), 0, [0]
@@ -611,7 +612,7 @@ def _write_folder(folder: Path, snapshot: Snapshot) -> None:
 
 
 def _read_old(folder: Path) -> Snapshot:
-    """What a folder of format 1 holds."""
+    """Return the state of a folder of format 1."""
     if not (folder / MANIFEST).exists():
         raise FileNotFoundError(f"{folder} holds no index: there is no {DATABASE} in it")
     old: FormatOne = read_format_1(folder)

@@ -1,7 +1,7 @@
 """The catalog of an index: ids, metadata, deletions, and which rows of which files count. One SQLite database.
 
-A transaction here is the commit of every operation. The database is in WAL mode: a reader keeps a transaction open and
-sees what was there when it began, whatever is written meanwhile. Every row that matters carries a CRC-32.
+Every operation is committed by a transaction here. The database is in WAL mode: a reader keeps a transaction open and
+sees the state at its start, even if others write meanwhile. Every row that matters carries a CRC-32.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Catalog:
     def create(
         cls, folder: Path, manifest: Mapping[str, Any], pca: bytes | None, fill: Callable[[Catalog], None]
     ) -> None:
-        """Make the database of a folder, whole or not at all.
+        """Create the database of a folder, completely or not at all.
 
         Args:
             folder: Where.
@@ -91,7 +91,7 @@ class Catalog:
 
     @classmethod
     def create_in_memory(cls, manifest: Mapping[str, Any], pca: bytes | None) -> Catalog:
-        """Make a catalog that nobody else sees."""
+        """Create a catalog in memory."""
         self = cls(None)
         self._set_manifest(manifest, pca)
         return self
@@ -109,7 +109,7 @@ class Catalog:
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[Catalog]:
-        """Write: all of it or nothing."""
+        """Commit everything that the block writes, or nothing."""
         with self.errors():
             self._db.execute("BEGIN IMMEDIATE")
             try:
@@ -122,7 +122,7 @@ class Catalog:
 
     @contextlib.contextmanager
     def errors(self) -> Iterator[None]:
-        """Say of an error of SQLite what it means for the index."""
+        """Explain an error of SQLite in terms of the index."""
         try:
             yield
         except (sqlite3.Error, UnicodeDecodeError) as error:
@@ -131,7 +131,7 @@ class Catalog:
     def checkpoint(self, how: str = "PASSIVE") -> None:
         """Move what was written from the log into the database, as far as readers of earlier states allow."""
         with contextlib.suppress(sqlite3.Error):
-            self._db.execute("PRAGMA busy_timeout = 0").fetchall()  # it is no use to wait for readers
+            self._db.execute("PRAGMA busy_timeout = 0").fetchall()  # waiting for readers is of no use
             self._db.execute(f"PRAGMA wal_checkpoint({how})").fetchall()
         self._db.execute(f"PRAGMA busy_timeout = {_PATIENCE * 1000}").fetchall()
 
@@ -142,7 +142,7 @@ class Catalog:
         return 0
 
     def vacuum(self) -> None:
-        """Give back the room of what was deleted. Not needed for anything, so no error if it cannot be done."""
+        """Free the space of deleted rows. Nothing depends on it, so a failure is ignored."""
         with contextlib.suppress(sqlite3.Error):
             self._db.execute("VACUUM")
 
@@ -335,7 +335,7 @@ def _expected_schema() -> frozenset[Any]:
 
 
 def _check_schema(db: sqlite3.Connection) -> None:
-    """A trigger or a view of a stranger would be run by our statements."""
+    """Refuse a database with a trigger or a view, which our statements would run."""
     if frozenset(db.execute("SELECT type, name, tbl_name, sql FROM sqlite_master LIMIT 100")) != _expected_schema():
         raise DamagedIndexError("the database of the index does not hold the tables that it should")
 
@@ -367,7 +367,7 @@ def _sum(*values: Any) -> int:
 
 
 def to_json(metadata: Any) -> str:
-    """A document's metadata as it is kept.
+    """Return the metadata of a document as it is stored.
 
     Raises:
         TypeError: if it is not a dict that JSON can hold.
@@ -522,7 +522,7 @@ def _compare(path: str, operator: str, operand: Any, values: list[Any]) -> str:
 
 
 def _among(path: str, operands: list[Any], values: list[Any]) -> str:
-    """Whether what is at the path is one of these, which only values of the same kind are."""
+    """Return the condition that the value at the path is one of these, of the same kind."""
     kinds = _kinds(operands)
     parts = []
     for kind, types in (("text", "'text'"), ("number", "'integer', 'real'")):

@@ -17,7 +17,7 @@ _ROWS = 1 << 16
 def fit_pca(sample: Any, dim: int) -> Tensor:
     """Find the `dim` orthogonal directions that keep most of the sample's inner products (uncentred PCA).
 
-    Queries and documents are both multiplied by it, so `<q, d>` stays what it was, less what lies in other directions.
+    Queries and documents are both multiplied by it, so `<q, d>` changes only by the part in the other directions.
 
     Args:
         sample: Document embeddings `[n, R_c, D]`, a thousand or so; queries may be among them.

@@ -1,4 +1,4 @@
-"""How the vectors of documents are kept in few bytes, and what becomes of the queries that meet them.
+"""Quantization: document vectors in few bytes, and the rounding of the queries that are scored with them.
 
     float32    4 bytes a dimension; queries as they are
     bfloat16   2 bytes; queries rounded to bfloat16
@@ -6,7 +6,7 @@
     int4       4 bits (the value + 8, even dimensions in the low half) and a scale; queries as for int8
     binary     1 bit (the sign, lowest bit first) and a scale; queries as for int8
 
-Products are always summed in float32 or exactly. A vector that is all zero keeps the scale 0, and so the score 0.
+Products are always summed in float32 or exactly. A vector of zeros has the scale 0, and so the score 0.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ _PARTS = (1.0, 0.9, 0.8, 0.7, 0.6)  # of the largest value, that int4 tries as t
 
 
 def check_quantization(quantization: str) -> str:
-    """Return `quantization` if there is such a one."""
+    """Return `quantization`, or raise if it does not exist."""
     if quantization not in QUANTIZATIONS:
         raise ValueError(f"quantization must be one of {', '.join(QUANTIZATIONS)}, not {quantization!r}")
     return quantization
 
 
 def bytes_per_vector(quantization: str, dim: int) -> int:
-    """Bytes that one vector takes, its scale included."""
+    """Return the bytes of a vector, with its scale."""
     return {"float32": 4 * dim, "bfloat16": 2 * dim, "int8": dim + 4, "int4": (dim + 1) // 2 + 4}.get(
         quantization, (dim + 7) // 8 + 4
     )
 
 
 def encode(vectors: Tensor, quantization: str) -> tuple[Tensor, Tensor | None]:
-    """Turn float vectors `[..., D]` into what is stored, and the scales `[...]` float32 where there are some."""
+    """Quantize float vectors `[..., D]`: the stored values, and their scales `[...]` float32, if any."""
     if quantization in _STORED:
         return vectors.to(_STORED[quantization]), None
     x = vectors.float()
@@ -43,7 +43,7 @@ def encode(vectors: Tensor, quantization: str) -> tuple[Tensor, Tensor | None]:
         return (levels + 128).to(torch.uint8), scales
     if quantization == "int4":
         return _encode_int4(x)
-    # The sign times this scale has the product with the vector itself right: <x, scale * sign(x)> = <x, x>.
+    # This scale makes the product of the sign with the vector itself exact: <x, scale * sign(x)> = <x, x>.
     total = x.abs().sum(dim=-1)
     scales = x.square().sum(dim=-1) / total.clamp_min(torch.finfo(torch.float32).tiny)
     weights = 2 ** torch.arange(8, device=x.device)
@@ -51,7 +51,7 @@ def encode(vectors: Tensor, quantization: str) -> tuple[Tensor, Tensor | None]:
 
 
 def decode(stored: Tensor, scales: Tensor | None, quantization: str, dim: int) -> Tensor:
-    """Turn what `encode` stored back into float32 vectors `[..., dim]`."""
+    """Return the values that `encode` stored as float32 vectors `[..., dim]`."""
     if scales is None:
         return stored.float()
     if quantization == "int8":
@@ -71,7 +71,7 @@ def query_levels(vectors: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def round_queries(queries: Tensor, quantization: str) -> Tensor:
-    """Queries `[Q, r_q, D]` with the values that documents of this quantization are multiplied by, float32."""
+    """Return queries `[Q, r_q, D]`, rounded as for documents of this quantization, float32."""
     if quantization == "float32":
         return queries
     if quantization == "bfloat16":
@@ -81,7 +81,7 @@ def round_queries(queries: Tensor, quantization: str) -> Tensor:
 
 
 def _encode_int4(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Of a few scales, the one that loses least: cutting off a rare large value pays when there are 15 levels."""
+    """Try a few scales and keep the best: with 15 levels, clipping a rare large value reduces the total error."""
     most = x.abs().amax(dim=-1) / 7
     best = torch.full_like(most, torch.inf)
     scales, levels = most, torch.zeros_like(x)

@@ -1,4 +1,4 @@
-"""Exact search over documents of any quantization, by a compiled kernel where there is one, else by torch.
+"""Exact search over documents of any quantization, with a kernel if one is available, else with torch.
 
 Documents are a tensor, or an index: anything with the attributes of `Documents`.
 """
@@ -18,7 +18,7 @@ from .quantization import decode, round_queries
 
 Positions: TypeAlias = "Tensor | Sequence[int]"  # of documents: whole numbers, or a bool for every document
 
-_BLOCK_SCORES = 1 << 22  # about how many scores `search` holds at once
+_BLOCK_SCORES = 1 << 22  # the approximate number of scores in memory at a time
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Store:
 
 @runtime_checkable
 class Documents(Protocol):
-    """What an index must have to be searched."""
+    """The interface of an index that can be searched."""
 
     vectors: int  # of a document
     input_dim: int  # dimensions of queries
@@ -76,20 +76,20 @@ class Documents(Protocol):
 
     @property
     def device(self) -> torch.device:
-        """Where they are."""
+        """Device of the documents."""
 
     def project(self, embeddings: Tensor) -> Tensor:
-        """Do to queries `[..., input_dim]` what was done to the documents: `[..., dim]`."""
+        """Apply the projection of the documents to queries `[..., input_dim]`: `[..., dim]`."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class SearchResult:
-    """What `search` found. Unpacks as `scores, indices`.
+    """Result of `search`. Unpacks as `scores, indices`.
 
     Attributes:
         scores: `[Q, k]` float32, best first.
         indices: `[Q, k]` int64, positions in the documents; equal scores are ordered by position.
-        backend: What computed the scores.
+        backend: Name of the kernel, or torch, that computed the scores.
     """
 
     scores: Tensor
@@ -128,12 +128,12 @@ def search(
     exclude: Positions | None = None,
     backend: str = "auto",
 ) -> SearchResult:
-    """Find the `k` best documents of every query, exactly. Never holds the scores of all documents at once.
+    """Find the `k` best documents of every query, exactly, in bounded memory.
 
     Args:
         queries: As in `maxsim`.
         documents: As in `maxsim`.
-        k: How many documents to return for a query; with fewer documents than that, all of them are returned.
+        k: How many documents to return for a query; all documents, if there are fewer.
         budget: As in `maxsim`.
         include: Search only these positions: whole numbers, or a bool for every document.
         exclude: Leave these out, in the same forms. `EmbeddingCollection.positions` gives the positions of ids.
@@ -262,7 +262,7 @@ def top_k(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
         values, indices = torch.sort(scores, dim=1, descending=True, stable=True)
         return values, indices
     values, indices = torch.topk(scores, k + 1, dim=1)
-    tied = values[:, k - 1] == values[:, k]  # torch.topk does not say which of them it took
+    tied = values[:, k - 1] == values[:, k]  # torch.topk may return either of them
     indices = indices[:, :k].sort(dim=1).values
     values, order = torch.sort(scores.gather(1, indices), dim=1, descending=True, stable=True)
     indices = indices.gather(1, order)

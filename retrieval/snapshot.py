@@ -1,4 +1,4 @@
-"""What a reader of an index sees: one state of it, whatever is written meanwhile."""
+"""A snapshot: the one state of an index that a reader sees, even if others write meanwhile."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .search import Store, check_k, choose_backend, prepare, search, select_cand
 from .storage import ROLES, Buffers, DamagedIndexError, Layout, check_kept, check_rows, is_segment, map_rows
 
 _MOST_FILTERS = 32  # masks of filters that a snapshot remembers
-_FEW_DOCUMENTS = 4096  # that are scored in full sooner than narrowed down
+_FEW_DOCUMENTS = 4096  # are scored in full, which is faster than a cascade
 _MOST_HIDDEN = 512  # documents that are left out after scoring; more of them are left out before
 _BLOCK_BYTES = 1 << 26  # that are copied at a time
 
@@ -36,7 +36,7 @@ class Manifest:
         dim: Dimensions of what is added, and of queries.
         kept_dim: Dimensions that are kept.
         kept: For every role the quantization and the number of vectors.
-        pooling: How documents of any number of vectors are made ones of `vectors`, if they are.
+        pooling: The method that pools documents of any number of vectors, or `None`.
         segment: The name of the files, if there are files.
         base: How many rows of the files count.
         rows: How many slots there are: `base`, and behind them what small adds left in the catalog.
@@ -137,7 +137,7 @@ class Snapshot:
     Args:
         catalog: A connection that sees this state.
         folder: Of the index, if it has one.
-        before: An earlier snapshot: what did not change is taken from it.
+        before: An earlier snapshot, whose unchanged parts are used again.
         buffers: The vectors, if they are in memory.
         pieces: The vectors, if they are of a folder of format 1.
     """
@@ -236,7 +236,7 @@ class Snapshot:
         return mask
 
     def _selected(self, where: Mapping[str, Any]) -> Tensor:
-        """A bool for every slot. The last filters are remembered: people search with the same ones again and again."""
+        """Return a bool for every slot. The last masks are remembered, because searches repeat filters."""
         try:
             key = json.dumps(where)
         except (TypeError, ValueError):  # a set for `$in`, for instance
@@ -278,12 +278,12 @@ class Snapshot:
         return [Document(*texts[slot], embedding) for slot, embedding in zip(slots, embeddings, strict=True)]
 
     def _embeddings(self, slots: Sequence[int]) -> Tensor:
-        """What is kept of documents, as near as it can be had: `[n, vectors, kept_dim]` float32."""
+        """Return the most exact stored vectors of documents: `[n, vectors, kept_dim]` float32."""
         store, dim = self.layout.stores(self.take(slots))[self.best_role], self.manifest.kept_dim
         return torch.cat([decode(s.stored, s.scales, store.quantization, dim) for s in store.slabs], dim=1)
 
     def verify(self) -> list[str]:
-        """Read every byte and say what is wrong."""
+        """Read every byte and return what is wrong."""
         manifest, parts = self.manifest, self.layout.parts
         with self._lock, self.catalog.errors():
             wrong = self.catalog.verify(manifest.rows)
@@ -331,7 +331,7 @@ class Snapshot:
 
     @property
     def best_role(self) -> str:
-        """The copy of the vectors that is nearest to what was added."""
+        """The role of the most exact copy of the vectors."""
         return "exact" if "exact" in self.manifest.kept else "main"
 
     # Searching
@@ -399,7 +399,7 @@ class Snapshot:
         kept, stages = self.manifest.kept, list[Stage]()
         for (q, c), keep in (((1, 1), max(1000, 10 * k)), ((4, 8), max(200, 4 * k))):
             if self.manifest.pooling is not None:
-                q = r_q  # the vectors of such queries are in no order of importance
+                q = r_q  # the vectors of such queries are not ordered by importance
             if q <= r_q and c < r_c:
                 small = not stages and "first" in kept and c <= kept["first"][1]
                 stages.append(Stage((q, c), keep, "first" if small else "main"))

@@ -1,7 +1,7 @@
-"""How an index keeps vectors: one file for every group of vectors, appended to, memory-mapped, and checked.
+"""Files of vectors: one for every group of vectors, appended to, memory-mapped, and checked.
 
-The first vector of every document lies apart from the next three, these from the next four, and so on at the edges of
-the usual budgets, so that a budget reads only what it needs. Each such group (a *part*) is a file of its own with one
+The first vector of every document is stored apart from the next three, these from the next four, and so on at the
+edges of the usual budgets, so that a budget reads only what it needs. Each such group (a *part*) is one file with one
 row for every document: adding documents appends rows, so there is one array for every part however often documents
 were added. Nothing that was written is ever changed. The catalog (see `metadata.py`) says how many rows count, and its
 transaction is the commit: rows behind them are of an interrupted `add`, and the next writer cuts them off.
@@ -38,7 +38,7 @@ from ..scoring_metaembed import check_finite
 from .quantization import bytes_per_vector, check_quantization, encode
 from .search import Slab, Store
 
-ROLES = ("first", "main", "exact")  # what a copy of the vectors is for; "main" is always there
+ROLES = ("first", "main", "exact")  # the purposes of copies of the vectors; "main" always exists
 LOCK, QUEUE, HOLDER = "index.lock", "index.lock.queue", "index.lock.holder"
 
 _EDGES = tuple(r_c for _, r_c in DEFAULT_BUDGETS)
@@ -64,7 +64,7 @@ class Part:
 
     @property
     def row_bytes(self) -> int:
-        """Bytes that a document takes."""
+        """Bytes of a document."""
         return int(np.prod(self.shape)) * self.dtype.itemsize
 
     def file_name(self, segment: str) -> str:
@@ -86,7 +86,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Layout:
-    """What is kept of a document: for every role the quantization and the number of vectors, of `dim` dimensions."""
+    """The layout of a document: for every role the quantization and the number of vectors, of `dim` dimensions."""
 
     kept: Mapping[str, tuple[str, int]]
     dim: int
@@ -181,7 +181,7 @@ def _slabs(vectors: int) -> list[int]:
 
 
 class Buffers:
-    """Parts in memory that grow. What was taken from them stays as it is: rows are only added behind it."""
+    """Parts in memory that grow. Tensors taken from them never change, because rows are only appended."""
 
     def __init__(self, layout: Layout):
         self._layout, self._capacity = layout, 0
@@ -213,7 +213,7 @@ def new_segment() -> str:
 def append_rows(
     folder: Path, segment: str, layout: Layout, at: int, blocks: Iterable[Sequence[Tensor]]
 ) -> tuple[int, list[int]]:
-    """Write documents behind the first `at` ones of a segment, and have them on the disk.
+    """Write documents behind the first `at` ones of a segment, and flush them to disk.
 
     Args:
         folder: Of the index.
@@ -369,7 +369,7 @@ def open_regular(path: Path) -> Any:
 
 
 def flush_folder(folder: Path) -> None:
-    """Have the names of a folder's files on the disk."""
+    """Flush the names of a folder's files to disk."""
     if os.name == "posix":
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -388,7 +388,7 @@ def writer_lock(folder: Path, timeout: float) -> Iterator[None]:
     """
     queue, lock = (_file_lock(folder / name, timeout) for name in (QUEUE, LOCK))
     try:
-        with queue:  # who waits for the lock holds the queue: a busy writer does not get the lock twice in a row
+        with queue:  # a waiting writer holds the queue, so that a busy writer does not get the lock twice in a row
             lock.acquire()
     except filelock.Timeout:
         raise TimeoutError(
@@ -425,7 +425,7 @@ def _holder(folder: Path) -> str:
 
 @contextlib.contextmanager
 def explained(folder: Path) -> Iterator[None]:
-    """Say of an error of the operating system what it means for the index."""
+    """Explain an error of the operating system in terms of the index."""
     try:
         yield
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""The cheapest cascade that keeps the asked recall, found on the user's own documents and queries."""
+"""Find the cheapest cascade for a target recall, on the user's own documents and queries."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _DEEPEST = 4096  # documents that a stage keeps at most
 
 @dataclass(frozen=True)
 class TunedStages:
-    """A cascade, and what it gives: `recall` of the true best `k`, at `milliseconds` for one query at a time."""
+    """A cascade, with its `recall` of the true best `k` and its `milliseconds` for one query at a time."""
 
     stages: tuple[Stage, ...]
     recall: float
@@ -33,14 +33,14 @@ class TunedStages:
 
 @dataclass(frozen=True)
 class TunedCascade(TunedStages):
-    """What `tune_cascade` found.
+    """Result of `tune_cascade`.
 
     Attributes:
         stages: What to pass to `cascade`; empty if nothing is cheaper than scoring everything.
         recall: Measured on the queries that were not tuned on.
         milliseconds: Measured, the median of those queries.
         full_milliseconds: The same for `search` at the full budget.
-        curve: The cheapest stages for every recall, by what they are expected to give and cost; cheapest first.
+        curve: The cheapest stages for every recall, with their estimated recall and cost; cheapest first.
     """
 
     full_milliseconds: float
@@ -59,19 +59,19 @@ def tune_cascade(
     exact: Any = None,
     backend: str = "auto",
 ) -> TunedCascade:
-    """Find the cheapest stages that keep the asked share of the best `k` documents, on your own data.
+    """Find the cheapest stages that keep a share of the best `k` documents, on your own data.
 
-    Half of the queries choose, the other half verify; stages that fail the verification give way to dearer ones.
+    Half of the queries choose the stages and the other half verify them; costlier ones replace those that fail.
 
     Args:
         documents: As in `maxsim`.
         queries: At least 2, as in `maxsim`; a hundred or more make the answer dependable.
         target_recall: The share of the `k` documents found by `search` at the full budget, from 0 to 1.
-        k: How many documents are asked for.
+        k: How many documents a search returns.
         budget: The full budget: all vectors by default.
         budgets: What stages may use: by default (1, 1), (2, 4), (4, 8), (8, 16), and as many document vectors with all
             query vectors, as far as they are smaller than the full budget.
-        exact: As in `cascade`: recall is then the share of what `search` finds in these.
+        exact: As in `cascade`: recall is then the share of what `search` finds in it.
         backend: As in `maxsim`.
 
     Returns:
@@ -122,7 +122,7 @@ def tune_cascade(
 
 
 def _ranks(found: Tensor, truth: Tensor) -> Tensor:
-    """Where in `found` `[Q, depth]` each of `truth` `[Q, k]` is: `[Q * k]`, the depth if nowhere."""
+    """Return the ranks in `found` `[Q, depth]` of `truth` `[Q, k]`: `[Q * k]`, the depth where it is missing."""
     depth = found.shape[1]
     ranks = torch.full(truth.shape, depth)
     for j in range(truth.shape[1]):
@@ -172,7 +172,7 @@ def _median_time(calls: Iterable[Callable[[], Any]]) -> float:
 def _candidates(
     ranks: dict[Budget, Tensor], costs: dict[Budget, _Cost], full: Budget, k: int, depth: int
 ) -> Iterator[TunedStages]:
-    """Every chain of up to three stages. A document's rank among all bounds its rank among those that are left."""
+    """Yield all chains of up to three stages. The rank of a document among all bounds its rank among those left."""
     steps = max(1, math.ceil(math.log(max(depth / k, 1), 1.5)))
     keeps = sorted({min(depth, math.ceil(k * 1.5**i)) for i in range(steps + 1)})
     survives = {(b, keep): ranks[b] < keep for b in ranks for keep in keeps}
@@ -192,7 +192,7 @@ def _candidates(
 
 
 def _cheapest(options: Iterator[TunedStages]) -> list[TunedStages]:
-    """Those that no other beats in both recall and cost, cheapest first."""
+    """Return the options that no other beats in both recall and cost, cheapest first."""
     front: list[TunedStages] = []
     for option in sorted(options, key=lambda o: (o.milliseconds, -o.recall)):
         if not front or option.recall > front[-1].recall:

@@ -1,4 +1,4 @@
-"""The special cases of `tiny.py`: what it needs to know to build an architecture tiny, beyond its name.
+"""Special cases of `tiny.py`: the fields it needs, beyond the name, to build a tiny model of an architecture.
 
 An architecture without a special case has no entry. To add one, name the fewest fields of [`Architecture`] that let
 `from_backbone` pass, and build on an entry with the same processor (`replace(QWEN2, ...)`).
@@ -12,7 +12,7 @@ from typing import Any
 IMAGE_SIZE, PATCH_SIZE = 56, 14  # for vision towers with a fixed size: 16 patches
 PATCHES = (IMAGE_SIZE // PATCH_SIZE) ** 2
 
-# The tokenizer's names for the special tokens that processors ask it for.
+# Names under which processors ask the tokenizer for special tokens.
 NAMED = {
     "bos_token": "<s>",
     "eos_token": "</s>",

@@ -1,4 +1,4 @@
-"""What every backbone must do, a function each: run by `test_backbones.py` and by `benchmarks/backbones.py`."""
+"""Checks that every backbone must pass, one function each, for `test_backbones.py` and `benchmarks/backbones.py`."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def check_a_batch_equals_one_by_one(model: MetaEmbedModel) -> None:
 
 
 def check_either_padding_side_gives_equal_rows(model: MetaEmbedModel) -> None:
-    """Or, where positions count the padding, the left one is refused."""
+    """Or left padding is refused, where positions count it."""
     if not model.config.traits.pads_left:
         with pytest.raises(ValueError, match="padding"):
             model.encode_documents(batch_of(model, "document")[0], padding_side="left")
@@ -188,13 +188,12 @@ def check_a_training_step_changes_what_it_should(name: str) -> None:
     assert changed == {n for n, p in after.items() if p.requires_grad}
     delta = next(n for n in changed if "token_adapter" in n)
     rows = (before[delta] - after[delta]).abs().amax(dim=1) > 0  # [R_q + R_c]
-    # Every query vector counts; a document vector counts where it is some query vector's best, and no other sees the
-    # last.
+    # Every query vector contributes to the loss; a document vector only if it is the best of some query vector.
     assert rows[: TOKENS["query"] + 1].all()
 
 
 def linear_names(model: MetaEmbedModel) -> list[str]:
-    """Two linear layers of the language model that every input passes through, whatever they are called."""
+    """Return the names of two linear layers of the language model that every input passes through."""
     used: dict[str, None] = {}
     hooks = [
         module.register_forward_hook(lambda *_, n=name: used.setdefault(n))
@@ -226,20 +225,20 @@ def mmr_loss(model: MetaEmbedModel, items: dict[str, object]) -> torch.Tensor:
 
 
 def check_bfloat16(name: str) -> None:
-    """Rounding moves every row less than taking the hidden states of another layer would move any."""
+    """Rounding changes every row less than the hidden states of another layer would change any."""
     model = load(name)
     rough = fork(name).to(torch.bfloat16)
     for kind, item in inputs_of(model).items():
         rows, right = rough.encode_documents(item), rows_of(model, "document")[kind]
         assert rows.dtype == torch.float32
-        # Random weights amplify rounding, most of all where layers are many to so few dimensions.
+        # Random weights amplify rounding, above all with many layers and few dimensions.
         close = cosine_similarity(rows, right, dim=-1).min()
         assert close > 0.9 and close > similarity_of_the_layer_before(model, item, right), kind
 
 
 @torch.no_grad()
 def similarity_of_the_layer_before(model: MetaEmbedModel, item: object, rows: torch.Tensor) -> float:
-    """Return the largest cosine of a row to what the last but one layer gives in its place."""
+    """Return the largest cosine of a row to the same row of the last layer but one."""
     features = model.processor.process_documents(item)
     features.pop("num_meta", None)
     inputs = {name: value.to(model.dtype) if value.is_floating_point() else value for name, value in features.items()}

@@ -24,7 +24,7 @@ from metaembed import MetaEmbedModel
 
 
 class RootIsNoTestPackage:
-    """Without this, pytest imports the root's `__init__` by the folder's name, which may be anything in a clone."""
+    """Keeps pytest from importing the root's `__init__` by the folder's name, which may be anything in a clone."""
 
     def pytest_collect_directory(self, path, parent):
         return pytest.Dir.from_parent(parent, path=path) if path == parent.config.rootpath else None
@@ -115,21 +115,21 @@ BACKBONES = {"qwen2_5_vl": build_qwen2_5_vl, "qwen3_vl": build_qwen3_vl}
 
 @pytest.fixture(scope="session", params=BACKBONES)
 def model(request) -> MetaEmbedModel:
-    """A model of each backbone, in float64 so that equalities can be exact. Do not change it: copy it."""
+    """A model of each backbone, in float64 so that equalities can be exact. Copy it to change it."""
     backbone, processor = BACKBONES[request.param]()
     return MetaEmbedModel.from_backbone(backbone.double(), processor=processor)
 
 
 @pytest.fixture(scope="session")
 def qwen() -> MetaEmbedModel:
-    """A tiny Qwen2.5-VL model in float32. Do not change it: copy it."""
+    """A tiny Qwen2.5-VL model in float32. Copy it to change it."""
     backbone, processor = build_qwen2_5_vl()
     return MetaEmbedModel.from_backbone(backbone, processor=processor)
 
 
 @pytest.fixture(scope="session")
 def bert() -> MetaEmbedModel:
-    """A tiny bidirectional model in float64. Do not change it: copy it."""
+    """A tiny bidirectional model in float64. Copy it to change it."""
     backbone, tokenizer = build_bert()
     return MetaEmbedModel.from_backbone(backbone.double(), processor=tokenizer)
 
@@ -141,7 +141,7 @@ class QuietHandler(http.server.SimpleHTTPRequestHandler):
 
 @pytest.fixture
 def served(tmp_path):
-    """The URL under which a server shows the files of `tmp_path`."""
+    """The URL of a server of the files in `tmp_path`."""
     handler = functools.partial(QuietHandler, directory=tmp_path)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()

@@ -3,8 +3,7 @@
     python tests/freeze.py tests/data/v0.1
     python tests/freeze.py tests/data/adapter-v0.1 tests/data/v0.1
 
-The adapter names its base by the name of the folder, and so loads from the folder that holds both. It goes without
-code: that is the base's.
+The adapter names its base by the folder's name, so it loads from the folder that has both. It has no code of its own.
 """
 
 import sys

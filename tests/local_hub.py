@@ -1,4 +1,4 @@
-"""A small Hub on 127.0.0.1: repositories, commits, LFS uploads and downloads, as huggingface_hub asks for them.
+"""A small Hub on 127.0.0.1: the endpoints for repositories, commits, LFS uploads and downloads of huggingface_hub.
 
 Run as a program, `python local_hub.py`, it prints its address and serves until it is killed.
 """
@@ -43,7 +43,7 @@ class Hub(BaseHTTPRequestHandler):
         self.reply({"error": what}, 404, {"X-Error-Code": what})
 
     def files(self, repository, revision):
-        """The commit and the files of a revision, or None after an error was sent."""
+        """Return the commit and the files of a revision, or send an error and return None."""
         if repository not in COMMITS:
             return self.missing("RepoNotFound")
         commit = REFS[repository].get(unquote(revision), unquote(revision))
@@ -146,7 +146,7 @@ class Hub(BaseHTTPRequestHandler):
 
     def unknown(self):
         if "/models/" in self.path or self.command != "GET":  # of other things it may ask, but needs no answer
-            print(f"not spoken here: {self.command} {self.path}", file=sys.stderr, flush=True)
+            print(f"unsupported request: {self.command} {self.path}", file=sys.stderr, flush=True)
         self.reply({"error": "not spoken here"}, 404)
 
 

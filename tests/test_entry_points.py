@@ -1,4 +1,4 @@
-"""The two doors give equal embeddings, and a saved folder stands on its own: in a process without this package."""
+"""Both entry points give equal embeddings, and a saved folder is self-contained: it loads without this package."""
 
 import copy
 import json
@@ -56,7 +56,7 @@ def run_as_a_stranger(fresh_process, folder: Path, out: Path) -> dict[str, np.nd
 
 @pytest.fixture(scope="module")
 def defaulted(qwen) -> MetaEmbedModel:
-    """A model with persistent defaults of its own."""
+    """A model with persistent defaults."""
     model = copy.deepcopy(qwen)
     model.config.query_num_meta = 4
     model.config.query_instruction = "find a picture"
@@ -80,7 +80,7 @@ def names(folder: Path) -> set[str]:
 
 
 @pytest.mark.slow
-def test_saved_folders_stand_on_their_own_through_every_entry_point_and_again_when_saved_from_there(
+def test_saved_folders_are_self_contained_at_every_entry_point_also_when_saved_again(
     defaulted, folder, tmp_path, fresh_process
 ):
     to_multi_vector_encoder(defaulted).save_pretrained(str(tmp_path / "by_sentence_transformers"))
@@ -97,7 +97,7 @@ def test_saved_folders_stand_on_their_own_through_every_entry_point_and_again_wh
         assert names(other) - {"README.md"} == names(folder) - {"README.md"}
 
 
-def test_a_saved_folder_is_a_whole_hub_repository(folder):
+def test_a_saved_folder_is_a_complete_hub_repository(folder):
     names = {path.name for path in folder.iterdir()}
     code = {f"{name}_metaembed.py" for name in ("configuration", "processing", "modeling", "sentence", "scoring")}
     assert names >= code | {"model.safetensors", "config.json", "README.md", "modules.json", "tokenizer.json"}
@@ -119,7 +119,7 @@ def test_loading_changes_nothing(defaulted, folder, pictures):
     assert loaded.config.query_num_meta == 4 and loaded.config.query_instruction == "find a picture"
 
 
-def test_the_processor_alone_knows_its_defaults(folder, tmp_path):
+def test_a_processor_loaded_alone_has_its_defaults(folder, tmp_path):
     processor = MetaEmbedProcessor.from_pretrained(folder)
     processor.save_pretrained(tmp_path)
     alone = MetaEmbedProcessor.from_pretrained(tmp_path)
@@ -129,7 +129,7 @@ def test_the_processor_alone_knows_its_defaults(folder, tmp_path):
     assert "find a picture" in alone.tokenizer.decode(features["input_ids"][0])
 
 
-def test_the_two_doors_give_equal_embeddings(defaulted, encoder, mixed):
+def test_both_entry_points_give_equal_embeddings(defaulted, encoder, mixed):
     for ours, theirs in (
         (defaulted.encode_queries(mixed), encoder.encode_query(mixed)),
         (defaulted.encode_queries(mixed, num_meta=7), encoder.encode_query(mixed, num_meta=7)),
@@ -165,7 +165,7 @@ def test_default_num_meta_reaches_evaluators_and_is_saved(qwen, tmp_path):
 
 
 @pytest.mark.parametrize(("value", "error"), [(0, ValueError), (17, ValueError), ("4", TypeError)])
-def test_impossible_defaults_are_errors(qwen, value, error):
+def test_defaults_out_of_range_are_errors(qwen, value, error):
     module = MetaEmbedTransformer(copy.deepcopy(qwen))
     with pytest.raises(error, match="num_meta"):
         module.query_num_meta = value
@@ -180,7 +180,7 @@ def test_prompts_of_sentence_transformers_are_instructions(qwen):
     torch.testing.assert_close(documents[0], qwen.encode_documents("a cat", instruction=""))
 
 
-def test_prompts_saved_by_sentence_transformers_hold_at_every_door(qwen, tmp_path):
+def test_prompts_saved_by_sentence_transformers_apply_at_every_entry_point(qwen, tmp_path):
     encoder = to_multi_vector_encoder(copy.deepcopy(qwen), prompts={"query": "find a picture", "sts": "compare"})
     encoder.save_pretrained(str(tmp_path))
     assert encoder[0].model.config.query_instruction is None, "saving changed what training goes on with"
@@ -190,13 +190,13 @@ def test_prompts_saved_by_sentence_transformers_hold_at_every_door(qwen, tmp_pat
     torch.testing.assert_close(model.encode_queries("a cat"), expected, atol=1e-5, rtol=0)
     torch.testing.assert_close(again.encode_query("a cat"), expected, atol=1e-5, rtol=0)
     assert again.prompts["sts"] == "compare"
-    model.config.query_instruction = None  # and saved by the other door, over what is there
+    model.config.query_instruction = None  # and saved from the other entry point into the same folder
     model.save_pretrained(tmp_path)
     again = MultiVectorEncoder(str(tmp_path), trust_remote_code=True, device="cpu")
     torch.testing.assert_close(again.encode_query("a cat"), model.encode_queries("a cat"), atol=1e-5, rtol=0)
 
 
-def test_a_prompt_that_other_doors_would_not_apply_is_not_saved(defaulted, tmp_path):
+def test_a_prompt_that_other_entry_points_would_not_apply_is_not_saved(defaulted, tmp_path):
     encoder = to_multi_vector_encoder(defaulted, prompts={"query": "find a page"})
     with pytest.raises(ValueError, match=r"query_instruction .* is 'find a picture'"):
         encoder.save_pretrained(str(tmp_path))

@@ -1,4 +1,4 @@
-"""Checkpoints that earlier versions saved keep loading, with this code and with their own, and mean the same."""
+"""Checkpoints that earlier versions saved load with this code and with their own, and give the same embeddings."""
 
 from pathlib import Path
 
@@ -36,7 +36,7 @@ def test_a_frozen_checkpoint_loads_with_this_code(folder):
 
 @pytest.mark.parametrize("folder", ADAPTERS, ids=lambda folder: folder.name)
 def test_a_frozen_adapter_loads_with_this_code(folder, monkeypatch):
-    monkeypatch.chdir(DATA)  # where the base is that it names
+    monkeypatch.chdir(DATA)  # which has the base that it names
     model = MetaEmbedModel.from_pretrained(folder)
     assert model.adapter_base == (folder.name.removeprefix("adapter-"), None) and model.config.document_num_meta == 6
     check(embeddings(model), folder)
@@ -47,7 +47,7 @@ def test_a_frozen_adapter_loads_with_this_code(folder, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("folder", CHECKPOINTS, ids=lambda folder: folder.name)
 def test_a_frozen_checkpoint_loads_with_its_own_code(folder, tmp_path, fresh_process):
-    """As its users do: from the Hub with trust_remote_code, on today's libraries."""
+    """As with trust_remote_code from the Hub, on today's libraries."""
     code = """
 import sys
 sys.modules["metaembed"] = None

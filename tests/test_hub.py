@@ -1,7 +1,6 @@
-"""What is pushed to the Hub loads by id and revision, in a fresh process, with an empty cache, without this package.
+"""Pushed repositories load by id and revision, in a fresh process with an empty cache and without this package.
 
-The Hub is a small server on 127.0.0.1 that speaks the endpoints which these calls use; huggingface_hub is the real
-one.
+The Hub is a small server on 127.0.0.1 with the endpoints that these calls use; huggingface_hub is the real one.
 """
 
 import json
@@ -22,7 +21,7 @@ HERE = os.path.dirname(__file__)
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory):
-    """The address of a Hub, alone in its process."""
+    """The address of a Hub, which runs in its own process."""
     log = tmp_path_factory.mktemp("hub") / "log"
     with open(log, "w") as stream:
         command = [sys.executable, os.path.join(HERE, "local_hub.py")]
@@ -44,14 +43,14 @@ def process(hub, tmp_path_factory):
 
 
 class Machine:
-    """A machine of its own: its folder, its cache; here it is told what to run."""
+    """A machine with its own folder and its own cache."""
 
     def __init__(self, folder, process):
         self.folder, self.process = folder, process
         folder.mkdir()
 
     def run(self, code):
-        """Run `code` in a fresh process, and return what it printed last, as JSON."""
+        """Run `code` in a fresh process and return the last line that it prints, read as JSON."""
         done = self.process("-c", code, cwd=self.folder, home=self.folder / "cache", path=[HERE])
         assert done.returncode == 0, done.stderr[-3000:]
         return json.loads(done.stdout.splitlines()[-1])
@@ -86,7 +85,7 @@ def by_sentence_transformers(model):
 
 @pytest.fixture(scope="module")
 def trainer(process, tmp_path_factory):
-    """The machine that makes models; the plain backbone is on the Hub."""
+    """A machine that creates models; the plain backbone is on the Hub."""
     machine = Machine(tmp_path_factory.mktemp("machines") / "trainer", process)
     save_tiny_backbone(machine.folder / "backbone")
     machine.run("""
@@ -101,7 +100,7 @@ print(json.dumps("done"))
 
 @pytest.fixture
 def user(process, tmp_path):
-    """A machine that has nothing yet."""
+    """A machine with an empty cache."""
     return Machine(tmp_path / "user", process)
 
 
@@ -110,18 +109,18 @@ def close(actual, expected):
         torch.testing.assert_close(torch.tensor(left), torch.tensor(right), atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("door", ["AutoModel", "MultiVectorEncoder"])
-def test_a_pushed_model_loads_by_id_and_revision(trainer, user, door):
+@pytest.mark.parametrize("entry_point", ["AutoModel", "MultiVectorEncoder"])
+def test_a_pushed_model_loads_by_id_and_revision(trainer, user, entry_point):
     push = {
         "AutoModel": 'model.push_to_hub("lab/{0}")',
         "MultiVectorEncoder": 'to_multi_vector_encoder(model).push_to_hub("lab/{0}", exist_ok=True)',
-    }[door].format(door)
+    }[entry_point].format(entry_point)
     first, second, commit = trainer.run(f"""{MAKE}
 model = MetaEmbedModel.from_backbone("lab/backbone", num_query_tokens=4, num_document_tokens=8, embedding_dim=24)
 first = embeddings(model)
 {push}
 from huggingface_hub import HfApi
-commit = HfApi().model_info("lab/{door}").sha
+commit = HfApi().model_info("lab/{entry_point}").sha
 torch.nn.init.normal_(model.projection.weight)
 {push}
 print(json.dumps([first, embeddings(model), commit]))
@@ -129,22 +128,22 @@ print(json.dumps([first, embeddings(model), commit]))
     found = user.run(f"""{LOAD}
 old = dict(revision="{commit}", trust_remote_code=True)
 new = dict(trust_remote_code=True)
-processor = AutoProcessor.from_pretrained("lab/{door}", **old)
+processor = AutoProcessor.from_pretrained("lab/{entry_point}", **old)
 assert processor.process_queries(["a"], num_meta=2)["input_ids"].shape[0] == 1
-assert AutoModel.from_pretrained("lab/{door}", **old).commit == "{commit}"
+assert AutoModel.from_pretrained("lab/{entry_point}", **old).commit == "{commit}"
 print(json.dumps([
-    embeddings(AutoModel.from_pretrained("lab/{door}", **old)),
-    by_sentence_transformers(MultiVectorEncoder("lab/{door}", **old)),
-    embeddings(AutoModel.from_pretrained("lab/{door}", **new)),
-    by_sentence_transformers(MultiVectorEncoder("lab/{door}", **new)),
+    embeddings(AutoModel.from_pretrained("lab/{entry_point}", **old)),
+    by_sentence_transformers(MultiVectorEncoder("lab/{entry_point}", **old)),
+    embeddings(AutoModel.from_pretrained("lab/{entry_point}", **new)),
+    by_sentence_transformers(MultiVectorEncoder("lab/{entry_point}", **new)),
 ]))
 """)
     for actual, expected in zip(found, [first, first, second, second], strict=True):
         close(actual, expected)
 
 
-def test_a_push_to_a_new_branch_makes_it(trainer, user):
-    """From every door, twice; what is on the main branch stays as it was."""
+def test_a_push_to_a_new_branch_creates_it(trainer, user):
+    """From every entry point, twice; the main branch is unchanged."""
     files = trainer.run(f"""{MAKE}
 from huggingface_hub import HfApi
 model = MetaEmbedModel.from_backbone("lab/backbone", num_query_tokens=4, num_document_tokens=8, embedding_dim=24)
@@ -168,7 +167,7 @@ print(json.dumps([
     assert sizes == [4, 4, 1]
 
 
-def test_a_pushed_card_is_of_what_was_pushed_and_a_persons_is_kept(trainer, user):
+def test_a_push_updates_our_card_and_keeps_a_persons(trainer, user):
     first, second, third, fourth = trainer.run(f"""{MAKE}
 from huggingface_hub import HfApi, ModelCard
 def model(dim):
@@ -203,7 +202,7 @@ MultiVectorEncoder("lab/original", trust_remote_code=True).push_to_hub("you/kept
 AutoModel.from_pretrained("you/kept", trust_remote_code=True).push_to_hub("you/kept")
 print(json.dumps([ModelCard.load(name).text for name in ("you/kept", "lab/original")]))
 """)
-    assert kept == expected, "without the package, the card stays as it is"
+    assert kept == expected, "without the package, the card is not changed"
 
 
 def test_a_push_deletes_the_python_files_of_an_older_version(trainer, user):
@@ -228,7 +227,7 @@ print(json.dumps(HfApi().list_repo_files("lab/older")))
 
 
 def test_nothing_of_this_machine_is_published(trainer):
-    """Neither a local path of the backbone, nor an adapter whose base is one."""
+    """Neither a local path of the backbone, nor an adapter whose base is a local path."""
     config, error, files = trainer.run(f"""{MAKE}
 from huggingface_hub import HfApi, hf_hub_download
 from metaembed.training.lora import lora_config
@@ -258,8 +257,8 @@ print(json.dumps(processor.process_documents(DOCUMENTS, num_meta=3)["input_ids"]
     assert actual == expected
 
 
-def test_a_pushed_adapter_stands_on_its_own(trainer, user):
-    """It names the backbone on the Hub and its commit; a later change of the backbone does not reach it."""
+def test_a_pushed_adapter_is_self_contained(trainer, user):
+    """It names the backbone on the Hub and its commit, so a later change of the backbone has no effect."""
     expected = trainer.run(f"""{MAKE}
 from metaembed.training.lora import lora_config
 model = MetaEmbedModel.from_backbone("lab/backbone", num_query_tokens=4, num_document_tokens=8, embedding_dim=24)

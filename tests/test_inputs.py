@@ -1,4 +1,4 @@
-"""What a user may pass: every form of the same picture gives the same embedding, and what cannot be read says why."""
+"""Every form of the same picture gives the same embedding, and inputs that cannot be read are errors with a reason."""
 
 import base64
 import io
@@ -27,7 +27,7 @@ def to_messages(item):
 
 @pytest.fixture(scope="module")
 def grey() -> Image.Image:
-    """A picture that every mode can hold."""
+    """Return a picture that every mode can represent."""
     return Image.fromarray(np.arange(48 * 32, dtype=np.int64).reshape(48, 32).__mod__(256).astype(np.uint8))
 
 
@@ -181,7 +181,7 @@ def test_an_error_does_not_repeat_a_long_source():
 
 
 @pytest.mark.parametrize("mode", ["I", "I;16"])
-def test_integers_that_may_be_of_8_or_16_bits_are_an_error_that_says_what_to_pass(grey, mode):
+def test_integers_of_8_or_16_bits_are_an_error_that_says_what_to_pass(grey, mode):
     with pytest.raises(ValueError, match=r"leave open what is white.*convert\('L'\).*uint16"):
         read_image(grey.convert("I") if mode == "I" else Image.fromarray(np.asarray(grey).astype(np.uint16)))
     dark = Image.fromarray(np.full((4, 4), 200, np.uint16))
@@ -207,7 +207,7 @@ def test_a_file_of_many_pages_is_an_error_and_one_page_of_it_is_a_picture(grey, 
     np.testing.assert_allclose(np.asarray(read_image(file.copy())), np.asarray(pages[1]))
 
 
-def test_a_photograph_that_carries_another_is_read_as_the_one_it_shows(grey):
+def test_a_photograph_with_a_second_one_in_its_file_is_read_as_the_first(grey):
     shown = grey.convert("RGB")
     content = encoded(shown, "MPO", save_all=True, append_images=[shown.resize((8, 8))], quality=100)
     assert Image.open(io.BytesIO(content)).n_frames == 2
@@ -237,7 +237,7 @@ def test_a_truncated_file_is_an_error(qwen, grey, tmp_path):
         *(np.zeros((2, 2, 7), np.uint8), np.zeros(3), np.zeros((0, 5, 3), np.uint8), Image.new("RGB", (0, 0))),
     ],
 )
-def test_what_is_no_picture_is_an_error(source):
+def test_files_that_are_not_pictures_are_errors(source):
     with pytest.raises(ValueError, match="cannot be read"):
         read_image(source)
 
@@ -283,7 +283,7 @@ def test_a_picture_too_wide_for_the_backbone_is_an_error_with_its_size(qwen):
         qwen.encode_documents(["a text", Image.new("RGB", (4000, 4))], batch_size=1)
 
 
-def test_what_is_one_input_and_what_is_a_batch(grey):
+def test_one_input_and_a_batch_are_told_apart(grey):
     conversation = [{"role": "user", "content": "a"}]
     content, pixels = encoded(grey, "PNG"), np.asarray(grey.convert("RGB"))
     singles = ["a", grey, {"text": "a"}, conversation, pixels, content, bytearray(content), io.BytesIO(content)]
@@ -323,7 +323,7 @@ def test_malformed_chats_are_the_same_errors_when_encoded(qwen, chat):
 
 
 @pytest.mark.parametrize("role", ["user<|im_end|>", "", "user assistant", "<|meta_document_0|>", "user\n"])
-def test_a_role_that_is_no_word_is_an_error(role):
+def test_a_role_that_is_not_a_word_is_an_error(role):
     with pytest.raises(ValueError, match="role of a chat message must be a word"):
         to_messages([{"role": role, "content": "a"}])
 
@@ -343,24 +343,24 @@ def test_a_role_that_is_no_word_is_an_error(role):
         *({"type": "image", "text": "a"}, {"type": "audio", "audio": "a.wav"}, {"url": "a.png"}),
     ],
 )
-def test_a_part_that_does_not_hold_what_its_type_says_is_an_error(part):
+def test_a_part_without_the_content_of_its_type_is_an_error(part):
     with pytest.raises(ValueError, match=r"part of type|\"type\" of a part|is empty|unknown keys"):
         to_messages([{"role": "user", "content": [{"type": "text", "text": "a"}, part]}])
 
 
-def test_keys_without_a_value_are_none(grey):
-    """Tables of chats hold every key in every row."""
+def test_keys_without_a_value_are_ignored(grey):
+    """Tables of chats have every key in every row."""
     parts = [{"type": "text", "text": "a", "image": None}, {"type": "image", "text": None, "image": grey}]
     (message,) = to_messages([{"role": "user", "content": parts, "name": None}])
     assert [part["type"] for part in message["content"]] == ["text", "image"]
 
 
-def test_what_a_message_holds_beside_its_content_is_not_lost_in_silence():
+def test_unknown_keys_of_a_message_are_errors():
     with pytest.raises(ValueError, match="tool_calls"):
         to_messages([{"role": "assistant", "content": "a", "tool_calls": [{}]}])
 
 
 @pytest.mark.parametrize("item", ["a\ud800b", {"text": "a\ud800b"}])
-def test_half_a_character_is_an_error_that_names_the_text(qwen, item):
+def test_text_that_is_not_valid_unicode_is_an_error_that_names_it(qwen, item):
     with pytest.raises(ValueError, match=r"input 1: text must be valid Unicode, got 'a\\ud800b', whose character 1"):
         qwen.encode_queries(["fine", item])

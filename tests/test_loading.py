@@ -1,4 +1,4 @@
-"""Checkpoints load completely or not at all, what was loaded keeps working, and what is saved loads again."""
+"""Checkpoints load completely or not at all, loaded models keep working, and saved models load again."""
 
 import copy
 import json
@@ -18,7 +18,7 @@ from metaembed.training.lora import lora_config
 
 @pytest.fixture(scope="module")
 def model():
-    """Do not change it: copy it."""
+    """Copy it to change it."""
     return tiny_model(layers=1, embedding_dim=8)
 
 
@@ -109,7 +109,7 @@ def test_the_token_of_the_hub_stays_out_of_the_model(request, kind):
         assert b"hf_secret" not in pickle.dumps(part) and "hf_secret" not in repr(vars(copy.deepcopy(part)))
 
 
-def test_a_configuration_and_weights_alone_make_a_model(model):
+def test_a_model_can_be_made_from_a_configuration_and_weights(model):
     loaded = MetaEmbedModel.from_pretrained(None, config=model.config, state_dict=model.state_dict())
     inputs = model.processor.process_queries(["a red apple"])
     assert torch.equal(loaded(**inputs).embeddings, model(**inputs).embeddings)
@@ -234,7 +234,7 @@ def test_an_adapter_that_names_itself_or_another_adapter_is_an_error(adapter, tm
 
 
 def test_trust_in_an_adapter_is_not_trust_in_its_base(model, adapter, tmp_path):
-    """Code in the repository of the base runs only if the user names that one too."""
+    """Code in the repository of the base runs only if the user trusts that one too."""
     base, ran = tmp_path / "base", tmp_path / "ran"
     model.backbone.save_pretrained(base)
     config = json.loads((base / "config.json").read_text())

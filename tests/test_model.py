@@ -1,4 +1,4 @@
-"""What a model promises: the right rows, the same rows however they are asked for, and errors that say what to do."""
+"""A model returns the right rows, the same rows for every way to ask, and errors that say what to do."""
 
 import copy
 import json
@@ -73,7 +73,7 @@ def test_positions_are_the_backbones_own_and_not_one_dimensional(model, mixed):
 
 
 def test_authors_layout_equals_their_procedure_written_out(pictures):
-    """`[input; M_q; M_c]` through `inputs_embeds`, explicit positions, slice, L2: the paper's own code."""
+    """The paper's code: `[input; M_q; M_c]` as `inputs_embeds`, explicit positions, slice, L2."""
     backbone, processor = build_qwen2_5_vl()
     model = MetaEmbedModel.from_backbone(backbone.double(), processor=processor, document_sees_query_tokens=True)
     features = model.processor.process_documents([{"image": pictures[0], "text": "a cat"}])
@@ -95,7 +95,7 @@ def test_authors_layout_equals_their_procedure_written_out(pictures):
     )
     hidden = backbone.language_model(inputs_embeds=inputs_embeds, position_ids=positions, attention_mask=mask)[0]
     torch.testing.assert_close(model(**features).embeddings, normalize(hidden[:, -64:], dim=-1), atol=1e-13, rtol=0)
-    # A query's Meta Tokens come before the document's, so theirs need not be appended.
+    # The query Meta Tokens come before the document's, so a query does not need the latter.
     assert model.processor.process_queries(["a"])["input_ids"][0, -16:].tolist() == config.query_token_ids
 
 
@@ -237,13 +237,13 @@ def test_score_is_maxsim(qwen):
 @pytest.mark.parametrize(
     ("num_meta", "error"), [(0, ValueError), (17, ValueError), ("4", TypeError), (True, TypeError)]
 )
-def test_impossible_num_meta_is_an_error(qwen, num_meta, error):
+def test_num_meta_out_of_range_is_an_error(qwen, num_meta, error):
     with pytest.raises(error, match="num_meta of a query must be"):
         qwen.encode_queries(["a"], num_meta=num_meta)
 
 
 @pytest.mark.parametrize("number", [np.int64(3), np.uint8(3), torch.tensor(3)])
-def test_a_whole_number_of_numpy_or_torch_is_one(qwen, number):
+def test_integers_of_numpy_and_torch_are_accepted(qwen, number):
     assert torch.equal(qwen.encode_queries("a", number), qwen.encode_queries("a", 3))
     assert qwen.encode_queries("a red apple", max_length=number).shape == (16, 64)
 
@@ -251,7 +251,7 @@ def test_a_whole_number_of_numpy_or_torch_is_one(qwen, number):
 @pytest.mark.parametrize(
     ("num_meta", "error"), [(0, ValueError), (-1, ValueError), (100, ValueError), ("4", TypeError), (True, TypeError)]
 )
-def test_impossible_num_meta_of_a_forward_pass_is_an_error(qwen, bert, num_meta, error):
+def test_num_meta_out_of_range_in_a_forward_pass_is_an_error(qwen, bert, num_meta, error):
     for model in (qwen, bert):
         features = {**model.processor.process_documents(["a"]), "num_meta": num_meta}
         with pytest.raises(error, match="num_meta must be"):
@@ -259,19 +259,19 @@ def test_impossible_num_meta_of_a_forward_pass_is_an_error(qwen, bert, num_meta,
 
 
 @pytest.mark.parametrize(("instruction", "error"), [(3, TypeError), (["a"], TypeError), ("\ud800", ValueError)])
-def test_an_instruction_that_is_no_text_is_an_error(qwen, instruction, error):
+def test_an_instruction_that_is_not_text_is_an_error(qwen, instruction, error):
     with pytest.raises(error, match="instruction must be"):
         qwen.encode_queries("a", instruction=instruction)
 
 
 @pytest.mark.parametrize("options", [{"return_tensors": "np"}, {"text_kwargs": {"return_tensors": None}}])
-def test_tensors_of_another_kind_are_an_error(qwen, options):
+def test_asking_for_tensors_of_another_library_is_an_error(qwen, options):
     with pytest.raises(ValueError, match="`return_tensors` must be 'pt'"):
         qwen.processor.process_queries("a", **options)
 
 
 @pytest.mark.parametrize("bad", [None, 3, object(), [None], [["a"]], {"txt": "a"}, {"text": 3}, {}, {"text": None}])
-def test_what_is_no_input_is_an_error_that_says_so(qwen, bad):
+def test_values_that_are_not_inputs_are_errors_that_say_so(qwen, bad):
     with pytest.raises((TypeError, ValueError), match=r"cannot encode|unknown keys|must be|holds neither"):
         qwen.encode_queries(bad)
 
@@ -284,13 +284,13 @@ def test_an_error_names_the_place_of_the_input_in_the_users_list(qwen, tmp_path)
         qwen.encode_documents(["a", "a much longer text", "b", "c", None], batch_size=2)
 
 
-def test_batches_may_be_sequences_of_any_kind_in_order(qwen):
+def test_batches_may_be_any_ordered_sequence(qwen):
     expected = qwen.encode_queries(TEXTS)
     for batch in (tuple(TEXTS), iter(TEXTS), np.array(TEXTS), np.array(TEXTS, object)):
         assert torch.equal(qwen.encode_queries(batch), expected)
 
 
-def test_what_has_no_rows_in_order_is_no_batch(qwen):
+def test_unordered_collections_and_tables_are_not_batches(qwen):
     import pandas
     from datasets import Dataset
 
@@ -309,7 +309,7 @@ def test_processing_nothing_is_an_error(qwen):
 
 
 @pytest.mark.parametrize("batch_size", [0, -1, 1.5, True])
-def test_impossible_batch_size_is_an_error(qwen, batch_size):
+def test_a_batch_size_out_of_range_is_an_error(qwen, batch_size):
     with pytest.raises(ValueError, match="batch_size"):
         qwen.encode_queries(["a"], batch_size=batch_size)
 
@@ -324,10 +324,10 @@ def test_truncation_that_would_cut_meta_tokens_is_an_error(qwen):
         qwen.processor.process_queries(["a long text " * 20], truncation=True, max_length=24)
 
 
-# -- Making a model of a backbone ----------------------------------------------------------------------------------
+# -- Creating a model from a backbone -------------------------------------------------------------------------------
 
 
-def test_meta_token_rows_are_at_home_in_the_embedding_and_all_different():
+def test_meta_token_rows_have_the_scale_of_the_embedding_and_all_differ():
     backbone, processor = build_qwen2_5_vl()
     known = backbone.get_input_embeddings().weight.detach().clone()
     model = MetaEmbedModel.from_backbone(backbone, processor=processor)
@@ -339,7 +339,7 @@ def test_meta_token_rows_are_at_home_in_the_embedding_and_all_different():
     assert torch.pdist(meta).min() > known.std()
 
 
-def test_spare_rows_that_the_tokens_fall_on_are_initialised_too():
+def test_spare_rows_used_by_meta_tokens_are_initialised_too():
     backbone, processor = build_qwen2_5_vl()
     size = len(processor.tokenizer)
     backbone.resize_token_embeddings(size + 128)
@@ -393,13 +393,13 @@ def test_a_weight_missing_from_a_saved_model_is_an_error(tmp_path, qwen):
 
 
 def test_an_unexpected_weight_in_a_saved_model_is_an_error(tmp_path, qwen):
-    """Such as one of a projection where the configuration names no dimension."""
+    """For instance that of a projection where the configuration has no dimension."""
     qwen.save_pretrained(tmp_path, state_dict={**qwen.state_dict(), "projection.weight": torch.zeros(24, 64)})
     with pytest.raises(ValueError, match=r"unexpected, so lost: projection\.weight"):
         AutoModel.from_pretrained(tmp_path, trust_remote_code=True)
 
 
-def test_a_model_made_twice_is_an_error(qwen):
+def test_from_backbone_of_a_metaembed_model_is_an_error(qwen):
     with pytest.raises(ValueError, match="already has Meta Tokens"):
         MetaEmbedModel.from_backbone(build_qwen2_5_vl()[0], processor=qwen.processor.backbone_processor)
 
@@ -410,7 +410,7 @@ def test_a_loaded_backbone_needs_its_processor():
 
 
 @pytest.mark.parametrize("backbone", [None, 3, torch.nn.Linear(2, 2)])
-def test_what_is_no_backbone_is_an_error(backbone):
+def test_values_that_are_not_backbones_are_errors(backbone):
     with pytest.raises(TypeError, match="backbone must be"):
         MetaEmbedModel.from_backbone(backbone)
 
@@ -455,7 +455,7 @@ def test_unusable_budgets_are_named(budgets, message):
 
 
 @pytest.mark.parametrize("budgets", [[], "16,64", [[1]], [[1.0, 1], [16, 64]], [16, 64]])
-def test_what_are_no_budgets_is_an_error(budgets):
+def test_values_that_are_not_budgets_are_errors(budgets):
     with pytest.raises(TypeError, match="budget"):
         MetaEmbedConfig(budgets=budgets)
 
@@ -473,7 +473,7 @@ def test_what_are_no_budgets_is_an_error(budgets):
         {"num_document_tokens": 2, "query_token_ids": list(range(16)), "document_token_ids": [15, 16]},
     ],
 )
-def test_impossible_settings_are_errors(settings):
+def test_settings_out_of_range_are_errors(settings):
     with pytest.raises(ValueError, match=next(reversed(settings))):
         MetaEmbedConfig(**settings)
 

@@ -1,4 +1,4 @@
-"""The wheel holds the package and nothing else, and the source distribution is enough to run the tests."""
+"""The wheel contains only the package, and the source distribution is enough to run the tests."""
 
 import re
 import shutil
@@ -17,7 +17,7 @@ NOT_IN_A_CLONE = [".git", ".venv*", ".*_cache", ".hypothesis", "__pycache__", "b
 BESIDE_THE_PACKAGE = {"tests", "examples", "benchmarks", "docs"}
 BUILD = """
 import sys
-sys.modules["torch"] = sys.modules["transformers"] = None  # whoever imports them while building gets an error
+sys.modules["torch"] = sys.modules["transformers"] = None  # importing them during the build raises an error
 from setuptools import build_meta
 getattr(build_meta, "build_" + sys.argv[1])(sys.argv[2])
 """
@@ -28,7 +28,7 @@ def copy_clone(folder):
 
 
 def build(kind, source, destination):
-    """Return the `kind` ("sdist" or "wheel") built of a folder with what is installed: nothing is fetched."""
+    """Build the `kind` ("sdist" or "wheel") of a folder with installed packages, without the network."""
     destination.mkdir()
     command = [sys.executable, "-c", BUILD, kind, str(destination)]
     done = subprocess.run(command, cwd=source, capture_output=True, text=True)
@@ -109,7 +109,7 @@ def test_the_version_is_stated_once(wheel):
         assert f"\nProject-URL: {label}, https://" in text
 
 
-def test_the_lock_names_versions_and_no_place():
+def test_the_lock_names_versions_but_no_index_and_no_path():
     lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
     pin = re.compile(r"[a-z0-9-]+==[0-9][\w.]*( ; [^;]+)?")
     assert [line for line in lines if not pin.fullmatch(line)] == []

@@ -1,4 +1,4 @@
-"""What may be read and fetched for an input, and that hostile files, servers and texts end in an error, soon."""
+"""The policy limits what is read and fetched, and hostile files, servers and texts end in an error, soon."""
 
 import gzip
 import http.server
@@ -80,7 +80,7 @@ def hostile():
         *(("drip", "timed out after 1 s"), ("headers", "timed out after 1 s")),
     ],
 )
-def test_a_body_without_end_is_an_error_in_bounded_time_and_memory(hostile, path, message):
+def test_an_endless_body_is_an_error_in_bounded_time_and_memory(hostile, path, message):
     start = time.monotonic()
     with pytest.raises(ValueError, match=message):
         read_image(f"{hostile}/{path}", HERE)
@@ -88,7 +88,7 @@ def test_a_body_without_end_is_an_error_in_bounded_time_and_memory(hostile, path
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "2130706433", "0x7f.1", "localhost", "[::ffff:127.0.0.1]", "[::1]"])
-def test_this_machine_is_not_asked_for_pictures_under_any_name(hostile, host):
+def test_private_addresses_are_refused_under_any_name(hostile, host):
     port = hostile.rpartition(":")[2]
     with pytest.raises(ValueError, match=r"not public|not known|cannot be read"):
         read_image(f"http://{host}:{port}/endless")
@@ -142,7 +142,7 @@ def test_every_redirect_is_checked(hostile, monkeypatch):
         read_image(f"{hostile}/to/http://127.0.0.2:{port}/", InputPolicy(hosts=("127.0.0.1",)))
 
 
-def test_a_server_reads_no_file_and_fetches_nothing_and_its_errors_do_not_tell_which_files_exist(tmp_path, hostile):
+def test_a_server_reads_and_fetches_nothing_and_its_errors_do_not_reveal_files(tmp_path, hostile):
     Image.new("RGB", (2, 2)).save(tmp_path / "a.png")
     policy = InputPolicy.server()
     assert (policy.schemes, policy.folders) == ((), ())
@@ -173,7 +173,7 @@ def test_only_files_of_the_allowed_folders_are_read_links_followed(tmp_path):
             read_image(tmp_path / name, policy)
 
 
-def test_a_video_is_fetched_into_a_file_that_does_not_stay(tmp_path, served):
+def test_a_video_is_fetched_into_a_temporary_file(tmp_path, served):
     (tmp_path / "clip.mp4").write_bytes(b"frames")
     with ExitStack() as stack:
         path = read_video(f"{served}/clip.mp4", HERE, stack)
@@ -185,7 +185,7 @@ def test_a_video_is_fetched_into_a_file_that_does_not_stay(tmp_path, served):
         read_video(f"{served}/clip.mp4", InputPolicy(), ExitStack())
 
 
-def test_a_policy_holds_on_the_model_and_for_a_call(qwen, tmp_path):
+def test_a_policy_can_be_set_on_the_model_and_for_a_call(qwen, tmp_path):
     path = tmp_path / "a.png"
     Image.new("RGB", (32, 32)).save(path)
     assert qwen.encode_documents(path, num_meta=1).shape == (1, 64)
@@ -379,7 +379,7 @@ def test_the_chat_template_can_be_set_and_one_that_loops_is_an_error(qwen, monke
 @pytest.mark.parametrize(
     "template", ["{% for i in range(10**9) %}{% endfor %}", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}"]
 )
-def test_a_chat_template_without_end_in_one_loop_or_call_is_an_error(qwen, template):
+def test_the_time_for_many_messages_is_linear(qwen, template):
     import copy
 
     processor = copy.deepcopy(qwen.processor)
@@ -395,7 +395,7 @@ def test_many_messages_take_time_in_proportion(qwen):
     assert ids.shape[1] > 3000 and time.monotonic() - start < 3
 
 
-def test_saving_a_processor_returns_its_file_and_not_its_policy(qwen, tmp_path):
+def test_saving_a_processor_returns_its_file_and_omits_the_policy(qwen, tmp_path):
     (path,) = qwen.processor.save_pretrained(tmp_path)
     assert path == str(tmp_path / "processor_config.json") and "max_bytes" not in Path(path).read_text()
 
@@ -415,7 +415,7 @@ def test_a_checkpoint_cannot_name_anything_of_transformers_as_its_processor(qwen
 # -- Encoding ------------------------------------------------------------------------------------------------------
 
 
-def test_many_threads_with_a_model_in_training_mode_get_the_rows_of_one(qwen):
+def test_many_threads_and_one_thread_give_equal_rows_also_in_training_mode(qwen):
     import copy
     from concurrent.futures import ThreadPoolExecutor
 
@@ -431,7 +431,7 @@ def test_many_threads_with_a_model_in_training_mode_get_the_rows_of_one(qwen):
 
 
 @pytest.mark.parametrize("where", ["weights", "image_mean"])
-def test_not_finite_embeddings_are_an_error_that_names_the_input(qwen, where):
+def test_embeddings_that_are_not_finite_are_an_error_that_names_the_input(qwen, where):
     import copy
 
     model = copy.deepcopy(qwen)

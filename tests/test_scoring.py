@@ -17,7 +17,7 @@ from metaembed.scoring_metaembed import maxsim
 
 
 def reference(queries, documents, budget=None):
-    """MaxSim in float64, as the formula is written."""
+    """MaxSim in float64, straight from the formula."""
     r_q, r_c = budget or (queries.shape[1], documents.shape[1])
     q, d = queries[:, :r_q].double(), documents[:, :r_c].double()
     return torch.einsum("qid,njd->qnij", q, d).amax(3).sum(2)
@@ -53,7 +53,7 @@ def test_scores_equal_a_float64_reference(case, backend):
     queries, documents, budget = case
     scores = maxsim(queries, documents, budget, backend=backend)
     if documents.dtype == torch.bfloat16:
-        queries = queries.bfloat16()  # which is what bfloat16 documents do to queries
+        queries = queries.bfloat16()  # bfloat16 documents round the queries too
     assert scores.dtype == torch.float32
     torch.testing.assert_close(scores.double(), reference(queries, documents, budget), atol=1e-5, rtol=1e-5)
 
@@ -99,7 +99,7 @@ def test_rescoring_equals_scoring_all(case, m, backend):
 
 @pytest.mark.parametrize("backend", ["torch", "compiled"])
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_scores_depend_neither_on_threads_nor_on_where_a_document_lies(backend, threads):
+def test_scores_depend_neither_on_threads_nor_on_a_documents_position(backend, threads):
     queries, documents = vectors(0, 3, 16, 96), vectors(1, 1001, 20, 96)
     before = torch.get_num_threads()
     try:
@@ -111,7 +111,7 @@ def test_scores_depend_neither_on_threads_nor_on_where_a_document_lies(backend, 
             part = maxsim(queries, documents[start:stop], backend=backend)
             if backend == "compiled":
                 assert torch.equal(part, expected[:, start:stop])
-            else:  # a library's matrix product may sum in another order for other shapes
+            else:  # a matrix product may add in another order for other shapes
                 torch.testing.assert_close(part, expected[:, start:stop], atol=1e-6, rtol=0)
     finally:
         torch.set_num_threads(before)
@@ -133,8 +133,8 @@ def test_an_all_zero_vector_scores_zero_and_is_not_padding():
     assert maxsim(query, negative).item() == -1
 
 
-def test_the_package_adds_speed_and_no_numbers(monkeypatch):
-    """Without it, or with a version that lacks a name, a checkpoint's scores are the same, by torch."""
+def test_scores_are_equal_with_and_without_the_package(monkeypatch):
+    """Without it, or with a version that lacks a name, torch gives the same scores."""
     queries, documents = vectors(0, 3, 4, 16), vectors(1, 50, 7, 16)
     expected = maxsim(queries, documents, (2, 5))
     index = EmbeddingCollection.from_embeddings(documents)
@@ -189,12 +189,12 @@ def test_results_are_frozen_and_unpack():
 
 def test_many_documents_are_scored_block_by_block_with_the_same_answer():
     queries, documents = vectors(0, 3, 2, 4), vectors(1, 1, 2, 4).expand(3_000_000, 2, 4)
-    scores, indices = search(queries, documents, 3)  # more documents than one block of scores holds, all equal
+    scores, indices = search(queries, documents, 3)  # more documents than fit one block of scores, all equal
     assert indices.tolist() == [[0, 1, 2]] * 3
     assert torch.equal(scores[:, :1].expand(3, 3), scores)
 
 
-def test_lists_and_arrays_are_taken():
+def test_lists_and_arrays_are_accepted():
     queries, documents = vectors(0, 2, 3, 5), vectors(1, 4, 6, 5)
     expected = maxsim(queries, documents)
     assert torch.equal(maxsim(list(queries), [d.numpy() for d in documents]), expected)

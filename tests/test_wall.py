@@ -1,4 +1,4 @@
-"""What travels with a checkpoint: seven files, short enough to be read by whoever is asked to trust them."""
+"""Seven files travel with a checkpoint, short enough to be read by a person who is asked to trust them."""
 
 import ast
 import os

@@ -201,7 +201,7 @@ def build(model_type: str, dtype: torch.dtype = torch.float32) -> tuple[PreTrain
 
 @torch.no_grad()
 def enliven(model: PreTrainedModel) -> None:
-    """Draw weights so that every part of a tiny model matters: 0.02 suits wide models, and gates start closed."""
+    """Draw weights so that every part of a tiny model matters: 0.02 is for wide models, and gates start closed."""
     for name, parameter in model.named_parameters():
         if parameter.ndim > 1:
             parameter.normal_(std=0.3 if "embed" in name else parameter[0].numel() ** -0.5)

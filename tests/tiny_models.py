@@ -59,7 +59,7 @@ def gradients(model):
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-# With the lowest supported versions, float64 gradients of the vision tower carry a rounding of float32 (8e-7 here).
+# On the lowest supported versions, float64 gradients of the vision tower are rounded to float32 somewhere (8e-7 here).
 EXACT = 1e-12 if Version(transformers.__version__) >= Version("5.23") else 5e-6
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ..modeling_metaembed import MetaEmbedModel
 
 LOADERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
-HELD_OUT_SEED = 0  # which rows are kept apart does not depend on the seed of the training
+HELD_OUT_SEED = 0  # the choice of held-out rows does not depend on the seed of the training
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ def count_negatives(rows: Dataset) -> int:
 
 
 def check_paths(rows: Dataset, folder: Path) -> None:
-    """Raise if an image that a row names by its path is not there: better now than in the middle of a training.
+    """Raise if an image path in a row does not exist, before the training starts.
 
     Raises:
         FileNotFoundError: If a file is missing.

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from ..loading_metaembed import adapter_parameters, import_peft
 
-COMPILED = "_orig_mod."  # stands in the name of each part of a module that torch.compile returned
+COMPILED = "_orig_mod."  # torch.compile inserts it into the names of all parts of a module
 
 
 def lora_config(model: Any, r: int = 32, lora_alpha: int = 32, lora_dropout: float = 0.1, **kwargs: Any) -> Any:
@@ -73,7 +73,7 @@ def module_name(model: nn.Module, module: nn.Module) -> str:
     """Return the name of `module` in `model`, found by identity.
 
     Raises:
-        ValueError: If it is no part of `model`.
+        ValueError: If it is not a part of `model`.
     """
     for name, candidate in model.named_modules():
         if candidate is module:

@@ -150,12 +150,12 @@ def encoder_config(encoder: Any) -> MetaEmbedConfig:
 
 
 def is_metaembed(model: Any) -> bool:
-    """Return whether `model` is a MetaEmbed model, of whichever copy of the code."""
+    """Return whether `model` is a MetaEmbed model, from any copy of the code."""
     return getattr(getattr(model, "config", None), "model_type", None) == "metaembed"
 
 
 def warn_of_half_precision(model: nn.Module) -> None:
-    """Warn where weights that are to be trained are held in 16 bits, in which most steps of training are lost."""
+    """Warn if weights to train have 16 bits, which round most training steps away."""
     halves = (torch.bfloat16, torch.float16)
     found = {parameter.dtype for parameter in model.parameters() if parameter.requires_grad} & set(halves)
     if found:
@@ -170,7 +170,7 @@ def warn_of_half_precision(model: nn.Module) -> None:
 
 
 class MMRObjective:
-    """From vectors to one loss per budget, for the plain and the cached loss alike."""
+    """Computes the loss of each budget from vectors, for the plain and the cached loss."""
 
     settings: MMRSettings
 
@@ -296,7 +296,7 @@ class MMRLoss(MMRObjective, nn.Module):
 
 
 class CachedMMRLoss(MMRObjective, CachedMultiVectorMultipleNegativesRankingLoss):
-    """[`MMRLoss`] with gradient caching (GradCache, arXiv 2101.06983): any batch in the memory of a small one.
+    """[`MMRLoss`] with gradient caching (GradCache, arXiv 2101.06983): large batches in the memory of small ones.
 
     The loss and the gradients are the same. Every input is encoded twice, which is about a third slower, and only
     `mini_batch_size` inputs are in memory at a time. On several GPUs, where only some inputs have images,

@@ -17,9 +17,9 @@ Slabs = Sequence[tuple[Tensor, Tensor | None]]  # stored vectors and their scale
 
 
 class Kernel(Protocol):
-    """What scores documents as torch does, faster."""
+    """Scores documents like torch, but faster."""
 
-    instructions: Mapping[str, str]  # for every quantization, what it is multiplied with
+    instructions: Mapping[str, str]  # for every quantization, the instructions that multiply it
 
     def scores(
         self,
@@ -33,7 +33,7 @@ class Kernel(Protocol):
 
         Args:
             slabs: Of all documents, `(stored [n, used, ...], scales [n, used] or None)`, as `quantization.encode`
-                makes them.
+                returns them.
             queries: `[Q, r_q, D]` float32, not rounded yet.
             quantization: Of the documents.
             index: `[m]` int64: score only these documents.
@@ -91,8 +91,8 @@ class SelectingKernel(Kernel, Protocol):
             segments: As in `top_k`.
             queries: As in `scores`.
             quantization: As in `scores`.
-            candidates: `[Q, m]` int64, positions of documents; as many of a row as count are ascending.
-            counts: `[Q]` int64, how many of a row count, from the first.
+            candidates: `[Q, m]` int64, positions of documents; the first `counts[q]` of a row are ascending.
+            counts: `[Q]` int64, how many of a row to score, from the first.
             k: How many to find.
             check: As in `scores`.
 

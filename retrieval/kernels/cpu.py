@@ -42,9 +42,9 @@ LIMITS = (
 )
 _SOURCE, _HEADER = Path(__file__).with_name("maxsim.cpp"), Path(__file__).with_name("maxsim.h")
 _PATIENCE = 180  # seconds that a compiler may take
-_BUILDING = "building-"  # how the folders begin in which libraries are built
+_BUILDING = "building-"  # prefix of the folders in which libraries are built
 _LOCK = threading.Lock()  # threads that search for the first time build one library
-_MOST_HITS = 1 << 22  # that `top_k` lets each thread gather
+_MOST_HITS = 1 << 22  # that each thread of `top_k` collects at most
 
 
 def takes(stored: Tensor, r_q: int, dim: int) -> bool:
@@ -61,11 +61,11 @@ class KernelUnavailable(RuntimeError):
 
 
 class NoCompiler(KernelUnavailable):
-    """There is no compiler to build the kernel with."""
+    """No compiler was found to build the kernel."""
 
 
 class KernelUntrusted(KernelUnavailable):
-    """The compiled kernel does not give torch's answers here."""
+    """The scores of the compiled kernel differ from those of torch."""
 
 
 class _Slab(ctypes.Structure):
@@ -168,7 +168,7 @@ class CpuKernel:
 
 
 class _Call:
-    """Arguments that the functions of the library share; it keeps alive what they point to."""
+    """Arguments that the functions of the library share, with the memory that they point to."""
 
     def __init__(self, segments: Sequence[Slabs], queries: Tensor, quantization: str, check: bool):
         count, r_q, dim = queries.shape
@@ -203,11 +203,11 @@ def load_kernel(architecture: str = "native") -> CpuKernel:
     """Build the kernel unless it is in the cache, load it, and compare it with torch.
 
     Args:
-        architecture: What the compiler's `-march` takes; others than `"native"` try what other processors run.
+        architecture: What the compiler's `-march` takes; other values than `"native"` test code for other processors.
 
     Raises:
         KernelUnavailable: if there is no compiler, or it fails, or its library cannot be loaded.
-        KernelUntrusted: if the kernel's answers are not torch's.
+        KernelUntrusted: if the kernel's scores differ from torch's.
     """
     kernel = CpuKernel(_build(architecture))
     for quantization in QUANTIZATIONS:
@@ -225,19 +225,19 @@ def find_kernel(device: torch.device, dim: int) -> CpuKernel | str:
 
 @functools.cache
 def _find() -> CpuKernel | str:
-    """Try once, and warn once if something is wrong. That no compiler is installed is nothing wrong."""
+    """Try once, and warn once if something fails. A missing compiler is no reason to warn."""
     try:
         return load_kernel()
     except NoCompiler as error:
         return str(error)
-    except Exception as error:  # whatever a machine may come up with, torch scores as well
+    except Exception as error:  # torch scores after any failure
         reason = str(error) or type(error).__name__
     warnings.warn(f"no compiled kernel: {reason}. torch is used instead", RuntimeWarning, stacklevel=2)
     return reason
 
 
 def _disagreement(kernel: CpuKernel, quantization: str) -> float:
-    """The largest difference to the formula in float64, on a little of everything the kernel does."""
+    """Return the largest difference from the formula in float64, on small examples of everything the kernel does."""
     generator = torch.Generator().manual_seed(0)
     worst = 0.0
     shapes = ((1, 1, 61, 3, 70), (2, 4, 30, 3, 600), (1, 16, 100, 5, 128), (1, 9, 20, 3, 2048), (40, 16, 7, 20, 64))
@@ -359,7 +359,7 @@ def _check_owner(path: Path) -> None:
 
 
 def _is_whole(library: Path) -> bool:
-    """Return whether a library holds what its name says, and raise if others could have written it."""
+    """Return whether a library has the checksum in its name, and raise if others could have written it."""
     _check_owner(library)
     return library.stem.rpartition("-")[2] == _checksum(library)
 
@@ -376,7 +376,7 @@ def _remove_leftovers(cache: Path) -> None:
 
 
 def _processor() -> str:
-    """What tells this processor's abilities from another's."""
+    """Return a description of this processor's abilities."""
     try:
         lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
     except OSError:

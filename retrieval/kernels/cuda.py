@@ -1,8 +1,8 @@
-"""The fused CUDA path: MaxSim by the library late-interaction-kernels, where it is installed and agrees with torch.
+"""The fused CUDA kernel: MaxSim by the library late-interaction-kernels, if it is installed and agrees with torch.
 
-What reading its version 0.4.5 showed: it multiplies float32 as float16, which is not exact, and bfloat16 as it is,
-with sums in float32. So it is given bfloat16 documents only. It wants one contiguous tensor, so prefixes and slabs are
-copied, a bounded number of documents at a time; the similarities themselves never reach the GPU's memory.
+Its version 0.4.5 multiplies float32 as float16, which is not exact, and bfloat16 unchanged, with sums in float32. So
+it gets bfloat16 documents only. It needs one contiguous tensor, so prefixes and slabs are copied, a bounded number of
+documents at a time; the similarities are never written to the GPU's memory.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def load_fused(device: torch.device, dim: int) -> FusedKernel:
 
     Raises:
         ImportError: if it is not installed.
-        RuntimeError: if it fails there, or its answers are not torch's.
+        RuntimeError: if it fails there, or its scores differ from torch's.
     """
     module = importlib.import_module("late_interaction_kernels")
     kernel = FusedKernel(module.maxsim, importlib.metadata.version(_PACKAGE))
@@ -87,13 +87,13 @@ def find_kernel(device: torch.device, dim: int) -> FusedKernel | str:
         return load_fused(device, dim)
     except ImportError as error:
         return f"{_PACKAGE} cannot be imported ({error})"
-    except Exception as error:  # whatever a GPU's compiler may say
+    except Exception as error:  # a GPU's compiler may raise any error
         warnings.warn(f"{_PACKAGE} is not used: {error}; torch is used instead", RuntimeWarning, stacklevel=2)
         return str(error)
 
 
 def check_fused(kernel: FusedKernel, device: torch.device, dim: int) -> None:
-    """Raise if a kernel's scores are not those of the formula, on a little of everything that is asked of it.
+    """Raise if a kernel's scores differ from the formula, on small examples of all its uses.
 
     Raises:
         RuntimeError: if they are not.

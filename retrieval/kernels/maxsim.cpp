@@ -1,12 +1,12 @@
-// Fused MaxSim for documents of equally many vectors, on one CPU of any kind.
+// Fused MaxSim for documents with equal numbers of vectors, on any CPU.
 //
 // The products of a few document rows with some query vectors stay in registers, and a row is read once, front to back, as
 // it lies in memory: plain tensors and any prefix of the vectors need no copy of the documents. Of many query vectors each
 // is a lane, over which a row's numbers are spread one after the other, and the maximum over a document's vectors is
-// elementwise. With few, most lanes would stand idle: then lanes lie along the row, and are added up at its end.
+// elementwise. With few query vectors most lanes would be idle, so the lanes then run along the row and are added at its end.
 //
-// Compiled on the machine that runs it, for what its processor has (-march=native). Every product is summed in one fixed
-// order, so scores depend neither on threads nor on where a block starts.
+// Compiled on the machine that runs it, for its processor (-march=native). Every product is summed in one fixed
+// order, so scores depend neither on threads nor on the start of a block.
 
 #include "maxsim.h"
 
@@ -48,11 +48,11 @@ struct Hit {
     }
 };
 
-// The best `k` of what is offered in ascending order of positions. Hits are gathered and now and then cut to `k`, which
-// costs less than to keep a heap in order.
+// The best `k` of what is offered in ascending order of positions. Hits are collected and cut to `k` from time to time, which
+// costs less than a heap.
 struct Best {
     std::vector<Hit> hits;
-    float least = -std::numeric_limits<float>::infinity();  // what a score must exceed to matter
+    float least = -std::numeric_limits<float>::infinity();  // a hit must have a larger score
 
     void offer(float score, int64_t position, size_t k) {
         if (!(score > least) && hits.size() >= k) return;
@@ -306,7 +306,7 @@ void work(Job& job) {
                         stride = row_bytes;
                     }
                     multiply_strip<One, Two>(job, packed, from, stride, flat && stride < FAR, count, sums, width);
-                    // A value that is not finite shows in every product with its row, an overflow only in some: all are looked at.
+                    // A value that is not finite affects all products of its row, an overflow only some, so all are checked.
                     if (job.check) finite &= all_finite(sums, count * width);
                     if (single) {
                         const int32_t* corrections = job.corrections + group * lanes;
@@ -412,7 +412,7 @@ void pack(const Job& job, bool along, const float* queries, uint8_t* packed, int
     for (int64_t v = 0; v < job.count * job.r_q; ++v) {
         const int64_t in_group = job.group() * job.r_q, lane = v / in_group * lanes + v % in_group;
         uint8_t* first = packed + (along ? lane * job.pitch : lane / LANES * LANES * job.pitch + lane % LANES * 4);
-        int32_t total = 0;  // within range: callers see to it that dim * 127 * 128 fits
+        int32_t total = 0;  // callers ensure that dim * 127 * 128 fits
         for (int64_t k = 0; k < job.dim; ++k) {
             const float x = queries[v * job.dim + k];
             uint8_t* to = first + k / per * next + k % per * (4 / per);
@@ -555,8 +555,8 @@ int32_t metaembed_scores(const Slab* slabs, int64_t slab_count, const int64_t* s
     return 2;
 }
 
-// Every query with its own candidates: the first counts[q] of a row of candidates [count, width], which ascend. The best k of
-// them go to out and positions [count, k], equal scores by position; what a row lacks is left as it is.
+// Score every query with its own candidates: the first counts[q] of a row of candidates [count, width], which ascend. The best k of
+// them go to out and positions [count, k], equal scores by position; the rest of a row is not written.
 int32_t metaembed_rescore(const Slab* slabs, int64_t slab_count, const int64_t* sizes, int64_t segment_count,
                           const int64_t* candidates, const int64_t* counts, int64_t width, int64_t dim, int32_t kind,
                           const float* queries, const float* query_scales, int64_t count, int64_t r_q, float* out,

@@ -1,7 +1,7 @@
 // Micro kernels of the fused MaxSim: the products of a few document rows with some query vectors, for one processor.
 //
-// They are chosen by the compiler's feature macros, with portable vector code when there is none. Matrix tiles (AMX) are asked
-// for at run time.
+// The compiler's feature macros choose them, with portable vector code as the fallback. Matrix tiles (AMX) are requested
+// at run time.
 
 #pragma once
 
@@ -80,7 +80,7 @@ struct Int8 {  // rows are bytes offset by 128, queries are signed
 // compiler would otherwise reckon every row from the first, and reload two dozen offsets at every step.
 inline void hide(const uint8_t*& pointer) { asm("" : "+r"(pointer)); }
 
-// What stands in even and in odd places of two vectors, added: half as many lanes of both, one after the other.
+// The sums of neighbouring lanes of two vectors: half as many lanes of each, one after the other.
 template <class V, int... I>
 inline V add_pairs(V a, V b, std::integer_sequence<int, I...>) {
     constexpr int N = sizeof...(I);

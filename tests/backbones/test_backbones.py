@@ -48,8 +48,8 @@ def test_backbone(name, check, tmp_path):
 
 
 @pytest.mark.parametrize("name", NAMED)
-def test_the_kinds_of_input_that_every_check_is_run_with(name):
-    """The checks leave out kinds of input that a backbone refuses, so the kinds that it must take are stated here."""
+def test_every_check_runs_with_the_stated_kinds_of_input(name):
+    """The checks skip kinds of input that a backbone refuses, so this test states the kinds that it must accept."""
     images = [] if name in TEXT_ONLY else ["image", "image and text", "two images", "interleaved"]
     videos = ["video"] if name in WITH_VIDEO else []
     assert list(inputs_of(load(name))) == ["text", *images, *videos]

@@ -1,4 +1,4 @@
-"""`from_backbone` leaves what it was given as it was, and creates a model of the class it was called on."""
+"""`from_backbone` does not change its arguments, and creates a model of the class it was called on."""
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ def test_the_class_in_a_checkpoints_own_files_creates_an_installed_model():
     assert torch.equal(model.encode_documents("a red apple"), load("bert").encode_documents("a red apple"))
 
 
-def test_the_callers_processor_and_the_random_state_stay_as_they_were():
+def test_the_callers_processor_and_the_random_state_are_unchanged():
     backbone, processor = build("qwen2_5_vl")
     size, state = len(processor.tokenizer), torch.get_rng_state()
     model = MetaEmbedModel.from_backbone(backbone, processor=processor, embedding_dim=24, **SIZES)
@@ -41,7 +41,7 @@ def test_the_callers_processor_and_the_random_state_stay_as_they_were():
     assert not model.training and all(p.grad is None for p in model.parameters())
 
 
-def test_a_metaembed_model_is_no_backbone_for_another():
+def test_a_metaembed_model_cannot_be_a_backbone():
     model = fork("bert")
     with pytest.raises(ValueError, match=r"the tokenizer already has Meta Tokens .*from_pretrained"):
         MetaEmbedModel.from_backbone(model.backbone, processor=model.processor.backbone_processor, **SIZES)

@@ -32,7 +32,7 @@ def built():
 
 
 def paper_model():
-    """The class of the paper's code in its parts: a headed backbone, its processor, Meta Tokens, a projection."""
+    """The parts of the paper's model: a backbone with a head, its processor, Meta Tokens and a projection."""
     return copy.deepcopy(built())
 
 
@@ -110,7 +110,7 @@ def test_a_full_state_dict(tmp_path, projected, old_names):
 
 
 def lora_on(headed, old_names=False):
-    """Change the language model by LoRA, and return its weights as PEFT names them."""
+    """Apply LoRA to the language model, and return the LoRA weights under PEFT's names."""
     state = {}
     with torch.no_grad():
         for name, module in headed.named_modules():
@@ -159,7 +159,7 @@ def test_a_peft_adapter(tmp_path, old_names):
     assert_equal(again, headed, processor, tokens, projection)
 
 
-def test_a_peft_adapter_whose_base_is_said(tmp_path):
+def test_a_peft_adapter_with_its_base_named(tmp_path):
     headed, processor, tokens, projection = paper_model()
     base = write_base(tmp_path / "base", headed, processor)
     state = {**own_weights(tokens, projection), **lora_on(headed)}
@@ -296,7 +296,7 @@ def test_an_adapter_of_rank_stabilised_lora_is_scaled_by_the_root_of_its_rank(tm
 
 
 @pytest.mark.parametrize("option", [{"num_query_tokens": "3"}, {"query_instructions": "x"}, {"budget": [[1, 1]]}])
-def test_an_option_that_means_nothing_is_an_error(tmp_path, paper_base, option):
+def test_an_unknown_option_is_an_error(tmp_path, paper_base, option):
     adapter = write_adapter(tmp_path / "adapter", {"prompt_embed_tokens.weight": ZERO})
     with pytest.raises(TypeError, match=next(iter(option))):
         MetaEmbedModel.from_authors_checkpoint(adapter, base=paper_base, **{"num_query_tokens": R_Q, **option})
@@ -318,7 +318,7 @@ def test_options_reach_the_backbone_and_the_model(tmp_path, paper_base, full):
 
 
 @pytest.mark.parametrize("asked", [None, "v2"])
-def test_each_repository_has_a_revision_of_its_own(tmp_path, monkeypatch, paper_base, asked):
+def test_each_repository_has_its_own_revision(tmp_path, monkeypatch, paper_base, asked):
     adapter = write_adapter(
         tmp_path / "adapter",
         {"prompt_embed_tokens.weight": ZERO},

@@ -1,4 +1,4 @@
-"""What a backbone takes, what may share a batch, and what is refused: measured, not assumed."""
+"""The probe measures which inputs a backbone takes and which may share a batch, and refuses the others."""
 
 import dataclasses
 from pathlib import Path
@@ -33,13 +33,13 @@ def test_image_resolution_holds_for_one_call_and_changes_no_shared_state():
 
 
 @pytest.mark.parametrize("options", [{"max_pixel": 1}, {"images_kwargs": {"max_pixel": 1}}])
-def test_a_keyword_that_no_processor_knows_is_an_error(options):
+def test_an_unknown_keyword_of_the_processor_is_an_error(options):
     with pytest.raises(TypeError, match="max_pixel"):
         load("qwen2_5_vl").encode_documents(picture(0), **options)
 
 
 @pytest.mark.parametrize("max_length", [0, -1, "4"])
-def test_impossible_max_length_is_an_error(max_length):
+def test_max_length_out_of_range_is_an_error(max_length):
     with pytest.raises((TypeError, ValueError), match="max_length"):
         load("qwen2_5_vl").encode_queries("a", max_length=max_length)
 
@@ -66,7 +66,7 @@ def test_inputs_that_would_change_each_other_are_kept_apart_at_both_entry_points
         ("pi0", "vocab_size"),
     ],
 )
-def test_what_cannot_be_a_backbone_is_refused_at_creation_with_the_reason(name, reason):
+def test_models_that_cannot_be_backbones_are_refused_with_the_reason(name, reason):
     backbone, processor = build(name)
     with pytest.raises(ValueError, match=reason):
         MetaEmbedModel.from_backbone(backbone, processor=processor)
@@ -88,7 +88,7 @@ def test_a_probe_that_fails_names_its_input_and_the_reason(broken, kind, monkeyp
 
 
 def test_the_traits_do_not_depend_on_those_of_an_earlier_measurement():
-    """Every question is asked with the answers before it, and no leftover of a question after it."""
+    """Each question uses the answers to those before it, and nothing of those after it."""
     model = fork("mllama")
     expected = dataclasses.replace(model.config.traits)
     model.config.traits = BackboneTraits(
@@ -103,7 +103,7 @@ def test_the_traits_do_not_depend_on_those_of_an_earlier_measurement():
     assert model.config.traits == expected
 
 
-def test_text_beyond_the_backbones_length_is_an_error_and_can_be_cut():
+def test_text_longer_than_the_backbone_allows_is_an_error_and_can_be_cut():
     model = load("bert")
     with pytest.raises(ValueError, match="max_length"):
         model.encode_documents("apple " * 3000)
@@ -154,7 +154,7 @@ def test_a_video_may_be_a_path_that_the_backbones_own_processor_reads(monkeypatc
 
 
 @pytest.mark.parametrize("bad", [[], [picture(0), picture(1, 56, 56)], 3, np.zeros((2, 3), np.uint8)])
-def test_what_is_not_a_video_is_an_error_that_says_so(bad):
+def test_values_that_are_not_videos_are_errors_that_say_so(bad):
     with pytest.raises((TypeError, ValueError), match=r"video|frames|array|image"):
         load("qwen3_vl").encode_documents({"video": bad})
 

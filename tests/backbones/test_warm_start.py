@@ -36,7 +36,7 @@ RETRIEVERS = {
 
 @functools.cache
 def retriever_of(name):
-    """A retriever, its processor, and the plain processor of its backbone. Do not change them: copy them."""
+    """A retriever, its processor, and the plain processor of its backbone. Copy them to change them."""
     model_type, config_class, model_class, processor_class = RETRIEVERS[name]
     backbone, processor = build(model_type)
     retriever = model_class(config_class(vlm_config=backbone.config, embedding_dim=24)).eval()
@@ -78,8 +78,8 @@ def test_a_loaded_model_with_a_head_gives_its_backbone():
     assert torch.equal(model.projection.weight, retriever.embedding_proj_layer.weight)
 
 
-def test_a_weight_that_no_row_depends_on_may_be_missing_and_no_other(tmp_path):
-    """A checkpoint of a masked language model holds no pooler, which the headless class has."""
+def test_only_weights_that_no_row_depends_on_may_be_missing(tmp_path):
+    """A checkpoint of a masked language model has no pooler, but the base model class has one."""
     _, processor = build("qwen2_vl")
     config = BertConfig(
         vocab_size=len(processor.tokenizer),
@@ -103,7 +103,7 @@ HEADED = (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, MODEL_FOR_MASKED_LM_MAPPING, MOD
 
 
 def save_with_head(name, folder):
-    """Save a checkpoint of the class that is published: the backbone under its head, nothing tied."""
+    """Save a checkpoint like published ones: the backbone with its head, with untied weights."""
     backbone, processor = build(name)
     cls = next(mapping[type(backbone.config)] for mapping in HEADED if type(backbone.config) in mapping)
     for config in (backbone.config, backbone.config.get_text_config()):
@@ -125,7 +125,7 @@ def change_weights(folder, drop=(), **more):
 def test_a_full_checkpoint_gives_its_backbone_and_a_stray_weight_is_an_error(name, tmp_path):
     kept = save_with_head(name, tmp_path).state_dict()
     backbone, _, missing = load_backbone(tmp_path)
-    assert all(key.startswith("pooler.") for key in missing)  # what a masked language model does without
+    assert all(key.startswith("pooler.") for key in missing)  # a masked language model has none
     for key, value in headless(backbone).state_dict().items():
         assert key in missing or torch.equal(value, kept[key]), key
     change_weights(tmp_path, **{"stray.layer.weight": torch.zeros(2)})
@@ -133,7 +133,7 @@ def test_a_full_checkpoint_gives_its_backbone_and_a_stray_weight_is_an_error(nam
         load_backbone(tmp_path)
 
 
-def test_a_layer_that_the_configuration_does_not_count_is_an_error(tmp_path):
+def test_a_layer_beyond_those_of_the_configuration_is_an_error(tmp_path):
     save_with_head("qwen2_vl", tmp_path)
     name = next(name for name in load_file(tmp_path / "model.safetensors") if "layers.1.mlp.up_proj" in name)
     change_weights(tmp_path, **{name.replace("layers.1", "layers.2"): torch.zeros(64, 32)})
@@ -141,13 +141,13 @@ def test_a_layer_that_the_configuration_does_not_count_is_an_error(tmp_path):
         MetaEmbedModel.from_backbone(tmp_path)
 
 
-def test_buffers_that_old_checkpoints_hold_are_no_error(tmp_path):
+def test_buffers_of_old_checkpoints_are_ignored(tmp_path):
     save_with_head("llama", tmp_path)
     change_weights(tmp_path, **{"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(8)})
     assert not load_backbone(tmp_path)[2]
 
 
-def test_a_head_beside_the_one_that_the_checkpoint_names_is_no_error(tmp_path):
+def test_a_head_that_the_checkpoint_does_not_name_is_ignored(tmp_path):
     """As in bert-base-uncased: saved from pretraining, named after the masked language model."""
     backbone, tokenizer = build("bert")
     backbone.config.architectures = ["BertForMaskedLM"]
@@ -192,13 +192,13 @@ def test_a_single_vector_retriever_keeps_every_weight(headed, tmp_path):
 
 
 @pytest.mark.parametrize("keyword", [{"num_query_token": 3}, {"dtype": torch.bfloat16}, {"revision": "main"}])
-def test_a_keyword_that_means_nothing_to_a_loaded_backbone_is_an_error(keyword):
+def test_a_loading_keyword_with_a_loaded_backbone_is_an_error(keyword):
     backbone, processor = build("qwen3")
     with pytest.raises(TypeError, match=next(iter(keyword))):
         MetaEmbedModel.from_backbone(backbone, processor=processor, **keyword)
 
 
-def test_a_keyword_that_nobody_knows_is_an_error_for_a_folder_too(tmp_path):
+def test_an_unknown_keyword_is_an_error_for_a_folder_too(tmp_path):
     backbone, processor = build("qwen3")
     backbone.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)

@@ -1,4 +1,4 @@
-"""Every saved folder has a card that is complete and says nothing that was not measured."""
+"""Every saved folder has a complete card, which reports only measured results."""
 
 import re
 
@@ -20,7 +20,7 @@ from metaembed.training.losses import CachedMMRLoss
 
 
 def check(folder):
-    """Load the card of `folder`, with what every card must say."""
+    """Load the card of `folder` and check the parts that every card must have."""
     card = ModelCard.load(folder / "README.md")
     assert card.data.library_name == "sentence-transformers"
     assert card.data.pipeline_tag == "visual-document-retrieval"
@@ -33,7 +33,7 @@ def check(folder):
 
 
 def check_examples_run(card, folder):
-    """The two examples of a card, run as they stand, on the folder."""
+    """Run both examples of a card, unchanged, on the folder."""
     examples = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
     assert len(examples) == 2
     for example in examples:
@@ -87,7 +87,7 @@ def test_the_card_that_the_trainer_writes(tmp_path, again):
     assert len(row.split("|")) == len(header.split("|")) and "ndcg@10" in header
     assert f"torch {torch.__version__}." in card.text
     assert "pets: 1 queries and 2 documents" in card.text and "not measured" not in card.text
-    assert not (folder / "assets").exists(), "pictures of the training data were put into the repository"
+    assert not (folder / "assets").exists(), "the repository contains pictures of the training data"
     check_examples_run(card, folder)
 
 
@@ -130,7 +130,7 @@ def test_the_card_of_a_model_that_was_evaluated_after_loading(tmp_path):
     assert card.data.language == ["en"] and "pictograms" in card.data.tags
 
 
-def test_the_card_names_the_repository_that_it_is_in(tmp_path):
+def test_the_card_names_its_repository(tmp_path):
     tiny_model().save_pretrained(tmp_path / "first")
     encoder = MultiVectorEncoder(str(tmp_path / "first"), trust_remote_code=True, device="cpu")
     encoder.model_card_data.set_model_id("you/second")  # as push_to_hub does
@@ -140,7 +140,7 @@ def test_the_card_names_the_repository_that_it_is_in(tmp_path):
 
 
 @pytest.mark.parametrize("entry_point", ["AutoModel", "MultiVectorEncoder"])
-def test_what_was_measured_is_kept_as_long_as_the_weights_are_the_same(tmp_path, entry_point):
+def test_results_are_kept_as_long_as_the_weights_are_the_same(tmp_path, entry_point):
     encoder = tiny_encoder()
     encoder.model_card_data.license = "mit"
     first = train(encoder, tmp_path / "run")
@@ -170,7 +170,7 @@ def test_what_was_measured_is_kept_as_long_as_the_weights_are_the_same(tmp_path,
         assert "not measured" in card.text and card.data.license is None and "learning_rate" not in card.text
 
 
-def test_what_was_measured_before_more_training_is_not_said_of_what_came_out(tmp_path):
+def test_results_from_before_more_training_are_dropped(tmp_path):
     encoder = tiny_encoder()
     tokens = encoder[0].model.get_input_embeddings().weight
     measured = tokens.detach().clone()
@@ -187,7 +187,7 @@ def test_what_was_measured_before_more_training_is_not_said_of_what_came_out(tmp
 @pytest.mark.parametrize(
     "shape", [(700, 300), (300, 700), (512, 512), (9, 100, 90), (70_000,), (1, 70_000), (640, 14)]
 )
-def test_a_change_of_any_row_of_a_weight_changes_its_fingerprint(shape):
+def test_a_change_of_any_row_changes_the_fingerprint(shape):
     layer = torch.nn.Module()
     layer.weight = torch.nn.Parameter(torch.zeros(shape, dtype=torch.bfloat16))
     row = torch.arange(layer.weight.numel()).view(shape) // shape[-1]
@@ -204,7 +204,7 @@ def test_a_fingerprint_reads_a_thousandth_of_a_large_weight():
     assert sample_of(table).numel() < table.numel() / 1000
 
 
-def test_nothing_is_said_of_weights_that_cannot_be_read():
+def test_no_results_are_reported_for_weights_that_cannot_be_read():
     assert fingerprint(torch.nn.Linear(2, 2, device="meta"), [None, None]) is None
     assert fingerprint(torch.nn.Module(), [None, None]) is None
 

@@ -25,7 +25,7 @@ def encoder():
     return tiny_encoder()
 
 
-def test_every_budget_is_what_encoding_at_that_budget_gives(encoder):
+def test_the_metrics_of_a_budget_equal_those_of_encoding_at_that_budget(encoder):
     evaluator = BudgetEvaluator(QUERIES, CORPUS, RELEVANT, budgets=encoder[0].model.config.budgets, name="val")
     metrics = evaluator.budget_metrics(evaluator(encoder))
     assert list(metrics) == [(1, 1), (2, 4), (4, 8)]
@@ -97,7 +97,7 @@ def test_mteb_runs_at_a_budget_and_keeps_budgets_apart(encoder, tmp_path, name):
         assert set(seen) == {1, 4, 8}
         seen.clear()
         again, _ = evaluate(encoder, [mteb_task(name)], [(4, 8), (1, 1)], "you/tiny", "abc", output=str(tmp_path))
-        assert again == rows[::-1] and not seen, "what is in the cache was run again"
+        assert again == rows[::-1] and not seen, "a cached result was computed again"
         for _ in range(2):  # a folder may have changed
             evaluate(encoder, [mteb_task(name)], [(1, 1)], "folder", output=str(tmp_path))
             assert seen
@@ -111,7 +111,7 @@ def test_mteb_runs_at_a_budget_and_keeps_budgets_apart(encoder, tmp_path, name):
 
 
 def mteb_task(name):
-    """A task of MTEB's own, made in memory; and one whose queries are image and text together."""
+    """A mock task of MTEB, and one whose queries have an image and text."""
     from mteb.mocks.mock_tasks import retrieval
 
     if hasattr(retrieval, name):
@@ -131,7 +131,7 @@ def mteb_task(name):
 
 
 def test_mteb_runs_video_tasks_of_a_backbone_that_takes_video(encoder, tmp_path, monkeypatch):
-    """They were refused: the model's modalities left video out. MTEB's frames are channels first."""
+    """They were refused, because the model's modalities lacked video. MTEB passes frames with channels first."""
     from mteb.mocks.mock_tasks.retrieval import MockVideoRetrievalT2V
     from mteb.models.modality_collators import FramesCollator
 
@@ -184,7 +184,7 @@ def test_a_task_of_mteb_that_fails_does_not_lose_the_others(encoder, tmp_path, m
     assert "with 4 query and 8 document vectors, measured by MTEB" in entry.notes
 
 
-def test_a_half_failed_line_of_the_mteb_table_is_in_no_mean():
+def test_a_partly_failed_row_of_the_mteb_table_is_in_no_mean():
     from metaembed.evaluation.mteb import table
 
     rows = [("a", (1, 1), 0.5), ("b", (1, 1), 0.1), ("b", (4, 8), 0.2)]
@@ -203,7 +203,7 @@ def test_mteb_benchmarks_run_their_public_tasks_by_default(capsys):
     assert "not public: Vidore3TelecomRetrieval, Vidore3NuclearRetrieval" in capsys.readouterr().err
 
 
-def test_mteb_needs_a_budget_that_the_model_has(encoder):
+def test_mteb_refuses_a_budget_that_the_model_lacks(encoder):
     from metaembed.evaluation.mteb import BudgetModel
 
     with pytest.raises(ValueError, match="num_meta of a document must be between 1 and 8"):
@@ -211,7 +211,7 @@ def test_mteb_needs_a_budget_that_the_model_has(encoder):
 
 
 def mmeb_rows(folder):
-    """Rows in the format of MMEB-eval: an image and text, and candidates of text or images, the right one first."""
+    """Return rows like MMEB-eval's: an image and text, and candidates of text or images, the relevant one first."""
     for i in range(8):
         picture(i, 32, 16 + 16 * (i % 2)).save(folder / f"{i}.png")
     rows = []

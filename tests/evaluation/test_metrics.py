@@ -1,4 +1,4 @@
-"""The metrics equal a plain reference and sentence-transformers' own."""
+"""The metrics equal a plain reference and those of sentence-transformers."""
 
 import math
 
@@ -61,5 +61,5 @@ def test_undefined_metrics_are_errors():
         recall(ranked, torch.tensor([0]), k=1)
 
 
-def test_a_table_is_what_github_renders():
+def test_a_table_is_valid_markdown_of_github():
     assert markdown_table(["budget", "nDCG"], [[(1, 1), 0.5]]) == "| budget | nDCG |\n|---|---|\n| (1, 1) | 0.5 |"

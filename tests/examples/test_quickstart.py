@@ -1,4 +1,4 @@
-"""The quickstart runs from end to end, and measures and draws what it says it does."""
+"""The quickstart runs from end to end, and its tables and figures are right."""
 
 import json
 import random
@@ -51,7 +51,7 @@ def test_the_whole_path_runs_and_answers_a_typed_query(tmp_path, capsys):
     quickstart.main([*short, "--query", "cat face, red apple"])
     answer = capsys.readouterr().out
     assert '"cat face, red apple":' in answer and (tmp_path / "answer.png").is_file()
-    assert (tmp_path / "model/model.safetensors").stat().st_mtime == before  # the saved model answers, untrained anew
+    assert (tmp_path / "model/model.safetensors").stat().st_mtime == before  # answers without training again
 
 
 @pytest.mark.slow
@@ -139,7 +139,7 @@ def test_the_quickstart_asks_for_sqrt_by_name():
     assert parse_arguments([]).normalize == "sqrt"
 
 
-def test_scenes_are_the_same_for_the_same_seed_and_hold_what_they_say():
+def test_scenes_are_the_same_for_the_same_seed_and_have_the_pictograms_they_list():
     scenes = [make_scene(random.Random(7)) for _ in range(2)]
     assert scenes[0] == scenes[1] and len(scenes[0].pictograms) == 6
     rng = random.Random(0)
@@ -148,7 +148,7 @@ def test_scenes_are_the_same_for_the_same_seed_and_hold_what_they_say():
     assert len(name_query(query, rng).split(", ")) == len(query)
 
 
-def test_every_pictogram_is_drawn_and_looks_like_no_other():
+def test_every_pictogram_is_drawn_and_all_differ():
     drawn = {draw_pictogram(pictogram, 16).tobytes() for pictogram in PICTOGRAMS}
     assert len(drawn) == len(PICTOGRAMS) == 64
     assert Scene(("",) * 9).draw().getextrema() == ((255, 255),) * 3

@@ -1,7 +1,7 @@
 """examples/train.py runs end to end on the tiny checkpoint, and a killed run continues as if nothing had happened.
 
-What a fresh process does not promise runs in this one. Two runs are launched on two processes each: with a whole model
-on each, and sharded.
+Tests that need no fresh process run in this one. Two runs use two processes each: one with a whole model on each, and
+one sharded.
 """
 
 import json
@@ -37,7 +37,7 @@ SIZES = ["--num_query_tokens", 4, "--num_document_tokens", 8]
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    """As in the launched processes: the sums of floats are then in the same order."""
+    """Use one thread, like the launched processes, so that floats are added in the same order."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -46,7 +46,7 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """A backbone, and 40 pairs: all with a picture, or two thirds of them."""
+    """A backbone, and 40 pairs, of which all or two thirds have a picture."""
     folder = tmp_path_factory.mktemp("train")
     save_tiny_backbone(folder / "backbone")
     rows = range(40)
@@ -78,7 +78,7 @@ def arguments(*args, **kwargs):
 
 
 def start(*command):
-    """Start a process that computes as this one does."""
+    """Start a process with the same settings as this one."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     return subprocess.Popen(
         [sys.executable, *map(str, command)],
@@ -182,7 +182,7 @@ def test_a_model_that_returns_fewer_vectors_by_default_trains_them_all(data, tmp
 
 
 @pytest.mark.parametrize("kind", [["--merge"], ["--no_lora"], []])
-def test_what_is_reported_is_the_quality_of_what_is_saved(data, tmp_path, capsys, kind):
+def test_the_reported_quality_is_that_of_the_saved_model(data, tmp_path, capsys, kind):
     steps = ["--max_steps", 2, "--save_steps", 2, "--eval_size", 16]
     train.main(options(data, tmp_path, *SIZES, *kind, "--bf16", "--learning_rate", 3e-2, *steps))
     printed = capsys.readouterr().out
@@ -206,7 +206,7 @@ class Worsening(BudgetEvaluator):
         return {**results, self.primary_metric: self.found}
 
 
-def test_the_best_checkpoint_is_what_is_saved(data, tmp_path, monkeypatch):
+def test_the_best_checkpoint_is_saved(data, tmp_path, monkeypatch):
     monkeypatch.setattr(training_data, "BudgetEvaluator", Worsening)
     train.main(options(data, tmp_path, *SIZES, "--max_steps", 2, "--save_steps", 1))
     saved, best, last = (embedding(tmp_path / name) for name in ("final", "checkpoint-1", "checkpoint-2"))
@@ -246,12 +246,12 @@ def test_options_that_do_not_fit_a_trained_model_are_named(data, tmp_path, adapt
         make_model(*arguments(data, tmp_path, *wrong, backbone=adapter))
 
 
-def test_options_that_say_what_a_trained_model_has_are_taken(data, tmp_path, adapter):
+def test_options_equal_to_those_of_a_trained_model_are_accepted(data, tmp_path, adapter):
     make_model(*arguments(data, tmp_path, *SIZES, "--embedding_dim", 24, "--lora_r", 4, backbone=adapter))
 
 
 @pytest.mark.parametrize("name", ["final", "checkpoint-2"])
-def test_a_folder_of_another_kind_of_run_is_refused_at_the_start(data, tmp_path, name):
+def test_an_output_folder_of_another_kind_of_run_is_refused_at_the_start(data, tmp_path, name):
     for kind, files in (("whole", ["config.json"]), ("adapter", ["config.json", "adapter_config.json"])):
         (tmp_path / kind / name).mkdir(parents=True)
         for file in files:
@@ -273,7 +273,7 @@ def test_merging_what_fsdp_shards_is_refused_at_the_start(data, tmp_path, monkey
 
 
 @pytest.mark.slow
-def test_a_killed_run_ends_where_an_unbroken_one_does(data, tmp_path, capsys):
+def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(data, tmp_path, capsys):
     rates = ["--meta_token_learning_rate", 1e-2, "--projection_learning_rate", 5e-3]
     run = [*SIZES, "--mini_batch_size", 4, "--embedding_dim", 24, "--lora_r", 4, "--num_train_epochs", 2, *rates]
     killed = start(ROOT / "examples" / "train.py", *options(data, tmp_path / "killed", *run))
@@ -320,7 +320,7 @@ def assert_equal_runs(actual, expected, checkpoints):
 
 
 @pytest.mark.slow
-def test_two_processes_with_gathering_end_where_one_does(data, tmp_path, capsys):
+def test_two_processes_with_gathering_equal_one(data, tmp_path, capsys):
     run = [*SAME, *NO_DROPOUT, "--mini_batch_size", 2, "--merge"]
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     two = start(
@@ -366,8 +366,8 @@ for argv in json.loads(sys.argv[2]):
 
 @pytest.mark.slow
 @needs_fsdp2
-def test_a_sharded_run_saves_what_one_process_does(data, tmp_path, capsys):
-    """Two processes with the shipped configuration: losses, checkpoints, the best one, what is saved, and a resume."""
+def test_a_sharded_run_saves_the_same_as_one_process(data, tmp_path, capsys):
+    """Two processes with the shipped configuration: losses, checkpoints, the best one, the saved model, a resume."""
     config = yaml.safe_load((ROOT / "examples" / "fsdp.yaml").read_text())
     config.update(num_processes=2, mixed_precision="no", use_cpu=True)
     (tmp_path / "fsdp.yaml").write_text(yaml.safe_dump(config))

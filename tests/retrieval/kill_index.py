@@ -1,11 +1,11 @@
-"""Kill writers of an index at random moments, and look whether anything that they had reported as done is lost.
+"""Kill writers of an index at random moments, and check that nothing they reported as done is lost.
 
     python tests/retrieval/kill_index.py [kills]
 
-Two writers add, upsert, delete and compact. After every operation that returned, a writer notes it in a journal of its
-own (flushed before the next begins). One of them at a time is killed by SIGKILL; a reader, which is never killed,
-keeps refreshing, searching and verifying. In the end the index must hold what the journals say: of the operation that
-a kill interrupted, all or nothing.
+Two writers add, upsert, delete and compact. After every operation, a writer notes it in its journal, which is flushed
+before the next operation. One writer at a time is killed by SIGKILL; a reader, which is never killed, keeps
+refreshing, searching and verifying. In the end the index must match the journals; the operation that a kill
+interrupted has happened completely or not at all.
 """
 
 import json
@@ -25,13 +25,13 @@ VECTORS, DIM = 4, 32
 
 
 def embedding(document: str, version: int) -> torch.Tensor:
-    """What a document's vectors are: told by its id and version, so that a mix-up shows."""
+    """Return the vectors of a document, which depend on its id and version, so that a mix-up is noticed."""
     generator = torch.Generator().manual_seed(hash((int(document[1:]), document[0] == "a", version)) % 2**31)
     return normalize(torch.randn(VECTORS, DIM, generator=generator), dim=-1)
 
 
 def write(folder: str, name: str, seed: int, start: int) -> None:
-    """Work for ever; the journal says what is about to be done and what was done."""
+    """Write forever; the journal lists every operation before and after it."""
     rng = random.Random(seed)
     index = MultiVectorIndex.open(folder, timeout=60)
     journal = (Path(folder).parent / f"{name}.journal").open("a", buffering=1)
@@ -63,7 +63,7 @@ def write(folder: str, name: str, seed: int, start: int) -> None:
 
 
 def read(folder: str) -> None:
-    """Search and verify for ever; an error ends it."""
+    """Search and verify until an error."""
     index = MultiVectorIndex.open(folder)
     while True:
         hits = index.search(torch.randn(2, 2, DIM), k=5)
@@ -75,14 +75,14 @@ def read(folder: str) -> None:
 
 
 def expected(journal: Path) -> dict[str, int]:
-    """What must be there by a journal. What was there after a kill tells whether the last operation happened."""
+    """Return the documents of a journal. The index after a kill shows whether the last operation happened."""
     sure: dict[str, int] = {}
     begun: dict[str, int | None] = {}
     for line in journal.read_text().splitlines():
         if line.startswith("state "):
             state = json.loads(line[6:])
             happened = {state.get(d) == version for d, version in begun.items() if version != sure.get(d)}
-            assert len(happened) < 2, "half of an operation is there"
+            assert len(happened) < 2, "an operation happened only in part"
             begun = begun if True in happened else {}
         elif line != "done":
             begun = json.loads(line)["what"]
@@ -100,7 +100,7 @@ def held(folder: str, name: str | None = None) -> dict[str, int]:
 
 
 def run(kills: int, seed: int = 0) -> dict[str, float]:
-    """Do it; return what was counted. Raises if anything is lost or corrupt."""
+    """Run the test and return the counts. Raises if anything is lost or corrupt."""
     rng = random.Random(seed)
     with tempfile.TemporaryDirectory() as parent:
         folder = f"{parent}/index"
@@ -119,9 +119,9 @@ def run(kills: int, seed: int = 0) -> dict[str, float]:
             name = rng.choice("ab")
             journal = Path(parent) / f"{name}.journal"
             size = journal.stat().st_size if journal.exists() else 0
-            while not journal.exists() or journal.stat().st_size < size + 200:  # it is at work again
+            while not journal.exists() or journal.stat().st_size < size + 200:  # it works again
                 time.sleep(0.02)
-                assert processes[name].is_alive(), "a writer ended by itself"
+                assert processes[name].is_alive(), "a writer ended without being killed"
             time.sleep(rng.random() * 0.3)
             processes[name].kill()
             processes[name].join()
@@ -141,7 +141,7 @@ def run(kills: int, seed: int = 0) -> dict[str, float]:
             process.kill()
             process.join()
         time.sleep(0.2)
-        assert reader.is_alive(), "the reader found something wrong"
+        assert reader.is_alive(), "the reader reported an error"
         reader.kill()
         reader.join()
         index = MultiVectorIndex.open(folder)

@@ -1,4 +1,4 @@
-"""A cascade finds what a search finds, for less work, and says how much less."""
+"""A cascade finds the documents of a search with less work, and reports how much less."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from metaembed.scoring_metaembed import maxsim
 
 
 def nested(seed, n, vectors, dim, noise=0.5):
-    """Vectors of which every one says roughly the same about its document, so that a prefix is a fair guess."""
+    """Vectors that all describe their document roughly alike, so that a prefix is a fair guess."""
     generator = torch.Generator().manual_seed(seed)
     centre = torch.randn(n, 1, dim, generator=generator)
     return normalize(centre + noise * torch.randn(n, vectors, dim, generator=generator), dim=-1)
@@ -22,12 +22,12 @@ def nested(seed, n, vectors, dim, noise=0.5):
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 4), st.integers(0, 60), st.integers(1, 12), st.sampled_from([None, 0.0, 0.1, 10.0]), st.data())
-def test_a_cascade_that_keeps_everything_is_a_search(q, n, k, margin, data):
+def test_a_cascade_that_keeps_everything_equals_a_search(q, n, k, margin, data):
     queries, documents = nested(n, q, 4, 16), nested(n + 1, n, 8, 16)
     everything = max(n, k)
     stages = data.draw(st.sampled_from([[], [((1, 1), everything)], [((1, 1), everything), ((2, 4), everything)]]))
     if margin is not None and margin < 10:
-        margin = None  # which would not keep everything
+        margin = None  # the default would not keep everything
     found, expected = cascade(queries, documents, k, stages=stages, margin=margin), search(queries, documents, k)
     torch.testing.assert_close(found.scores, expected.scores)
     assert torch.equal(found.indices, expected.indices)
@@ -46,7 +46,7 @@ def test_each_stage_keeps_the_best_of_the_stage_before(documents_as):
         torch.testing.assert_close(values, expected.scores[0])
 
 
-def test_a_collection_of_several_appends_gives_the_same_answer():
+def test_a_collection_of_several_appends_gives_the_same_results():
     queries, documents = nested(0, 3, 4, 16), nested(1, 100, 8, 16)
     collection = EmbeddingCollection(8, 16)
     for part in documents.split([60, 1, 39]):
@@ -88,7 +88,7 @@ def test_the_last_documents_are_scored_from_exact_ones():
     assert torch.equal(found.indices, search(queries, documents, 3).indices)
 
 
-def test_tuning_with_exact_documents_keeps_the_recall_of_those():
+def test_tuning_with_exact_documents_keeps_their_recall():
     documents = nested(1, 2000, 8, 32)
     rough = EmbeddingCollection.from_embeddings(documents, quantization="binary")
     queries = normalize(documents[:80, :4] + 0.3 * torch.randn(80, 4, 32), dim=-1)
@@ -99,7 +99,7 @@ def test_tuning_with_exact_documents_keeps_the_recall_of_those():
     assert recall == pytest.approx(tuned.recall) and recall >= 0.95
 
 
-def test_tuning_keeps_the_asked_recall_on_queries_it_has_not_seen():
+def test_tuning_keeps_the_target_recall_on_queries_it_has_not_seen():
     documents = nested(1, 3000, 16, 32)
     queries = normalize(
         documents[:80, :4] + 0.3 * torch.randn(80, 4, 32, generator=torch.Generator().manual_seed(2)), dim=-1

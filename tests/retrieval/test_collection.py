@@ -1,4 +1,4 @@
-"""A collection is scored like the tensor it was made of, and what was written is never lost."""
+"""A collection is scored like the tensor it was made from, and written documents are never lost."""
 
 import json
 import os
@@ -30,7 +30,7 @@ def vectors(seed, *shape):
     st.integers(1, 90),
     st.data(),
 )
-def test_scores_equal_a_float64_reference_at_every_precision(quantization, backend, r_c, dim, data):
+def test_scores_equal_a_float64_reference_at_every_quantization(quantization, backend, r_c, dim, data):
     sizes = data.draw(st.lists(st.integers(0, 30), max_size=3))
     budget = data.draw(st.tuples(st.integers(1, 6), st.integers(1, r_c)))
     queries, documents = vectors(r_c, 3, 6, dim), vectors(dim, sum(sizes), r_c, dim)
@@ -50,7 +50,7 @@ def test_scores_equal_a_float64_reference_at_every_precision(quantization, backe
 @pytest.mark.parametrize(
     ("quantization", "most"), [("float32", 0), ("bfloat16", 0.005), ("int8", 0.015), ("int4", 0.2), ("binary", 0.9)]
 )
-def test_every_precision_loses_no_more_than_it_should_in_the_bytes_it_claims(quantization, most):
+def test_every_quantization_keeps_its_accuracy_in_its_number_of_bytes(quantization, most):
     x = vectors(0, 50, 3, 100)
     x[3, 1] = 0
     stored, scales = encode(x, quantization)
@@ -77,7 +77,7 @@ def test_saving_and_loading_changes_nothing(quantization, tmp_path):
     assert len(EmbeddingCollection.load(tmp_path / "folder")) == 10
 
 
-def test_tensors_arrays_and_lists_go_in_and_come_out():
+def test_tensors_arrays_and_lists_are_stored_and_returned():
     x = vectors(0, 4, 6, 8)
     for form in (x, x.numpy(), list(x), [d.numpy() for d in x]):
         collection = EmbeddingCollection.from_embeddings(form)
@@ -117,8 +117,8 @@ def test_a_small_budget_reads_a_small_part_of_the_file(tmp_path, fresh_process):
 
 
 @pytest.mark.parametrize("moment", range(1, 8))
-def test_killed_at_any_moment_what_was_committed_loads_and_the_rest_is_named(moment, tmp_path, fresh_process):
-    """The process dies at its n-th flush to the disk or renaming of a file."""
+def test_committed_documents_survive_a_kill_at_any_moment_and_leftovers_are_named(moment, tmp_path, fresh_process):
+    """The process dies at its n-th flush to disk or rename of a file."""
     code = f"""
         import os, torch
         from metaembed.retrieval.collection import EmbeddingCollection
@@ -147,7 +147,7 @@ def test_killed_at_any_moment_what_was_committed_loads_and_the_rest_is_named(mom
             collection = EmbeddingCollection.load(tmp_path / "folder")
         assert any("documents-00001" in name for name in collection.uncommitted)
     assert collection.ids == list("abcdefg" if committed else "abcde")
-    collection.append(torch.ones(1, 3, 4), ids=["z"])  # and life goes on, with nothing overwritten
+    collection.append(torch.ones(1, 3, 4), ids=["z"])  # the next append works, and overwrites nothing
     left = {path.name for path in (tmp_path / "folder").iterdir()}
     assert set(collection.uncommitted) - {"collection.json.unfinished"} <= left
     assert len(collection) == (8 if committed else 6)
@@ -168,7 +168,7 @@ def test_a_damaged_file_is_an_error_that_names_it(tmp_path):
         EmbeddingCollection.load(tmp_path)
 
 
-def test_a_rotation_to_all_dimensions_changes_no_score_and_to_fewer_keeps_what_matters():
+def test_pca_to_all_dimensions_changes_no_score_and_to_fewer_keeps_the_ranking():
     spectrum = torch.tensor([1.0] * 8 + [0.01] * 24)
     x = normalize(torch.randn(300, 4, 32, generator=torch.Generator().manual_seed(0)) * spectrum, dim=-1)
     queries = x[:5]
@@ -216,7 +216,7 @@ def test_bad_input_is_an_error_that_says_what_to_do(make, error, match):
     assert collection.ids == list("abcd")
 
 
-def test_a_folder_that_holds_something_is_not_written_to(tmp_path):
+def test_a_folder_with_files_in_it_is_not_written_to(tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
     with pytest.raises(ValueError, match="not empty"):
         EmbeddingCollection(2, 8, folder=tmp_path)

@@ -1,4 +1,4 @@
-"""The compiled kernel is right for every processor it can be built for here; where it is unavailable, torch scores."""
+"""The compiled kernel is right for every processor it can be built for here; if it is unavailable, torch scores."""
 
 import ctypes
 import os
@@ -23,7 +23,7 @@ from metaembed.retrieval.search import search, top_k
 from metaembed.scoring_metaembed import maxsim
 
 FLAGS = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-# What the compiler calls a processor, and what this machine must have to run its code.
+# The compiler's name of a processor, and the flags that this machine needs to run code for it.
 ARCHITECTURES = {
     "native": "",
     "x86-64": "",
@@ -59,7 +59,7 @@ def test_the_kernel_equals_a_float64_reference(architecture, quantization, data)
 
 
 @pytest.mark.parametrize("quantization", QUANTIZATIONS)
-def test_an_all_zero_vector_scores_zero_at_every_precision(quantization):
+def test_an_all_zero_vector_scores_zero_at_every_quantization(quantization):
     documents = torch.stack([-torch.ones(1, 8), torch.zeros(1, 8)])
     stored, scales = encode(documents, quantization)
     scores = load_kernel().scores([(stored, scales)], torch.ones(1, 2, 8), quantization)
@@ -88,7 +88,7 @@ def test_the_kernel_selects_what_torch_selects_ties_included(count, n, k, thread
     assert torch.equal(values, expected[0]) and torch.equal(places, expected[1])
 
 
-def test_many_queries_that_keep_much_are_selected_in_parts(monkeypatch):
+def test_many_queries_with_many_hits_are_selected_in_parts(monkeypatch):
     monkeypatch.setattr(cpu, "_MOST_HITS", 50)
     generator = torch.Generator().manual_seed(0)
     queries, documents = (torch.randint(-9, 10, (n, 3, 8), generator=generator).float() for n in (11, 99))
@@ -97,9 +97,9 @@ def test_many_queries_that_keep_much_are_selected_in_parts(monkeypatch):
     assert torch.equal(values, expected[0]) and torch.equal(places, expected[1])
 
 
-def test_integers_are_exact_to_the_most_dimensions_and_refused_beyond():
+def test_integers_are_exact_up_to_the_largest_dimension_and_refused_beyond():
     for dim in (cpu._MOST_INTEGER_DIMENSIONS, 200_000):
-        ones = torch.ones(3, 1, dim)  # every level is the largest there is
+        ones = torch.ones(3, 1, dim)  # every level is the largest possible
         ones[1] = -1
         collection = EmbeddingCollection.from_embeddings(ones, quantization="int8")
         scores = maxsim(torch.ones(1, 1, dim), collection)
@@ -108,12 +108,12 @@ def test_integers_are_exact_to_the_most_dimensions_and_refused_beyond():
         maxsim(torch.ones(1, 1, dim), collection, backend="compiled")
 
 
-# ------------------------------------------------------------------------------- whatever goes wrong, torch is used
+# ------------------------------------------------------------------------------- torch is used after any failure
 
 
 @pytest.fixture
 def fresh(monkeypatch, tmp_path):
-    """A machine that has no kernel yet. Returns the folder in which it would be kept."""
+    """A machine without a built kernel. Returns the folder of the kernel cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     forget()
     yield tmp_path / "cache" / "metaembed"
@@ -133,7 +133,7 @@ def built():
 
 @pytest.fixture
 def compiler(monkeypatch, tmp_path):
-    """Have a script for a compiler, which runs one line of shell to compile and counts its calls in a file."""
+    """Replace the compiler by a script, which runs one line of shell to compile and counts its calls in a file."""
 
     def use(compiling, version="echo fake 1.0"):
         script = tmp_path / "fake-c++"
@@ -170,7 +170,7 @@ def test_without_a_compiler_torch_is_used_and_the_result_says_why(fresh, monkeyp
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # nothing is wrong
+        warnings.simplefilter("error")  # which is not worth a warning
         assert search_something().backend.startswith("torch (cpu); not compiled: no C++ compiler was found")
     with pytest.raises(RuntimeError, match="no C\\+\\+ compiler was found"):
         maxsim(torch.eye(3), torch.eye(3), backend="compiled")
@@ -189,7 +189,7 @@ def test_without_a_compiler_torch_is_used_and_the_result_says_why(fresh, monkeyp
         ("c++ -shared -x c++ /dev/null -o $2", "echo 1", "cannot be loaded .*undefined symbol"),
     ],
 )
-def test_a_compiler_that_fails_is_asked_once(compiling, version, match, fresh, compiler, monkeypatch):
+def test_a_failing_compiler_is_called_once(compiling, version, match, fresh, compiler, monkeypatch):
     monkeypatch.setattr(cpu, "_PATIENCE", 5 if "c++" in compiling else 0.5)
     calls = compiler(compiling, version)
     start = time.monotonic()
@@ -199,7 +199,7 @@ def test_a_compiler_that_fails_is_asked_once(compiling, version, match, fresh, c
     assert not list(fresh.glob("building-*"))
 
 
-def test_a_compiler_that_prints_no_utf8_may_succeed(fresh, compiler, built):
+def test_a_compiler_may_print_other_bytes_than_utf8(fresh, compiler, built):
     compiler(f"cp {built} $2", "printf '\\xff\\xfe'")
     assert search_something().backend.startswith("compiled (")
 
@@ -215,7 +215,7 @@ def test_a_damaged_library_in_the_cache_is_built_again_and_never_loaded(fresh, c
 
 
 def survives(call):
-    """Call in a process of its own, which may die."""
+    """Call in another process, which may die."""
     child = os.fork()
     if not child:
         try:
@@ -229,7 +229,7 @@ def survives(call):
     return os.waitpid(child, 0)[1] == 0
 
 
-def test_a_limit_on_threads_costs_threads_and_nothing_else():
+def test_a_limit_on_threads_only_reduces_threads():
     queries, documents = torch.randn(4, 2, 16), torch.randn(5000, 3, 16)
     kernel = load_kernel()
     expected = kernel.scores([(documents, None)], queries, "float32")
@@ -243,7 +243,7 @@ def test_a_limit_on_threads_costs_threads_and_nothing_else():
     assert survives(score_with_no_room_for_stacks)
 
 
-def test_a_cache_without_the_right_to_run_programs(fresh, compiler, built, monkeypatch):
+def test_a_cache_from_which_programs_may_not_run(fresh, compiler, built, monkeypatch):
     compiler(f"cp {built} $2")
 
     def refuse(path):
@@ -253,7 +253,7 @@ def test_a_cache_without_the_right_to_run_programs(fresh, compiler, built, monke
     torch_is_used_and_one_warning_says("failed to map segment .*noexec")
 
 
-def test_no_home_and_no_entry_in_passwd(fresh, compiler, built, monkeypatch):
+def test_a_user_without_a_home_folder(fresh, compiler, built, monkeypatch):
     compiler(f"cp {built} $2")
     for name in ("HOME", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name)
@@ -272,7 +272,7 @@ def test_a_folder_that_cannot_be_made(fresh, compiler, built, monkeypatch, tmp_p
     torch_is_used_and_one_warning_says("could not be built")
 
 
-def test_an_unforeseen_error_is_no_error(fresh, monkeypatch):
+def test_torch_is_used_after_an_unexpected_error(fresh, monkeypatch):
     monkeypatch.setattr(cpu, "_processor", lambda: 1 / 0)
     torch_is_used_and_one_warning_says("division by zero")
 
@@ -293,7 +293,7 @@ def test_kernels_can_be_switched_off(monkeypatch):
 
 
 @pytest.mark.parametrize("changed", ["folder", "library"])
-def test_a_library_that_others_could_have_written_is_not_loaded(changed, fresh, compiler, built):
+def test_a_library_that_other_users_can_write_is_not_loaded(changed, fresh, compiler, built):
     compiler(f"cp {built} $2")
     library = cpu._build("native")
     assert library.stat().st_mode & 0o777 == 0o700 and fresh.stat().st_mode & 0o777 == 0o700

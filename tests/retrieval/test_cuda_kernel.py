@@ -1,4 +1,4 @@
-"""The fused path for GPUs, with a stand-in for the library: what it is given, and when it is refused."""
+"""The fused kernel for GPUs, tested with a stand-in for the library: its arguments, and when it is refused."""
 
 import sys
 
@@ -14,7 +14,7 @@ from metaembed.scoring_metaembed import maxsim
 
 
 def stand_in(queries, documents):
-    """What the library computes: products of bfloat16, summed in float32."""
+    """Compute what the library computes: products of bfloat16, summed in float32."""
     assert queries.dtype == documents.dtype == torch.bfloat16 and documents.is_contiguous()
     return torch.einsum("qid,njd->qnij", queries.float(), documents.float()).amax(3).sum(2)
 
@@ -25,7 +25,7 @@ def vectors(seed, *shape):
 
 @pytest.mark.parametrize("copied", [1, 5000, 1 << 27])
 @pytest.mark.parametrize("budget", [(1, 1), (2, 4), (4, 9)])
-def test_slabs_prefixes_and_choices_give_the_scores_of_torch(budget, copied, monkeypatch):
+def test_slabs_prefixes_and_selections_give_the_scores_of_torch(budget, copied, monkeypatch):
     monkeypatch.setattr(fused_metaembed, "_COPIED", copied)
     queries, documents = vectors(0, 3, 4, 32), vectors(1, 50, 9, 32)
     collection = EmbeddingCollection.from_embeddings(documents, quantization="bfloat16")
@@ -45,7 +45,7 @@ def test_documents_that_are_not_finite_are_an_error():
         FusedKernel(stand_in).scores([(documents, None)], vectors(0, 1, 2, 8), "bfloat16", check=True)
 
 
-def test_only_bfloat16_is_given_to_it():
+def test_the_fused_kernel_gets_bfloat16_only():
     documents = vectors(1, 5, 2, 8)
     assert takes(documents.bfloat16(), 2, 8) and not takes(documents, 2, 8)
 
@@ -70,13 +70,13 @@ def test_without_the_library_torch_is_used_and_the_result_says_why(monkeypatch):
     assert "late-interaction-kernels cannot be imported" in find_kernel(torch.device("cpu"), 8)
 
 
-def test_it_is_not_to_be_had_on_the_cpu():
+def test_the_fused_kernel_is_unavailable_on_the_cpu():
     with pytest.raises(RuntimeError, match="not for documents on cpu"):
         maxsim(torch.eye(3), torch.eye(3), backend="fused")
 
 
-def test_a_gpu_asks_for_it(monkeypatch):
-    """As far as a machine without one can tell: `choose_backend` with queries that say they are on one."""
+def test_the_fused_kernel_is_chosen_on_a_gpu(monkeypatch):
+    """Tested on any machine: `choose_backend` gets queries that claim to be on a GPU."""
     monkeypatch.setattr(fused_metaembed, "load_fused", lambda device, dim: FusedKernel(stand_in, "9"))
     queries, documents = vectors(0, 2, 2, 8), vectors(1, 5, 2, 8)
 

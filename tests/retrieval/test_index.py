@@ -1,4 +1,4 @@
-"""An index finds what it should, and what was written to it is never lost."""
+"""An index finds the right documents and never loses one that was written."""
 
 import errno
 import json
@@ -102,7 +102,7 @@ def test_a_cascade_uses_the_copy_of_the_vectors_that_a_stage_names(place):
         index.search(x[0], k=5, stages=[((1, 1), 3)])
 
 
-def test_a_large_index_is_narrowed_down_and_still_finds_what_was_put_in():
+def test_a_cascade_over_a_large_index_still_finds_the_documents():
     x = vectors(0, 5000, 6, 16)
     index = MultiVectorIndex.create(None, 6, 16, THREE)
     index.add(x, names(5000))
@@ -269,7 +269,7 @@ def test_a_bad_filter_is_an_error_that_says_what_to_do(where, error, match):
 # Writing
 
 
-def test_add_upsert_delete_and_compact_do_what_a_dict_does(place):
+def test_add_upsert_delete_and_compact_behave_like_a_dict(place):
     rng, index, expected = random.Random(0), MultiVectorIndex.create(place, 2, 8, "float32"), {}
     for step in range(60):
         kind = rng.choice(["add", "upsert", "delete", "where", "compact", "again"])
@@ -279,7 +279,7 @@ def test_add_upsert_delete_and_compact_do_what_a_dict_does(place):
             x = vectors(step, len(ids), 2, 8)
             getattr(index, kind)(x, ids, [{"step": step}] * len(ids))
             for i, one in zip(ids, x, strict=True):
-                expected.pop(i, None)  # what is replaced goes to the end
+                expected.pop(i, None)  # replaced documents move to the end
                 expected[i] = (step, one)
         elif kind == "delete":
             assert index.delete([*some, "nobody"]) == len(some)
@@ -322,7 +322,7 @@ def test_add_upsert_delete_and_compact_do_what_a_dict_does(place):
         (lambda x, i: ([x[0], x[1][:1], x[2], x[3]], i, None), ValueError, "pooling='nested'"),
     ],
 )
-def test_an_operation_that_raised_has_not_happened(place, change, error, match):
+def test_an_operation_that_raises_changes_nothing(place, change, error, match):
     index = MultiVectorIndex.create(place, 2, 8)
     index.add(vectors(0, 1, 2, 8), ["d0"])
     with pytest.raises(error, match=match):
@@ -456,7 +456,7 @@ def search_and_leave(index):
     os._exit(0 if index.search(vectors(0, 30, 5, 16)[2], k=1).ids == [["d2"]] else 1)
 
 
-def test_a_child_process_and_a_pickled_copy_go_on_with_the_folder(folder):
+def test_a_child_process_and_a_pickled_copy_can_use_the_folder(folder):
     index = MultiVectorIndex.open(folder)
     index.add(vectors(2, 1, 5, 16), ["before"])
     process = in_child(search_and_leave, index)
@@ -482,7 +482,7 @@ def test_many_small_adds_end_up_in_one_place(place, monkeypatch):
     index.verify()
 
 
-def test_saving_an_index_writes_all_of_it(place, tmp_path):
+def test_saving_an_index_writes_every_document(place, tmp_path):
     index = MultiVectorIndex.create(place, 5, 16, THREE, pca=fit_pca(vectors(0, 9, 5, 16), 16)[:, :8])
     index.add(vectors(0, 30, 5, 16), names(30), [{"n": i} for i in range(30)])
     index.delete(where={"n": {"$lt": 3}})
@@ -504,7 +504,7 @@ def test_saving_an_index_writes_all_of_it(place, tmp_path):
         MultiVectorIndex.open(tmp_path / "mine")
 
 
-def test_files_may_be_read_by_whom_the_umask_says(tmp_path):
+def test_files_have_the_permissions_of_the_umask(tmp_path):
     old = os.umask(0o002)
     try:
         index = MultiVectorIndex.create(tmp_path / "index", 2, 8)
@@ -611,7 +611,7 @@ def test_a_hostile_manifest_is_an_error_before_anything_is_allocated(folder, cha
         "DELETE FROM manifest",
     ],
 )
-def test_a_hostile_database_is_an_error_at_the_latest_when_it_is_verified(folder, statement):
+def test_a_hostile_database_is_an_error_no_later_than_verify(folder, statement):
     db = sqlite3.connect(folder / "index.sqlite")
     db.execute(statement)
     db.commit()

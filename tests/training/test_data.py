@@ -1,4 +1,4 @@
-"""Pairs are read from any kind of file with nothing lost, and what cannot be used is named."""
+"""Pairs are read from any kind of file with nothing lost, and unusable parts are named."""
 
 import json
 
@@ -20,7 +20,7 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_a_row_may_be_text_or_images_from_any_kind_of_file(folder):
+def test_rows_of_text_and_images_are_read_from_any_kind_of_file(folder):
     """jsonl with paths, parquet with pictures, an image folder: the same inputs."""
     row = {"query": "a", "positive": "b", "positive_image": "0.png", "negative_image": ["0.png", "1.png"]}
     write_rows(folder / "rows.jsonl", row)
@@ -52,7 +52,7 @@ def test_a_folder_with_pairs_beside_its_pictures_is_read_as_pairs(folder):
         load_pairs(str(folder))
 
 
-def test_a_list_of_negatives_is_as_many_hard_negatives(folder):
+def test_each_entry_of_a_list_of_negatives_is_a_hard_negative(folder):
     row = {"query": "a", "positive": "b", "negative": "c"}
     write_rows(
         folder / "rows.jsonl",
@@ -96,20 +96,20 @@ def test_negatives_that_would_be_lost_are_named(columns, message):
         (dict(eval_size=2), ValueError, "eval_size 2 leaves none of the 2 rows"),
     ],
 )
-def test_what_is_not_there_is_named(folder, options, error, message):
+def test_missing_files_columns_and_splits_are_named(folder, options, error, message):
     write_rows(folder / "pairs.jsonl", {"query": "a", "positive": "b"}, {"query": "b", "positive": "c"})
     with pytest.raises(error, match=message):
         load_pairs(**{"dataset": str(folder), **options})
 
 
-def test_an_image_that_is_not_there_is_named_before_the_training(folder):
+def test_a_missing_image_is_named_before_the_training(folder):
     rows = [{"query": "a", "positive_image": ["0.png", "1.png"]}, {"query": "b", "positive_image": ["0.png", "2.png"]}]
     write_rows(folder / "pairs.jsonl", *rows)
     with pytest.raises(FileNotFoundError, match=r"row 1 names '2\.png' in 'positive_image'"):
         load_pairs(str(folder))
 
 
-def test_rows_kept_apart_are_the_same_every_time(folder):
+def test_held_out_rows_are_the_same_every_time(folder):
     write_rows(folder / "pairs.jsonl", *({"query": str(i), "positive": "b"} for i in range(10)))
     kept = [sorted(load_pairs(str(folder), eval_size=3)[1].rows["query"]) for _ in range(2)]
     rest = load_pairs(str(folder), eval_size=3)[0].rows["query"]

@@ -1,4 +1,4 @@
-"""Adapters train the right weights, are saved to stand alone, and load whole or not at all, at every entry point."""
+"""Adapters train the right weights, are self-contained, and load completely or not at all, at every entry point."""
 
 import copy
 import importlib.metadata
@@ -32,19 +32,19 @@ def backbone(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def untrained(backbone):
-    """A model with no adapter. Do not change it: copy it, or take `plain`."""
+    """A model without an adapter. Copy it to change it, or use `plain`."""
     return MetaEmbedModel.from_backbone(backbone, num_query_tokens=4, num_document_tokens=8, embedding_dim=24)
 
 
 @pytest.fixture
 def plain(untrained):
-    """A model with no adapter, of this test alone."""
+    """A model without an adapter, which the test may change."""
     return copy.deepcopy(untrained)
 
 
 @pytest.fixture(scope="module")
 def model(untrained):
-    """A model with an adapter that was really trained, so that none of its parts is at its first value."""
+    """A model with a trained adapter, all of whose parts differ from their initial values."""
     torch.manual_seed(0)
     model = copy.deepcopy(untrained)
     model.add_adapter(lora_config(model, r=4, lora_alpha=4))
@@ -94,13 +94,13 @@ def recipe(model):
 
 
 def trainable(model, adapter="default"):
-    """What an adapter trains, by names without the adapter's own and those of wrappers."""
+    """Return the trained parameters, without the adapter's and the wrappers' parts of their names."""
     names = [name.replace("_orig_mod.", "") for name, p in model.named_parameters() if p.requires_grad]
     return {name.replace(f".{adapter}", "") for name in names if f".{adapter}" in name}
 
 
 def test_the_recipe_of_a_model_with_an_adapter_fits_it_too(plain):
-    """For a second adapter: its patterns would be of the first one's layers."""
+    """For a second adapter, whose patterns must not match the layers of the first."""
     expected = recipe(plain)
     plain.add_adapter(lora_config(plain))
     first = trainable(plain)
@@ -126,7 +126,7 @@ def test_the_recipe_of_a_compiled_backbone_fits_it_and_one_that_is_not_compiled(
         assert trainable(model) == trainable(plain)
 
 
-def test_the_recipe_of_something_else_is_an_error_that_says_what_to_pass(plain):
+def test_the_recipe_for_another_object_is_an_error_that_says_what_to_pass(plain):
     with pytest.raises(TypeError, match=r"expected a MetaEmbedModel, got MultiVectorEncoder.*encoder\[0\]\.model"):
         lora_config(to_multi_vector_encoder(plain, device="cpu"))
     with pytest.raises(TypeError, match="expected a MetaEmbedModel, got str"):
@@ -186,7 +186,7 @@ def test_merged_equals_unmerged(model, adapter, plain, tmp_path):
 
 
 def test_an_adapter_of_a_finetuned_model_names_that_model(model, adapter, tmp_path):
-    """Not the plain backbone, on which it would give other embeddings."""
+    """And not the plain backbone, with which it would give other embeddings."""
     merged = MetaEmbedModel.from_pretrained(adapter)
     merge_adapter(merged)
     merged.save_pretrained(tmp_path / "whole")
@@ -198,7 +198,7 @@ def test_an_adapter_of_a_finetuned_model_names_that_model(model, adapter, tmp_pa
     assert torch.equal(embeddings(MetaEmbedModel.from_pretrained(tmp_path / "second")), embeddings(second))
 
 
-def test_a_loaded_adapter_trains_on(adapter):
+def test_a_loaded_adapter_can_be_trained_further(adapter):
     frozen = MetaEmbedModel.from_pretrained(adapter)
     further = MetaEmbedModel.from_pretrained(adapter, is_trainable=True)
     names = {name for name, p in further.named_parameters() if p.requires_grad}
@@ -226,7 +226,7 @@ def test_a_missing_part_raises(adapter, tmp_path, part):
 
 @pytest.mark.parametrize("part", ["lora_A", "lora_B"])
 def test_a_missing_part_raises_in_peft_too(adapter, plain, tmp_path, part):
-    """Which itself only warns of these; where other parts are missing it raises a KeyError."""
+    """PEFT itself only warns of these parts, and raises a KeyError for others."""
 
     def change(weights):
         del weights[next(name for name in weights if part in name)]
@@ -244,7 +244,7 @@ def test_a_second_adapter_does_not_need_the_first(model, adapter, plain):
 
 
 def test_an_adapter_that_peft_saved_says_how_it_loads(backbone, plain, tmp_path):
-    """It knows the base, but not the Meta Tokens; what the error advises is done here."""
+    """It names the base, but not the Meta Tokens; the test follows the advice of the error."""
     model = copy.deepcopy(plain)
     wrapped = get_peft_model(plain, lora_config(plain, r=4, init_lora_weights=False))
     expected = embeddings(wrapped.eval())
@@ -275,7 +275,7 @@ def test_an_unused_part_raises(adapter, tmp_path):
         MetaEmbedModel.from_pretrained(broken(adapter, tmp_path, change))
 
 
-def test_what_would_not_load_is_not_saved(model, adapter, plain, tmp_path):
+def test_an_adapter_that_would_not_load_is_not_saved(model, adapter, plain, tmp_path):
     with pytest.raises(ValueError, match="holds an adapter"):
         plain.save_pretrained(adapter)
     plain.save_pretrained(tmp_path)
@@ -297,7 +297,7 @@ def test_an_adapter_of_an_unknown_backbone_is_not_saved(backbone, tmp_path):
 
 
 def test_an_adapter_on_a_bfloat16_backbone_trains_in_float32(backbone):
-    """As people do it: the backbone loaded in bfloat16, the adapter's weights in float32, under autocast."""
+    """The usual way: the backbone in bfloat16, the adapter's weights in float32, under autocast."""
     model = MetaEmbedModel.from_backbone(
         backbone, num_query_tokens=4, num_document_tokens=8, embedding_dim=24, dtype=torch.bfloat16
     )

@@ -1,4 +1,4 @@
-"""Plain MMR equals GradCache MMR equals two ranks, in loss and in gradient, whatever a batch holds."""
+"""Plain MMR equals GradCache MMR equals two ranks, in loss and in gradient, for every kind of batch."""
 
 import os
 import subprocess
@@ -18,7 +18,7 @@ BATCH = 6  # a third of each kind of document
 
 
 def columns(first=0, count=BATCH, negatives=1):
-    """Queries, positives and hard negatives: text, images of different sizes, none, one and two of them."""
+    """Queries, positives and hard negatives: text, and no, one or two images of different sizes."""
 
     def document(i):
         kinds = [
@@ -94,7 +94,7 @@ def test_cached_by_tokens_equals_plain(encoder):
 
 
 def test_cached_equals_plain_where_images_may_not_mix():
-    """Batches that the backbone must see in groups are cut into mini-batches too."""
+    """Batches that the backbone needs in groups are split into mini-batches too."""
     encoder = tiny_encoder(double=True).train()
     whole = loss_and_gradients(MMRLoss(encoder), features(encoder))
     encoder[0].model.config.traits.mixes_images = False
@@ -185,14 +185,14 @@ def test_the_defaults_are_the_papers(encoder):
         assert (settings.normalize, settings.temperature, settings.weights) == ("sum", 0.03, (1.0, 1.0, 1.0))
 
 
-def test_the_two_losses_share_settings_that_nobody_changes(encoder):
+def test_the_two_losses_share_frozen_settings(encoder):
     plain, cached = MMRLoss(encoder, score_mini_batch_size=4), CachedMMRLoss(encoder, mini_batch_size=4)
     assert plain.settings == cached.settings
     with pytest.raises(AttributeError):
         plain.settings.temperature = 1.0
 
 
-def test_a_loss_leaves_the_card_of_the_encoder_alone():
+def test_a_loss_does_not_change_the_card_of_the_encoder():
     encoder = tiny_encoder()
     encoder.model_card_data, encoder._model_card_text = card, text = object(), "ours"
     MMRLoss(encoder), CachedMMRLoss(encoder)
@@ -292,7 +292,7 @@ dist.destroy_process_group()
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory):
-    """The folder of what two processes with half a batch each computed and saved."""
+    """The folder with the results of two processes with half a batch each."""
     folder = tmp_path_factory.mktemp("ranks")
     save_tiny_backbone(folder / "backbone")
     (folder / "rank.py").write_text(RANK)
@@ -328,8 +328,8 @@ def test_ranks_with_different_numbers_of_documents_are_an_error(two_ranks):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("adapter", [False, True])
-def test_a_sharded_model_is_saved_whole(two_ranks, adapter):
-    """Two processes with half the weights each (FSDP2) save what one with all of them does."""
+def test_a_sharded_model_is_saved_completely(two_ranks, adapter):
+    """Two processes with half the weights each (FSDP2) save the same as one with all of them."""
     encoder = an_encoder_to_train(two_ranks / "backbone", adapter)
     before = encoder[0].model.encode_documents(picture(0))
     take_a_step(MMRLoss(encoder), [features(encoder, first=first, count=BATCH // 2) for first in (0, BATCH // 2)])

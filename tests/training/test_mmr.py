@@ -25,7 +25,7 @@ def columns(encoder, *documents):
 
 
 def written_out(queries, documents, budgets, weights, temperature, divide):
-    """`L = sum_g w_g InfoNCE_g`, one loop an index. Documents are those of column 0 first, then column 1, ..."""
+    """`L = sum_g w_g InfoNCE_g`, one loop per index. Documents are those of column 0 first, then column 1, ..."""
     total = 0.0
     for (r_q, r_c), weight in zip(budgets, weights, strict=True):
         for q, query in enumerate(queries):
@@ -68,7 +68,7 @@ def test_the_default_budgets_are_the_models(encoder):
     assert list(parts) == ["loss_1x1", "loss_2x4", "loss_4x8", "loss_8x16", "loss_16x64"]
 
 
-def test_one_forward_a_column_serves_all_budgets(encoder):
+def test_one_forward_pass_per_column_serves_all_budgets(encoder):
     calls = []
     encoder[0].register_forward_hook(lambda *_: calls.append(1))
     MMRLoss(encoder)(columns(encoder, QUERIES))
@@ -112,7 +112,7 @@ def test_unusable_settings_are_errors(encoder, settings, error, message):
         MMRLoss(encoder, **settings)
 
 
-def test_a_model_of_another_kind_is_an_error():
+def test_an_encoder_of_another_model_is_an_error():
     with pytest.raises(TypeError, match="MetaEmbed encoders"):
         MMRLoss([torch.nn.Linear(2, 2)])
 

@@ -1,4 +1,4 @@
-"""The trainer shards what all processes run, resumes what is complete, and hides no failure."""
+"""The trainer shards the layers that all processes run, resumes complete checkpoints, and hides no failure."""
 
 import pytest
 import yaml
@@ -14,7 +14,7 @@ from metaembed.training.losses import MMRLoss
 from metaembed.training.trainer import MetaEmbedTrainer, last_checkpoint, sharded_layers
 
 
-def test_a_checkpoint_that_a_kill_cut_short_is_not_resumed(tmp_path):
+def test_an_incomplete_checkpoint_is_not_resumed(tmp_path):
     assert last_checkpoint(tmp_path) is None
     for step, state in ((4, '{"log_history": []}'), (10, '{"log_hist'), (12, ""), (14, None)):
         (tmp_path / f"checkpoint-{step}").mkdir()
@@ -23,7 +23,7 @@ def test_a_checkpoint_that_a_kill_cut_short_is_not_resumed(tmp_path):
     assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
 
 
-def test_a_lost_best_checkpoint_is_no_secret(tmp_path):
+def test_a_lost_best_checkpoint_is_an_error(tmp_path):
     encoder = tiny_encoder()
     rows = Dataset.from_dict({"query": ["a"], "positive": ["b"]})
     settings = MultiVectorEncoderTrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True)
@@ -35,7 +35,7 @@ def test_a_lost_best_checkpoint_is_no_secret(tmp_path):
 
 @needs_fsdp2
 def test_the_fsdp_config_shards_the_blocks_of_the_language_model(monkeypatch):
-    """By accelerate's own reading of it: not the vision tower, which some batches do without."""
+    """As accelerate reads it: without the vision tower, which some batches do not use."""
     from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
 
     for name, value in yaml.safe_load((ROOT / "examples" / "fsdp.yaml").read_text())["fsdp_config"].items():
@@ -51,8 +51,8 @@ def test_the_fsdp_config_shards_the_blocks_of_the_language_model(monkeypatch):
         assert sharded == [f"0.model.backbone.language_model.layers.{i}" for i in range(2)]
 
 
-def test_layers_that_only_images_run_through_are_not_sharded_apart():
-    """Processes whose batches have none would not take part in gathering them."""
+def test_layers_that_only_images_use_are_not_sharded_separately():
+    """Processes whose batches have no images would not take part in gathering them."""
     backbone, processor = build("mllama")
     model = MetaEmbedModel.from_backbone(backbone, processor=processor, num_query_tokens=4, num_document_tokens=8)
     assert "MllamaCrossAttentionDecoderLayer" in {type(module).__name__ for module in model.modules()}
