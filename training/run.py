@@ -158,4 +158,8 @@ def publish(folder: Path, training: TrainingArguments) -> str:
     api = HfApi(token=training.hub_token)
     name = training.hub_model_id or Path(training.output_dir).name
     repository = api.create_repo(name, private=training.hub_private_repo, exist_ok=True).repo_id
-    return str(api.upload_folder(repo_id=repository, folder_path=folder, ignore_patterns=["training_args.bin"]))
+    stale = ["*_metaembed.py", "kernels_metaembed.*"]  # of older versions, as `MetaEmbedModel.push_to_hub`
+    ignored = ["training_args.bin"]
+    return str(
+        api.upload_folder(repo_id=repository, folder_path=folder, ignore_patterns=ignored, delete_patterns=stale)
+    )
