@@ -10,7 +10,7 @@ test test-latest test-floor: export OMP_NUM_THREADS ?= 1
 # The lock takes torch and torchvision from here, as a pair: a new one is chosen by hand (docs/versions.md).
 TORCH := torch==2.14.1 torchvision==0.29.1
 
-.PHONY: quickstart test test-latest test-floor lint lock backbones benchmark benchmark-encode benchmark-training clean
+.PHONY: quickstart test test-latest test-floor test-sanitize lint lock backbones benchmark benchmark-encode benchmark-training clean
 
 quickstart: $(VENV)/.ready
 	$(BIN)/python examples/quickstart.py $(ARGS)
@@ -38,6 +38,10 @@ test-latest: $(VENV)-latest/.ready
 # The tests on the lowest versions that setup.py states. Python 3.14 is too new for them.
 test-floor: $(VENV)-floor/.ready
 	$(VENV)-floor/bin/python $(PYTEST) $(ARGS)
+
+# The kernel's tests with the kernel built under AddressSanitizer and UndefinedBehaviorSanitizer.
+test-sanitize: $(VENV)/.ready
+	bash tests/sanitize.sh $(BIN)/python $(ARGS)
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
