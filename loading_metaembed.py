@@ -295,9 +295,8 @@ def check_saves_whole(model: Any, folder: Path | None, publish: bool) -> None:
             "this model was wrapped with get_peft_model, so it can no longer save itself. Save what peft_model."
             "merge_and_unload() returns; or use model.add_adapter(lora_config(model)) instead of get_peft_model."
         )
-    what, held, file = "a whole model", "an adapter", ADAPTER_CONFIG
-    if adapter:
-        what, held, file = held, what, "model.safetensors"
+    kinds = [("an adapter", ADAPTER_CONFIG), ("a whole model", "model.safetensors")]
+    (what, _), (held, file) = kinds if adapter else reversed(kinds)
     if folder and (folder / file).is_file():
         raise ValueError(f"{folder} holds {held} ({file}); {what} saved beside it would not load. Save elsewhere.")
     base = model.adapter_base[0]

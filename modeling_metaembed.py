@@ -113,7 +113,8 @@ class MetaEmbedModel(PreTrainedModel):
             **kwargs: `num_query_tokens`, `num_document_tokens`, `embedding_dim`, `budgets`, `query_instruction`, ...,
                 and options of `AutoModel.from_pretrained`.
 
-        Needs the installed package, and not only what travels with a checkpoint (else an `ImportError`).
+        Raises:
+            ImportError: If the package is not installed: this needs more than travels with a checkpoint.
         """
         return of_package("backbones.create", "from_backbone", needed=True)(cls, backbone, **kwargs)
 
@@ -168,9 +169,7 @@ class MetaEmbedModel(PreTrainedModel):
         super().add_adapter(adapter_config, adapter_name)
         upcast_adapter(self)
 
-    def load_adapter(
-        self, peft_model_id: Any = None, adapter_name: str | None = None, *args: Any, **kwargs: Any
-    ) -> Any:
+    def load_adapter(self, peft_model_id: Any = None, adapter_name: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Load an adapter, completely or not at all (else a `ValueError`): see transformers' `load_adapter`."""
         import_peft()
         conversions = self.__dict__.get("_weight_conversions")
@@ -226,10 +225,10 @@ class MetaEmbedModel(PreTrainedModel):
         push, name = kwargs.pop("push_to_hub", False), kwargs.pop("repo_id", folder.name)
         hub = {key: kwargs.pop(key) for key in ("private", "revision", "create_pr", "commit_message") if key in kwargs}
         check_saves_whole(self, folder, publish=push)
-        wrapped = any("_orig_mod." in key or hasattr(value, "full_tensor") for key, value in self.state_dict().items())
-        plain = of_package("training.saving", "plain_weights", needed=True)(self) if wrapped else nullcontext()
-        with plain as weights:
-            state = kwargs.pop("state_dict", None) or weights
+        state, weights = kwargs.pop("state_dict", None), self.state_dict()
+        wrapped = any("_orig_mod." in key or hasattr(value, "full_tensor") for key, value in weights.items())
+        plain = of_package("training.saving", "plain_weights", True)(self, state) if wrapped else nullcontext(state)
+        with plain as state:
             state = state and {key.replace("_orig_mod.", ""): value for key, value in state.items()}
             # Under the names of the modules: transformers would write the older names that some backbones have in
             # their own checkpoints, and does not find them again inside another model.
@@ -257,8 +256,8 @@ class MetaEmbedModel(PreTrainedModel):
         """
         check_saves_whole(self, None, publish=True)
         api = HfApi(token=kwargs.pop("token", None))
-        names = ("create_pr", "commit_message", "commit_description")
-        commit = {name: kwargs.pop(name) for name in names if name in kwargs}
+        commit: dict[str, Any] = {"commit_message": f"Upload {type(self).__name__}"}
+        commit |= {name: kwargs.pop(name) for name in ("create_pr", *commit, "commit_description") if name in kwargs}
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision is not None and not commit.get("create_pr") and not revision.startswith("refs/"):
             api.create_branch(repo_id, branch=revision, exist_ok=True)

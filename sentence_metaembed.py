@@ -204,9 +204,9 @@ class MetaEmbedTransformer(InputModule):
         ):
             if given:
                 raise ValueError(f"a MetaEmbed model does not take {name}, got {given}: {instead}.")
-        where = {"cache_dir": cache_folder, **{name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}}
-        where = {name: value for name, value in where.items() if value is not None}
-        return cls(MetaEmbedModel.from_pretrained(model_name_or_path, **where, **(model_kwargs or {})))
+        where = {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None}
+        options = {"cache_dir": cache_folder, **where, **(model_kwargs or {})}
+        return cls(MetaEmbedModel.from_pretrained(model_name_or_path, **options))
 
 
 def is_one_input(inputs: Any) -> bool:

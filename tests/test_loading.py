@@ -6,6 +6,7 @@ import os
 import pickle
 import re
 import shutil
+import sys
 
 import pytest
 import torch
@@ -180,6 +181,16 @@ def test_a_compiled_backbone_saves_the_names_of_the_plain_one(model, tmp_path, a
     assert plain == (tmp_path / "compiled" / name).read_bytes()
     if not adapted:
         assert plain == (tmp_path / "given" / name).read_bytes()
+
+
+def test_a_compiled_model_is_not_saved_without_the_package(model, tmp_path, monkeypatch):
+    """Under the names of the wrappers it would not load."""
+    changed = copy.deepcopy(model)
+    changed.backbone = torch.compile(changed.backbone, backend="eager")
+    monkeypatch.setitem(sys.modules, "metaembed.training.saving", None)
+    with pytest.raises(ImportError, match=r"needs training\.saving of the package: pip install metaembed"):
+        changed.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 # -- What leaves the machine, and what comes in ---------------------------------------------------------------------

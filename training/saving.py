@@ -6,20 +6,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.tensor import DTensor
 
 
 @contextmanager
-def plain_weights(model: nn.Module) -> Iterator[dict[str, Any] | None]:
+def plain_weights(model: nn.Module, state: dict[str, Any] | None = None) -> Iterator[dict[str, Any] | None]:
     """Take the wrappers of `torch.compile` off while a model is saved: they change the names of weights.
 
     Args:
-        model: The model. Every process of a sharded one (FSDP2) must call this.
+        model: The model. Every process of a sharded one (FSDP2) must call this without a `state`.
+        state: The complete weights, if they are gathered already.
 
     Yields:
-        The complete weights of a sharded model, in the first process (none in the others); None if it is not sharded.
+        `state`, or the complete weights of a sharded model in the first process, and none in the others. None: the
+        model is not sharded, and its own state dict is complete.
     """
     wrapped = [
         (parent, name, child)
@@ -30,7 +31,7 @@ def plain_weights(model: nn.Module) -> Iterator[dict[str, Any] | None]:
     for parent, name, child in wrapped:
         setattr(parent, name, child._orig_mod)
     try:
-        yield gather_weights(model)
+        yield state or gather_weights(model)
     finally:
         for parent, name, child in wrapped:
             setattr(parent, name, child)
@@ -38,6 +39,11 @@ def plain_weights(model: nn.Module) -> Iterator[dict[str, Any] | None]:
 
 def gather_weights(model: nn.Module) -> dict[str, Any] | None:
     """Return the complete weights, in the first process, of a model sharded over several (FSDP2); else None."""
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return None
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+    from torch.distributed.tensor import DTensor
+
     # The state dict's: after an evaluation, the parameters themselves may be unsharded for the moment.
     if not any(isinstance(value, DTensor) for value in model.state_dict().values()):
         return None
