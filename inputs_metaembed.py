@@ -137,9 +137,9 @@ def parse(value: Any) -> Item:
 
     Args:
         value: A string (text), a PIL image, a `pathlib.Path`, `bytes` or an open file of an image, an array, a dict
-            with `text`, `image` and/or `video` (one or a list of each; images come first and the text last), or chat
-            messages, whose content may interleave strings, images, such dicts, and parts with a "type" that hold one
-            text, image or video each (also as "url" or "path"). In a dict, a string may be a path, URL or base64.
+            with `text`, `image` and/or `video` (one or a list of each), or chat messages, whose content may interleave
+            strings, images, such dicts, and parts with a "type" that hold one text, image or video each (also as "url"
+            or "path"). In a dict, images come first and the text last, and an image may be a path, URL or base64.
 
     Raises:
         TypeError: If `value` is none of these.

@@ -34,6 +34,8 @@ PROCESSING_FIELDS = ["traits", "document_sees_query_tokens"]
 for _field in ("num_{}_tokens", "{}_token_ids", "{}_num_meta", "{}_instruction"):
     PROCESSING_FIELDS += [_field.format(side) for side in SIDES]
 
+Lists = list[list[Any]]  # one for each input
+
 # A call of a tokenizer sets its padding and truncation, which calls of other threads would use.
 TOKENIZING = threading.RLock()
 if hasattr(os, "register_at_fork"):  # a forked worker must not find it held by a thread that it does not have
@@ -213,8 +215,6 @@ class MetaEmbedProcessor(ProcessorMixin):
             if held and getattr(self, f"{kind}_processor") is None:
                 raise ValueError(f"this backbone takes no {kind}s ({type(self.backbone_processor).__name__}).")
 
-    # -- Text of users that looks like structure -----------------------------------------------------------------
-
     @cached_property
     def _special(self) -> tuple[re.Pattern[str] | None, set[int]]:
         """What matches any string that means structure and not text, and the ids of these strings."""
@@ -238,17 +238,16 @@ class MetaEmbedProcessor(ProcessorMixin):
         """
         pattern, special = self._special
         text = escape(text, pattern)
-        for _ in range(10 if self.tokenizer.is_fast else 0):
-            with TOKENIZING:
-                tokens = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        if not self.tokenizer.is_fast:
+            return text
+        for _ in range(10):
+            tokens = _tokenize(self.tokenizer, text)
             places = zip(tokens["input_ids"], tokens["offset_mapping"], strict=True)
             if not (found := [place for token, place in places if token in special]):
                 return text
             for start, end in reversed(found):
                 text = text[:start] + break_token(text[start:end]) + text[end:]
-        if self.tokenizer.is_fast:
-            raise ValueError(f"the tokenizer makes special tokens of the text {shorten(text)}. Take them out of it.")
-        return text
+        raise ValueError(f"the tokenizer makes special tokens of the text {shorten(text)}. Take them out of it.")
 
     def _prompt(self, messages: list[Message], instruction: str | None, max_length: int | None) -> str:
         """Return the prompt of messages: cut, after the instruction, escaped, and as the chat template renders it."""
@@ -267,8 +266,6 @@ class MetaEmbedProcessor(ProcessorMixin):
             rendered.append({"role": message["role"], "content": content})
         return render(self.backbone_processor, rendered)
 
-    # -- Through the backbone's processor ------------------------------------------------------------------------
-
     def _check_keywords(self, kwargs: dict[str, Any]) -> None:
         """Raise for a keyword that has no effect (transformers only warns, and once) or a bad one."""
         known, options = _keywords(self.backbone_processor), dict(kwargs)
@@ -285,12 +282,7 @@ class MetaEmbedProcessor(ProcessorMixin):
             raise ValueError(f"`return_tensors` must be 'pt', got {tensors!r}. Convert what is returned.")
 
     def _call_backbone(
-        self,
-        texts: list[str],
-        images: list[list[Any]],
-        videos: list[list[Any]],
-        indices: list[int],
-        kwargs: dict[str, Any],
+        self, texts: list[str], images: Lists, videos: Lists, indices: list[int], kwargs: dict[str, Any]
     ) -> BatchFeature:
         inner, traits = self.backbone_processor, self.config.traits
         # Right padding gives equal rows whatever the position embedding is; left padding moves absolute positions.
@@ -334,8 +326,6 @@ class MetaEmbedProcessor(ProcessorMixin):
             found = f"after tokenization, inputs hold {counts.tolist()} {side} Meta Tokens instead of {expected} each"
             raise ValueError(f"{found}. As it is set up, the backbone's processor is not usable for MetaEmbed.")
 
-    # -- Saving and loading --------------------------------------------------------------------------------------
-
     def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> list[str]:
         """Save the backbone's processor whole, and what turns it into this one, in the file whose name is returned."""
         folder = Path(save_directory)
@@ -363,30 +353,27 @@ class MetaEmbedProcessor(ProcessorMixin):
         Raises:
             ValueError: If there is no MetaEmbed processor there, or it names something else as the backbone's.
         """
-        content, _ = ProcessorMixin.get_processor_dict(pretrained_model_name_or_path, **kwargs)
+        source = str(pretrained_model_name_or_path)
+        content, _ = ProcessorMixin.get_processor_dict(source, **kwargs)
         if "metaembed" not in content:
-            raise ValueError(
-                f"{pretrained_model_name_or_path} holds no MetaEmbed processor (no 'metaembed' in {PROCESSOR_FILE}). "
-                "To make a MetaEmbed model of a plain backbone, use MetaEmbedModel.from_backbone."
-            )
+            missing = f"no MetaEmbed processor (no 'metaembed' in {PROCESSOR_FILE})"
+            advice = "To make a model of a plain backbone, use MetaEmbedModel.from_backbone"
+            raise ValueError(f"{source} holds {missing}. {advice}.")
         saved = content["metaembed"]
         if reference := saved["backbone_auto_map"]:
-            source = str(pretrained_model_name_or_path)
             remote_code.resolve_trust_remote_code(kwargs.get("trust_remote_code"), source, False, has_remote_code=True)
-            inner = remote_code.get_class_from_dynamic_module(reference, pretrained_model_name_or_path, **kwargs)
+            inner = remote_code.get_class_from_dynamic_module(reference, source, **kwargs)
         else:
             inner = getattr(transformers, str(saved["backbone_processor"]), AutoTokenizer)
         kinds = (ProcessorMixin, PreTrainedTokenizerBase, AutoTokenizer)
         if not isinstance(inner, type) or not issubclass(inner, kinds):
-            raise ValueError(
-                f"{pretrained_model_name_or_path} names {shorten(saved['backbone_processor'])} as its backbone's "
-                "processor, which is neither a processor nor a tokenizer."
-            )
+            named = f"{source} names {shorten(saved['backbone_processor'])} as its backbone's processor"
+            raise ValueError(f"{named}, which is neither a processor nor a tokenizer.")
         if issubclass(inner, PreTrainedTokenizerBase):
             inner = AutoTokenizer  # it alone knows how to load every tokenizer class
         # A field that came later than the checkpoint takes its default; version 0.1 saved the traits flat.
         fields = {name: saved[name] for name in saved if name in {*PROCESSING_FIELDS, *BackboneTraits.__annotations__}}
-        return cls(inner.from_pretrained(pretrained_model_name_or_path, **kwargs), MetaEmbedConfig(**fields))
+        return cls(inner.from_pretrained(source, **kwargs), MetaEmbedConfig(**fields))
 
 
 def default_device_cpu() -> Any:
@@ -425,17 +412,22 @@ def break_token(token: str) -> str:
     return re.sub(r"^(\s*\S)", r"\1 ", token) if token.strip() else f"{token} "
 
 
+def _tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> Any:
+    with TOKENIZING:
+        return tokenizer(text, add_special_tokens=False, return_offsets_mapping=tokenizer.is_fast, verbose=False)
+
+
 def cut_text(messages: list[Message], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Message]:
     """Return the messages of one input with the first `max_length` tokens of text, counted over all its parts."""
     messages = copy.deepcopy(messages)
     for part in (part for message in messages for part in message["content"] if part["type"] == "text"):
-        text, fast = part["text"], tokenizer.is_fast
-        with TOKENIZING:
-            tokens = tokenizer(text, add_special_tokens=False, return_offsets_mapping=fast, verbose=False)
+        tokens, text = _tokenize(tokenizer, part["text"]), part["text"]
         ids = tokens["input_ids"]
-        if len(ids) > max_length:
-            ends = [0, *(end for _, end in tokens["offset_mapping"])] if fast else []
-            part["text"] = text[: ends[max_length]] if fast else tokenizer.decode(ids[:max_length])
+        if len(ids) > max_length and tokenizer.is_fast:
+            ends = [0, *(end for _, end in tokens["offset_mapping"])]
+            part["text"] = text[: ends[max_length]]
+        elif len(ids) > max_length:
+            part["text"] = tokenizer.decode(ids[:max_length])
         max_length -= min(len(ids), max_length)
     return messages
 
@@ -463,9 +455,8 @@ def render(processor: Any, messages: list[Message]) -> str:
         as_python = "[{'type':" in prompt and any(str(message["content"]) in prompt for message in messages)
         if not as_python and _holds(prompt, texts):
             return prompt
-    raise ValueError(
-        f"the chat template of {type(owner).__name__} leaves out what the messages say: {shorten(prompt, 1000)}."
-    )
+    lost = f"the chat template of {type(owner).__name__} leaves out what the messages say"
+    raise ValueError(f"{lost}: {shorten(prompt, 1000)}.")
 
 
 def _apply_in_time(apply: Any, form: list[Message]) -> str:
