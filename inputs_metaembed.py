@@ -72,9 +72,6 @@ class InputPolicy:
         return cls(**{"schemes": (), "folders": (), **changes})
 
 
-DEFAULT_POLICY = InputPolicy()
-
-
 @dataclass(frozen=True)
 class Item:
     """One query or document, checked in form. Pictures and videos are as the user passed them, in order."""
@@ -114,7 +111,10 @@ def is_conversation(value: Any) -> bool:
 def parse_all(inputs: Any) -> list[Item]:
     """Return the [`Item`]s of one input or a batch of them, in order. Errors name an input by its place."""
     if not is_single(inputs) and not is_batch(inputs):
-        raise TypeError(f"{_unusable(inputs)}: it is no sequence of inputs in order. Expected a list of {ACCEPTED}.")
+        kind = type(inputs).__name__
+        raise TypeError(
+            f"cannot encode a {kind}: it is no sequence of inputs in order. Expected a list of {ACCEPTED}."
+        )
     items = []
     for index, value in enumerate([inputs] if is_single(inputs) else inputs):
         with naming(index):
@@ -195,26 +195,20 @@ def _parse_parts(value: Any) -> list[Part]:
     images, videos = value.get("image"), value.get("video")
     if not isinstance(images, (list, tuple)):
         images = [images]
-    if not isinstance(videos, (list, tuple)) or not videos or not _is_video(videos[0]):  # a list of images is a video
-        videos = [videos]
+    first = videos[0] if isinstance(videos, (list, tuple)) and videos else None
+    if not isinstance(first, (str, Path, list, tuple)) and getattr(first, "ndim", 0) != 4:
+        videos = [videos]  # one: a list of images is a video
     parts = [("image", image) for image in images] + [("video", video) for video in videos]
     return [_part(kind, part) for kind, part in [*parts, ("text", value.get("text"))] if part is not None]
-
-
-def _is_video(value: Any) -> bool:
-    return isinstance(value, (str, Path, list, tuple)) or getattr(value, "ndim", 0) == 4
 
 
 def _part(kind: str, value: Any) -> Part:
     if kind == "text":
         check_text("text", value)
     elif not isinstance(value, SOURCES[kind]) and not (kind == "image" and hasattr(value, "read")):
-        raise TypeError(f"{_unusable(value)} as {kind}. Expected {ACCEPTED}.")
+        given = f"{shorten(value)} of type {type(value).__name__}"
+        raise TypeError(f"cannot encode {given} as {kind}. Expected {ACCEPTED}.")
     return {"type": kind, kind: value}
-
-
-def _unusable(value: Any) -> str:
-    return f"cannot encode {shorten(value)} of type {type(value).__name__}"
 
 
 def _names(keys: Iterable[Any]) -> str:
@@ -239,11 +233,7 @@ _SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 3, 100, 100
 
 def shorten(value: Any, length: int = 100) -> str:
     """Return a representation of `value` that is short enough for an error: base64 has a million characters."""
-    return _cut(_SHORT.repr(value), length)
-
-
-def _cut(text: str, length: int) -> str:
-    half = length // 2
+    text, half = _SHORT.repr(value), length // 2
     return text if len(text) <= length else f"{text[:half]}...{text[-half:]}"
 
 
@@ -257,7 +247,7 @@ def _reading(kind: str, source: Any) -> Iterator[None]:
         yield
     except Exception as error:
         name = shorten(source) if isinstance(source, (str, Path)) else f"of type {type(source).__name__}"
-        raise ValueError(f"the {kind} {name} cannot be read: {_cut(str(error) or repr(error), 300)}") from error
+        raise ValueError(f"the {kind} {name} cannot be read: {str(error)[:300] or repr(error)}") from error
 
 
 def read_video(source: Any, policy: InputPolicy, stack: ExitStack) -> str | Array:
@@ -269,8 +259,9 @@ def read_video(source: Any, policy: InputPolicy, stack: ExitStack) -> str | Arra
     if isinstance(source, (str, Path)):
         with _reading("video", source):
             found = _find(source, policy)
-        if isinstance(found, str):
-            return found
+            if isinstance(found, str):
+                _check_size(os.path.getsize(found), policy)
+                return found
         path = Path(stack.enter_context(tempfile.TemporaryDirectory()), "video")
         path.write_bytes(found)
         return str(path)
@@ -282,7 +273,7 @@ def read_video(source: Any, policy: InputPolicy, stack: ExitStack) -> str | Arra
     return np.stack(frames)
 
 
-def read_image(source: Any, policy: InputPolicy = DEFAULT_POLICY) -> Image.Image:
+def read_image(source: Any, policy: InputPolicy | None = None) -> Image.Image:
     """Read an image from wherever it is, as an upright RGB picture.
 
     The same picture gives the same pixels in every mode: the EXIF orientation is applied, transparency is composed on
@@ -292,20 +283,20 @@ def read_image(source: Any, policy: InputPolicy = DEFAULT_POLICY) -> Image.Image
     Args:
         source: A PIL image, a path, a URL, data URL or base64 string, bytes, an open file, or an array or tensor
             [height, width(, channels)] of `uint8`, `uint16`, bool, or float in 0..1.
-        policy: What may be read and fetched.
+        policy: What may be read and fetched. None: [`InputPolicy`]'s defaults.
 
     Raises:
         TypeError: If `source` is of another type.
         ValueError: If it is no image of one page, its scale is unclear, or the policy does not allow it.
     """
     _part("image", source)
+    policy = policy or InputPolicy()
     with _reading("image", source):
         image, content = _open(source, policy)
         if 0 in image.size:
             raise ValueError(f"it has no pixels: its (width, height) is {image.size}")
         if image.width * image.height > policy.max_pixels:
-            size = f"{image.width} x {image.height} pixels"
-            raise ValueError(f"it has {size}, more than the {policy.max_pixels} of the policy")
+            raise ValueError(f"its size {image.size} is more than the {policy.max_pixels} pixels of the policy")
         frames = getattr(image, "n_frames", 1)
         if frames > 1 and image.format != "MPO":  # one picture, and what it was made with
             one = "Pass one, as image.seek(i) and then image.copy() give it, or all, as a list of images or a video"
@@ -335,7 +326,7 @@ def _open(source: Any, policy: InputPolicy) -> tuple[Image.Image, bytes]:
         if getattr(source, "seekable", bool)():
             source.seek(0)
         source = source.read(policy.max_bytes + 1)
-    _check_size(source, policy)
+    _check_size(len(source), policy)
     if b"%PDF-" in source[:1024]:
         raise ValueError("it is a PDF. Render its pages, with pypdfium2 for instance, and pass them as images")
     Image.init()
@@ -346,8 +337,8 @@ def _open(source: Any, policy: InputPolicy) -> tuple[Image.Image, bytes]:
         raise ValueError(f"it is no file of {', '.join(policy.formats)}, or its start is damaged") from error
 
 
-def _check_size(content: bytes | bytearray, policy: InputPolicy) -> None:
-    if len(content) > policy.max_bytes:
+def _check_size(size: int, policy: InputPolicy) -> None:
+    if size > policy.max_bytes:
         raise ValueError(f"it has more than the {policy.max_bytes} bytes of the policy")
 
 
@@ -454,10 +445,10 @@ def _body(response: Any, policy: InputPolicy) -> bytes:
     body = bytearray()
     for chunk in response.iter_raw():
         body += chunk
-        _check_size(body, policy)
+        _check_size(len(body), policy)
     if response.headers.get("Content-Encoding", "identity").lower() != "identity":  # which alone was asked for
         body = bytearray(zlib.decompressobj(47).decompress(body, policy.max_bytes + 1))  # gzip or deflate
-        _check_size(body, policy)
+        _check_size(len(body), policy)
     return bytes(body)
 
 
@@ -489,31 +480,27 @@ def _to_8_bits(array: Array, white: float) -> Array:
 
 def _to_rgb(image: Image.Image, file_format: str | None, inverted: bool) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":  # PIL would clip these to 255 instead of scaling them
-        array = 65535 - np.asarray(image) if inverted else np.asarray(image)
-        return _grey_to_rgb(array, image.mode, file_format, image.info.get("transparency"))
+        return _grey_to_rgb(image, file_format, inverted)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
 
 
-def _grey_to_rgb(array: Array, mode: str, file_format: str | None, transparent: int | None) -> Image.Image:
+def _grey_to_rgb(image: Image.Image, file_format: str | None, inverted: bool) -> Image.Image:
+    array, mode, white = np.asarray(image), image.mode, 65535
     low, high = array.min(), array.max()
+    # Files of mode "I;16" are of 16 bits, and so are these of mode "I"; what convert("I") made of 8 bits is not.
+    known = high > 255 or file_format in ("PNG", "PPM") or (mode != "I" and file_format is not None)
     if mode == "F":
         white = 1 if high <= 1 else 255
         known = high > 1 or (array % 1).any()  # zeros and ones may be a mask, or a dark picture of 0..255
-    else:
-        white = 65535
-        # Files of mode "I;16" are of 16 bits, and so are these of mode "I"; what convert("I") made of 8 bits is not.
-        known = high > 255 or file_format in ("PNG", "PPM") or (mode != "I" and file_format is not None)
     if not 0 <= low <= high <= white:  # so is none with a NaN
         raise ValueError(f"pixels of a mode {mode} image must lie in 0..{white}, got {low}..{high}")
     if high > 0 and not known:
-        unclear = f"its mode {mode} and pixels of {low}..{high} leave open what is white"
-        raise ValueError(
-            f"{unclear}. Where 255 is, pass image.convert('L'); else an array of uint16, or floats in 0..1"
-        )
-    grey = _to_8_bits(array, white)
-    if transparent is not None:
+        advice = "Where 255 is, pass image.convert('L'); else an array of uint16, or floats in 0..1"
+        raise ValueError(f"its mode {mode} and pixels of {low}..{high} leave open what is white. {advice}")
+    grey = _to_8_bits(white - array if inverted else array, white)
+    if (transparent := image.info.get("transparency")) is not None:
         grey[array == transparent] = 255
     return Image.fromarray(grey).convert("RGB")

@@ -34,8 +34,6 @@ PROCESSING_FIELDS = ["traits", "document_sees_query_tokens"]
 for _field in ("num_{}_tokens", "{}_token_ids", "{}_num_meta", "{}_instruction"):
     PROCESSING_FIELDS += [_field.format(side) for side in SIDES]
 
-Lists = list[list[Any]]  # one for each input
-
 # A call of a tokenizer sets its padding and truncation, which calls of other threads would use.
 TOKENIZING = threading.RLock()
 if hasattr(os, "register_at_fork"):  # a forked worker must not find it held by a thread that it does not have
@@ -58,9 +56,6 @@ class MetaEmbedProcessor(ProcessorMixin):
         config: The configuration of the model. Only the fields that processing needs are saved with the processor.
         policy: What may be read and fetched for an input. Not saved.
 
-    Raises:
-        ValueError: If the tokenizer and the configuration disagree about the Meta Tokens.
-
     Example:
         >>> inputs = processor.process_queries(["a red apple"], num_meta=4)
         >>> model(**inputs).embeddings.shape
@@ -73,13 +68,16 @@ class MetaEmbedProcessor(ProcessorMixin):
         self.backbone_processor = backbone_processor
         self.config = config
         self.policy = policy or InputPolicy()
+        self.check()
+
+    def check(self) -> None:
+        """Raise a `ValueError` if the tokenizer and the configuration disagree about the Meta Tokens."""
         for side in SIDES:
-            ids = config.token_ids(side)
-            names = meta_token_names(side, config.num_tokens(side))
+            ids = self.config.token_ids(side)
+            names = meta_token_names(side, self.config.num_tokens(side))
             if ids is not None and (found := self.tokenizer.convert_tokens_to_ids(names)) != list(ids):
-                problem = "The checkpoint is damaged, or its files are of different models"
                 given = f"the tokenizer gives the {side} Meta Tokens the ids {shorten(found)}"
-                raise ValueError(f"{given}, but the configuration says {shorten(ids)}. {problem}.")
+                raise ValueError(f"{given}, but the configuration says {shorten(ids)}: one of them is damaged.")
 
     image_processor = _of_backbone("image_processor", "The backbone's image processor, or None: it takes no images.")
     video_processor = _of_backbone("video_processor", "The backbone's video processor, or None: it takes no videos.")
@@ -88,7 +86,7 @@ class MetaEmbedProcessor(ProcessorMixin):
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The backbone's tokenizer, which holds the Meta Tokens."""
-        return tokenizer_of(self.backbone_processor)
+        return getattr(self.backbone_processor, "tokenizer", self.backbone_processor)
 
     @property
     def chat_template(self) -> str | dict[str, str] | None:
@@ -163,19 +161,24 @@ class MetaEmbedProcessor(ProcessorMixin):
             check_text("instruction", instruction)
         policy = self.policy if policy is None else policy
         indices = indices or list(range(len(items)))
-        appended = self._appended_tokens(side, num_meta)
+        count = num_meta if self.config.traits.causal else self.config.num_tokens(side)
+        appended = "".join(meta_token_names(side, count))
+        if side == "document" and self.config.document_sees_query_tokens:
+            appended = "".join(meta_token_names("query", self.config.num_query_tokens)) + appended
         texts, images, videos = [], [], []  # one of each for an input
         with ExitStack() as stack:  # deletes the files of fetched videos
             for index, item in zip(indices, items, strict=True):
                 with naming(index):
-                    self._check_media(item)
+                    for kind, held in (("image", item.images), ("video", item.videos)):
+                        if held and getattr(self, f"{kind}_processor") is None:
+                            raise ValueError(f"{type(self.backbone_processor).__name__} takes no {kind}s.")
                     pictures, clips = item.load(policy, stack)
                     images.append(pictures)
                     videos.append(clips)
                     texts.append(self._prompt(item.messages, instruction, max_length) + appended)
             with TOKENIZING, default_device_cpu():
                 features = self._call_backbone(texts, images, videos, indices, kwargs)
-        self._check_meta_tokens(features["input_ids"], side, num_meta)
+        self._check_meta_tokens(features["input_ids"], side, count)
         if not self.config.traits.causal:
             features["num_meta"] = num_meta
         return features
@@ -204,17 +207,6 @@ class MetaEmbedProcessor(ProcessorMixin):
             groups.setdefault(("alone", index) if alone else images, []).append(index)
         return list(groups.values())
 
-    def _appended_tokens(self, side: str, num_meta: int) -> str:
-        tokens = meta_token_names(side, num_meta if self.config.traits.causal else self.config.num_tokens(side))
-        if side == "document" and self.config.document_sees_query_tokens:
-            tokens = meta_token_names("query", self.config.num_query_tokens) + tokens
-        return "".join(tokens)
-
-    def _check_media(self, item: Item) -> None:
-        for kind, held in (("image", item.num_images), ("video", item.has_video)):
-            if held and getattr(self, f"{kind}_processor") is None:
-                raise ValueError(f"this backbone takes no {kind}s ({type(self.backbone_processor).__name__}).")
-
     @cached_property
     def _special(self) -> tuple[re.Pattern[str] | None, set[int]]:
         """What matches any string that means structure and not text, and the ids of these strings."""
@@ -237,7 +229,8 @@ class MetaEmbedProcessor(ProcessorMixin):
             ValueError: If the tokenizer makes special tokens of the text however it is broken.
         """
         pattern, special = self._special
-        text = escape(text, pattern)
+        while pattern and pattern.search(text):
+            text = pattern.sub(lambda match: break_token(match[0]), text)
         if not self.tokenizer.is_fast:
             return text
         for _ in range(10):
@@ -282,7 +275,7 @@ class MetaEmbedProcessor(ProcessorMixin):
             raise ValueError(f"`return_tensors` must be 'pt', got {tensors!r}. Convert what is returned.")
 
     def _call_backbone(
-        self, texts: list[str], images: Lists, videos: Lists, indices: list[int], kwargs: dict[str, Any]
+        self, texts: list[str], images: list[Any], videos: list[Any], indices: list[int], kwargs: dict[str, Any]
     ) -> BatchFeature:
         inner, traits = self.backbone_processor, self.config.traits
         # Right padding gives equal rows whatever the position embedding is; left padding moves absolute positions.
@@ -317,9 +310,8 @@ class MetaEmbedProcessor(ProcessorMixin):
         features.pop("labels", None)
         return BatchFeature(dict(features))
 
-    def _check_meta_tokens(self, input_ids: torch.Tensor, side: str, num_meta: int) -> None:
+    def _check_meta_tokens(self, input_ids: torch.Tensor, side: str, expected: int) -> None:
         """Every row must hold exactly the Meta Tokens that were appended; a tokenizer or a processor may disagree."""
-        expected = num_meta if self.config.traits.causal else self.config.num_tokens(side)
         ids = self.config.token_ids(side)
         counts = ((input_ids >= ids[0]) & (input_ids <= ids[-1])).sum(dim=1)  # [N]
         if (counts != expected).any():
@@ -353,14 +345,17 @@ class MetaEmbedProcessor(ProcessorMixin):
         Raises:
             ValueError: If there is no MetaEmbed processor there, or it names something else as the backbone's.
         """
-        source = str(pretrained_model_name_or_path)
+        source, trusted_base = str(pretrained_model_name_or_path), kwargs.pop("trusted_base", None)
         content, _ = ProcessorMixin.get_processor_dict(source, **kwargs)
         if "metaembed" not in content:
-            missing = f"no MetaEmbed processor (no 'metaembed' in {PROCESSOR_FILE})"
-            advice = "To make a model of a plain backbone, use MetaEmbedModel.from_backbone"
-            raise ValueError(f"{source} holds {missing}. {advice}.")
+            missing = f"no 'metaembed' in {PROCESSOR_FILE}"
+            raise ValueError(f"{source} holds no MetaEmbed processor ({missing}): see MetaEmbedModel.from_backbone.")
         saved = content["metaembed"]
         if reference := saved["backbone_auto_map"]:
+            other, elsewhere, _ = reference.partition("--")
+            if elsewhere and other not in (source, trusted_base):
+                problem = f"the processor of {source} asks for code of another repository, {other}"
+                raise ValueError(f"{problem}. If you trust that one too, also pass trusted_base={other!r}.")
             remote_code.resolve_trust_remote_code(kwargs.get("trust_remote_code"), source, False, has_remote_code=True)
             inner = remote_code.get_class_from_dynamic_module(reference, source, **kwargs)
         else:
@@ -386,11 +381,6 @@ def meta_token_names(side: str, count: int) -> list[str]:
     return [f"<|meta_{side}_{i}|>" for i in range(count)]
 
 
-def tokenizer_of(processor: Any) -> PreTrainedTokenizerBase:
-    """Return the tokenizer of a processor, which may be one itself."""
-    return processor if isinstance(processor, PreTrainedTokenizerBase) else processor.tokenizer
-
-
 def _keywords(processor: Any) -> set[str]:
     """Return every keyword that some part of a processor uses."""
     if isinstance(processor, PreTrainedTokenizerBase):
@@ -400,15 +390,8 @@ def _keywords(processor: Any) -> set[str]:
     return set(kinds).union(*(getattr(kind, "__annotations__", ()) for kind in [*kinds.values(), *own]))
 
 
-def escape(text: str, special_token: re.Pattern[str] | None) -> str:
-    """Break every special token that stands literally in a text: `<|image_pad|>` becomes `< |image_pad|>`."""
-    while special_token and special_token.search(text):
-        text = special_token.sub(lambda match: break_token(match[0]), text)
-    return text
-
-
 def break_token(token: str) -> str:
-    """Return `token` with a space after its first letter."""
+    """Return `token` with a space after its first letter: `<|image_pad|>` becomes `< |image_pad|>`."""
     return re.sub(r"^(\s*\S)", r"\1 ", token) if token.strip() else f"{token} "
 
 
@@ -438,25 +421,24 @@ def render(processor: Any, messages: list[Message]) -> str:
     Raises:
         ValueError: If the chat template leaves out what the messages say, or does not end.
     """
-    owner = processor if getattr(processor, "chat_template", None) else tokenizer_of(processor)
+    owner = processor if getattr(processor, "chat_template", None) else getattr(processor, "tokenizer", processor)
     parts = [part for message in messages for part in message["content"]]
     texts = [part["text"].strip() for part in parts if part["type"] == "text"]
     places = {kind: getattr(processor, f"{kind}_token", "") for kind in ("image", "video")}
-    strings = [
-        "".join(part.get("text", places.get(part["type"])) for part in message["content"]) for message in messages
+    as_strings = [
+        {**message, "content": "".join(part.get("text", places.get(part["type"])) for part in message["content"])}
+        for message in messages
     ]
     if not owner.chat_template:
-        return "\n".join(strings)
+        return "\n".join(message["content"] for message in as_strings)
     # Templates for text alone expect strings, and render a list of parts as nothing, or as Python writes a list.
-    as_strings = [{**message, "content": string} for message, string in zip(messages, strings, strict=True)]
     parts_first = owner is processor or len(texts) < len(parts)
     for form in (messages, as_strings) if parts_first else (as_strings, messages):
         prompt = _apply_in_time(owner.apply_chat_template, form)
         as_python = "[{'type':" in prompt and any(str(message["content"]) in prompt for message in messages)
         if not as_python and _holds(prompt, texts):
             return prompt
-    lost = f"the chat template of {type(owner).__name__} leaves out what the messages say"
-    raise ValueError(f"{lost}: {shorten(prompt, 1000)}.")
+    raise ValueError(f"the chat template leaves out what the messages say: {shorten(prompt, 1000)}.")
 
 
 def _apply_in_time(apply: Any, form: list[Message]) -> str:
@@ -479,8 +461,7 @@ def _holds(prompt: str, texts: list[str]) -> bool:
     """Whether every text is in the prompt. They nearly always come in order, which takes one pass."""
     place = 0
     for text in texts:
-        found = prompt.find(text, place)
-        if found < 0 and text not in prompt:
+        if (found := prompt.find(text, place)) < 0 and text not in prompt:
             return False
         place = max(found, place)
     return True

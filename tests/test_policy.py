@@ -3,6 +3,7 @@
 import gzip
 import http.server
 import io
+import json
 import struct
 import threading
 import time
@@ -205,11 +206,11 @@ def test_a_policy_can_be_set_on_the_model_and_for_a_call(qwen, tmp_path):
 
 
 def test_a_bomb_is_refused_by_its_header():
-    with pytest.raises(ValueError, match="13000 x 13000 pixels, more than"):
+    with pytest.raises(ValueError, match=r"its size \(13000, 13000\) is more than"):
         read_image(hostile_png(13000, 13000, bytes(1626)))
     with pytest.raises(ValueError, match="cannot be read"):  # within the limit, with no pixels to decode
         read_image(hostile_png(9400, 9400, b""))
-    with pytest.raises(ValueError, match="more than the 3 of the policy"):
+    with pytest.raises(ValueError, match="more than the 3 pixels of the policy"):
         read_image(Image.new("RGB", (2, 2)), InputPolicy(max_pixels=3))
 
 
@@ -490,3 +491,25 @@ def test_batches_of_any_kind_work_at_the_entry_point_of_sentence_transformers(qw
         encoder.encode_document([{"image": "/etc/passwd"}], policy=InputPolicy.server())
     (raw,) = encoder.encode_document(texts[:1], output_value=None)
     assert {"input_ids", "attention_mask", "token_embeddings"} <= raw.keys() and len(raw["input_ids"])
+
+
+def test_a_processor_that_names_code_of_another_repository_is_an_error_until_that_is_trusted_too(qwen, tmp_path):
+    (path,) = qwen.processor.save_pretrained(tmp_path / "model")
+    other = tmp_path / "other"
+    other.mkdir()
+    code = "from transformers import Qwen2_5_VLProcessor\nclass Mine(Qwen2_5_VLProcessor): pass\n"
+    (other / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\n{code}")
+    content = json.loads(Path(path).read_text())
+    content["metaembed"]["backbone_auto_map"] = f"{other}--code.Mine"
+    Path(path).write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="code of another repository"):
+        MetaEmbedProcessor.from_pretrained(tmp_path / "model", trust_remote_code=True)
+    assert not (tmp_path / "ran").exists()
+    MetaEmbedProcessor.from_pretrained(tmp_path / "model", trust_remote_code=True, trusted_base=str(other))
+    assert (tmp_path / "ran").exists()
+
+
+def test_the_file_of_a_video_obeys_the_limit_of_bytes(tmp_path):
+    (tmp_path / "clip.mp4").write_bytes(bytes(100))
+    with ExitStack() as stack, pytest.raises(ValueError, match="more than the 99 bytes"):
+        read_video(tmp_path / "clip.mp4", InputPolicy(max_bytes=99), stack)
