@@ -234,8 +234,7 @@ class MetaEmbedProcessor(ProcessorMixin):
         if not self.tokenizer.is_fast:
             return text
         for _ in range(10):
-            tokens = _tokenize(self.tokenizer, text)
-            places = zip(tokens["input_ids"], tokens["offset_mapping"], strict=True)
+            places = zip(*_tokenize(self.tokenizer, text), strict=True)
             if not (found := [place for token, place in places if token in special]):
                 return text
             for start, end in reversed(found):
@@ -268,7 +267,7 @@ class MetaEmbedProcessor(ProcessorMixin):
             name = type(self.backbone_processor).__name__
             raise TypeError(f"{name} knows no keyword {', '.join(unknown)}. It knows {', '.join(sorted(known))}.")
         if options.get("padding_side") == "left" and not self.config.traits.pads_left:
-            raise ValueError("padding_side='left' is not for this backbone: it counts padding as positions.")
+            raise ValueError("this backbone counts padding as positions. Leave the padding on the right.")
         if "truncation" in options:
             raise ValueError("`truncation` would cut the Meta Tokens off. To cut only text, use `max_length`.")
         if (tensors := options.get("return_tensors", "pt")) != "pt":
@@ -395,20 +394,25 @@ def break_token(token: str) -> str:
     return re.sub(r"^(\s*\S)", r"\1 ", token) if token.strip() else f"{token} "
 
 
-def _tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> Any:
+def _tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+    """Return the ids of a text and, of a fast tokenizer, where each begins and ends in the text."""
     with TOKENIZING:
-        return tokenizer(text, add_special_tokens=False, return_offsets_mapping=tokenizer.is_fast, verbose=False)
+        if not tokenizer.is_fast:
+            return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], []
+        backend = tokenizer.backend_tokenizer  # itself, as thousands of messages take seconds through its wrapper
+        backend.no_truncation()
+        backend.no_padding()
+        tokens = backend.encode(text, add_special_tokens=False)
+        return tokens.ids, tokens.offsets
 
 
 def cut_text(messages: list[Message], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Message]:
     """Return the messages of one input with the first `max_length` tokens of text, counted over all its parts."""
     messages = copy.deepcopy(messages)
     for part in (part for message in messages for part in message["content"] if part["type"] == "text"):
-        tokens, text = _tokenize(tokenizer, part["text"]), part["text"]
-        ids = tokens["input_ids"]
-        if len(ids) > max_length and tokenizer.is_fast:
-            ends = [0, *(end for _, end in tokens["offset_mapping"])]
-            part["text"] = text[: ends[max_length]]
+        ids, places = _tokenize(tokenizer, part["text"])
+        if len(ids) > max_length and places:
+            part["text"] = part["text"][: [0, *(end for _, end in places)][max_length]]
         elif len(ids) > max_length:
             part["text"] = tokenizer.decode(ids[:max_length])
         max_length -= min(len(ids), max_length)
