@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import operator
 import re
 from collections.abc import Mapping
@@ -189,3 +190,16 @@ def _drop_paths(content: Any) -> None:
         content.pop("_name_or_path", None)
         for value in content.values():
             _drop_paths(value)
+
+
+def of_package(module: str, name: str, needed: bool = False) -> Any:
+    """Return `metaembed.<module>.<name>` of the installed package.
+
+    Without the package (or with a version that lacks this): None, or an ImportError if it is `needed`.
+    """
+    try:
+        return getattr(importlib.import_module(f"metaembed.{module}"), name)
+    except (ImportError, AttributeError) as error:
+        if needed:
+            raise ImportError(f"this needs {module} of the package: pip install metaembed ({error})") from error
+        return None

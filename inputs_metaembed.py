@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import base64
-import functools
 import io
-import ipaddress
 import os
 import re
 import reprlib
-import socket
 import struct
 import tempfile
-import time
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Set
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
@@ -26,10 +21,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-try:
-    import httpx
-except ImportError:  # later versions of huggingface_hub bring its successor instead
-    from huggingface_hub.utils import httpx
+from .configuration_metaembed import of_package
 
 ACCEPTED = (
     "a string (text), a PIL image, a pathlib.Path, bytes or an open file of an image, an array [height, width(, "
@@ -260,7 +252,7 @@ def read_video(source: Any, policy: InputPolicy, stack: ExitStack) -> str | Arra
         with _reading("video", source):
             found = _find(source, policy)
             if isinstance(found, str):
-                _check_size(os.path.getsize(found), policy)
+                check_size(os.path.getsize(found), policy)
                 return found
         path = Path(stack.enter_context(tempfile.TemporaryDirectory()), "video")
         path.write_bytes(found)
@@ -326,7 +318,7 @@ def _open(source: Any, policy: InputPolicy) -> tuple[Image.Image, bytes]:
         if getattr(source, "seekable", bool)():
             source.seek(0)
         source = source.read(policy.max_bytes + 1)
-    _check_size(len(source), policy)
+    check_size(len(source), policy)
     if b"%PDF-" in source[:1024]:
         raise ValueError("it is a PDF. Render its pages, with pypdfium2 for instance, and pass them as images")
     Image.init()
@@ -337,7 +329,8 @@ def _open(source: Any, policy: InputPolicy) -> tuple[Image.Image, bytes]:
         raise ValueError(f"it is no file of {', '.join(policy.formats)}, or its start is damaged") from error
 
 
-def _check_size(size: int, policy: InputPolicy) -> None:
+def check_size(size: int, policy: InputPolicy) -> None:
+    """Raise a `ValueError` if so many bytes are more than the policy allows."""
     if size > policy.max_bytes:
         raise ValueError(f"it has more than the {policy.max_bytes} bytes of the policy")
 
@@ -362,7 +355,7 @@ def _find(source: str | Path, policy: InputPolicy) -> bytes | str:
     name = str(source)
     scheme = name.partition(":")[0].lower() if isinstance(source, str) else ""
     if scheme in ("http", "https"):
-        return _fetch(name, policy)
+        return of_package("app.fetch", "fetch", needed=True)(name, policy)
     if scheme == "data":
         with urlopen(name) as data:
             return data.read()
@@ -377,88 +370,6 @@ def _find(source: str | Path, policy: InputPolicy) -> bytes | str:
         return base64.b64decode("".join(name.split()), validate=True)
     except ValueError as error:
         raise ValueError(f"{missing}, and it is neither a URL nor base64") from error
-
-
-# -- Fetching ----------------------------------------------------------------------------------------------------
-
-_tls = functools.cache(httpx.create_ssl_context)  # slow to make
-
-
-def _fetch(source: str, policy: InputPolicy) -> bytes:
-    """Return what a URL serves. The policy holds for it and for every redirect."""
-    end = time.monotonic() + policy.timeout
-    url = httpx.URL(source)
-    try:
-        for _ in range(10):
-            addresses = _resolve(url, policy)
-            with httpx.Client(verify=_tls(), trust_env=False) as client:
-                response = _get(client, url, addresses, end)
-                if not response.has_redirect_location:
-                    return _body(response, policy)
-            url = url.join(response.headers["Location"])
-    except (TimeoutError, httpx.TimeoutException) as error:
-        raise ValueError(f"timed out after {policy.timeout} s") from error
-    raise ValueError("the server redirects without end")
-
-
-def _resolve(url: Any, policy: InputPolicy) -> list[str]:
-    """Return the addresses of the host, all of which the policy allows."""
-    host = url.raw_host.decode("ascii").lower()
-    if url.scheme not in policy.schemes or url.scheme not in ("http", "https"):
-        raise ValueError(f"the policy allows no URLs of {url.scheme}, only of {list(policy.schemes)}")
-    if policy.hosts is not None and not any(fnmatch(host, pattern.lower()) for pattern in policy.hosts):
-        raise ValueError(f"the policy does not allow the host {host}")
-    addresses = [str(entry[4][0]) for entry in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)]
-    if not policy.private_addresses and not all(map(is_public, addresses)):
-        raise ValueError(f"the address of {host} is not public, and InputPolicy(private_addresses=True) is not set")
-    return addresses
-
-
-def _get(client: Any, url: Any, addresses: list[str], end: float) -> Any:
-    """Ask the very addresses that were checked (a second look-up could give others), each until one answers."""
-
-    def left() -> float:
-        if (seconds := end - time.monotonic()) <= 0:
-            raise TimeoutError
-        return seconds
-
-    def bound(event: str, info: dict[str, Any]) -> None:  # httpx bounds each read alone, and a drip has many
-        if event.endswith(("connect_tcp.complete", "start_tls.complete")):
-            stream, read = info["return_value"], info["return_value"].read
-            stream.read = lambda size, timeout: read(size, left())
-
-    headers = {"Host": url.netloc, "User-Agent": "metaembed", "Accept-Encoding": "identity"}
-    extensions = {"sni_hostname": url.raw_host.decode("ascii"), "trace": bound}
-    for address in addresses:
-        where = url.copy_with(host=address)
-        request = client.build_request("GET", where, headers=headers, timeout=left(), extensions=extensions)
-        try:
-            return client.send(request, stream=True)
-        except httpx.ConnectError as error:
-            failure = error
-    raise failure
-
-
-def _body(response: Any, policy: InputPolicy) -> bytes:
-    if not response.is_success:
-        raise ValueError(f"the server answered {response.status_code} {response.reason_phrase}")
-    body = bytearray()
-    for chunk in response.iter_raw():
-        body += chunk
-        _check_size(len(body), policy)
-    if response.headers.get("Content-Encoding", "identity").lower() != "identity":  # which alone was asked for
-        body = bytearray(zlib.decompressobj(47).decompress(body, policy.max_bytes + 1))  # gzip or deflate
-        _check_size(len(body), policy)
-    return bytes(body)
-
-
-def is_public(address: str) -> bool:
-    """Whether an IP address belongs to the public internet, also where IPv6 wraps one of IPv4."""
-    ip: Any = ipaddress.ip_address(address.partition("%")[0])
-    if ip.version == 6:
-        nat64 = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF) if ip in ipaddress.ip_network("64:ff9b::/96") else None
-        ip = ip.ipv4_mapped or ip.sixtofour or nat64 or ip
-    return ip.is_global and not (ip.is_multicast or ip.is_reserved or getattr(ip, "is_site_local", False))
 
 
 def _from_array(array: Array) -> Image.Image:

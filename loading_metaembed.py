@@ -46,19 +46,6 @@ ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
-def of_package(module: str, name: str, needed: bool = False) -> Any:
-    """Return `metaembed.<module>.<name>` of the installed package.
-
-    Without the package (or with a version that lacks this): None, or an ImportError if it is `needed`.
-    """
-    try:
-        return getattr(importlib.import_module(f"metaembed.{module}"), name)
-    except (ImportError, AttributeError) as error:
-        if needed:
-            raise ImportError(f"this needs {module} of the package: pip install metaembed ({error})") from error
-        return None
-
-
 def lasting_name(source: str | Path) -> str:
     """Return a Hub id as it is, and a folder as its full path, which still holds after `chdir`."""
     return str(Path(source).absolute()) if Path(source).is_dir() else str(source)

@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModel, PreTrainedModel
 from transformers.utils import ModelOutput, logging
 
-from .configuration_metaembed import MetaEmbedConfig, check_count
+from .configuration_metaembed import MetaEmbedConfig, check_count, of_package
 from .inputs_metaembed import InputPolicy, Item, is_single
 from .loading_metaembed import (
     HUB_ARGUMENTS,
@@ -38,7 +38,6 @@ from .loading_metaembed import (
     import_peft,
     lasting_name,
     load_with_adapter,
-    of_package,
     upcast_adapter,
     write_repository_files,
 )

