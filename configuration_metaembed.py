@@ -140,7 +140,7 @@ class MetaEmbedConfig(PreTrainedConfig):
         instruction = getattr(self, f"{side}_instruction")
         if not isinstance(instruction, (str, type(None))):
             raise TypeError(f"{side}_instruction must be a string or None, got {instruction!r}.")
-        if ids is not None and (not len(ids) or list(ids) != list(range(ids[0], ids[0] + size))):
+        if ids is not None and (not len(ids) or ids[0] < 0 or list(ids) != list(range(ids[0], ids[0] + size))):
             raise ValueError(
                 f"{side}_token_ids must be {size} contiguous ids in order (num_{side}_tokens={size}), got {ids}."
             )

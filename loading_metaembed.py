@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.metadata
+import importlib
 import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers.integrations.peft
-from packaging.version import Version
+import transformers
 from safetensors.torch import load_file
 from torch import nn
 from transformers import MODEL_MAPPING, AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
@@ -165,21 +164,6 @@ def resize_embedding(backbone: PreTrainedModel, last_id: int) -> None:
 # -- Adapters
 
 
-def import_peft() -> Any:
-    """Return `peft`; raise an `ImportError` if it is not installed, or older than transformers asks for."""
-    needed, version = getattr(transformers.integrations.peft, "MIN_PEFT_VERSION", "0"), transformers.__version__
-    try:
-        installed = importlib.metadata.version("peft")
-    except importlib.metadata.PackageNotFoundError:
-        raise ImportError(f"adapters need peft: pip install 'peft>={needed}'") from None
-    if Version(installed) < Version(needed):
-        raise ImportError(
-            f"transformers {version} needs peft>={needed}, but peft {installed} is installed. Run pip install "
-            f"--upgrade 'peft>={needed}' or, if there is no such release yet, pip install 'transformers<{version}'"
-        )
-    return importlib.import_module("peft")
-
-
 def find_adapter(source: str | Path, **hub: Any) -> dict[str, Any] | None:
     """Return the adapter configuration of a repository (Hub id or folder), or None if it is not an adapter."""
     path = find_file(source, ADAPTER_CONFIG, **hub)
@@ -200,7 +184,8 @@ def load_with_adapter(
     options = {name: value for name, value in options.items() if name not in (*HUB_ARGUMENTS, "adapter_kwargs")}
     trusted, trusted_base = options.pop("trust_remote_code"), options.pop("trusted_base", None)
     is_trainable = options.pop("is_trainable", False)
-    import_peft()
+    if import_peft := of_package("training.lora", "import_peft"):
+        import_peft()
     base, commit = adapter.get("base_model_name_or_path") or "", adapter.get("revision")
     lacks = [] if base else [f"no base_model_name_or_path in its {ADAPTER_CONFIG}"]
     lacks += [f"no {name}" for name in ("config.json", PROCESSOR_FILE) if find_file(source, name, **hub) is None]
@@ -282,6 +267,9 @@ def check_saves_whole(model: Any, folder: Path | None, publish: bool) -> None:
     """Raise if what is saved in `folder` would not load as `model`, or not for others if it is to `publish`."""
     config, adapter = model.config, model._hf_peft_config_loaded
     config.validate()
+    for side in SIDES:
+        if config.token_ids(side) is None:
+            raise ValueError(f"{side}_token_ids must be set: without them, what is saved knows no Meta Tokens.")
     rows = getattr(model.get_input_embeddings(), "num_embeddings", None)  # not of the weight, which may be sharded
     last = max(config.token_ids("query")[-1], config.token_ids("document")[-1])
     dim = getattr(model.projection, "out_features", None)
@@ -290,6 +278,8 @@ def check_saves_whole(model: Any, folder: Path | None, publish: bool) -> None:
             f"model.config does not fit the weights, so what is saved would not load: embedding_dim is "
             f"{config.embedding_dim} for a projection to {dim}, and the last Meta Token is {last} of {rows} rows."
         )
+    if model._processor is not None:
+        model.processor.check()
     if not adapter and any("lora_A" in name for name, _ in model.named_parameters()):
         raise ValueError(
             "this model was wrapped with get_peft_model, so it can no longer save itself. Save what peft_model."

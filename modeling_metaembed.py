@@ -35,7 +35,6 @@ from .loading_metaembed import (
     fill_adapter,
     find_adapter,
     find_file,
-    import_peft,
     lasting_name,
     load_with_adapter,
     of_package,
@@ -165,13 +164,15 @@ class MetaEmbedModel(PreTrainedModel):
 
     def add_adapter(self, adapter_config: Any, adapter_name: str | None = None) -> None:
         """Add a new adapter to train, such as `lora_config(model)`. Its weights are in float32 at least."""
-        import_peft()
+        if import_peft := of_package("training.lora", "import_peft"):
+            import_peft()
         super().add_adapter(adapter_config, adapter_name)
         upcast_adapter(self)
 
     def load_adapter(self, peft_model_id: Any = None, adapter_name: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Load an adapter, completely or not at all (else a `ValueError`): see transformers' `load_adapter`."""
-        import_peft()
+        if import_peft := of_package("training.lora", "import_peft"):
+            import_peft()
         conversions = self.__dict__.get("_weight_conversions")
         info = super().load_adapter(peft_model_id, adapter_name, *args, **kwargs)
         self._weight_conversions = conversions  # else a model saved after merging would get the adapter's names
@@ -197,6 +198,7 @@ class MetaEmbedModel(PreTrainedModel):
     @processor.setter
     def processor(self, processor: MetaEmbedProcessor) -> None:
         processor.config = self.config  # one truth: a default set on the model's configuration holds for both
+        processor.check()
         self._processor = processor
 
     @property

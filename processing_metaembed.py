@@ -73,9 +73,13 @@ class MetaEmbedProcessor(ProcessorMixin):
         self.backbone_processor = backbone_processor
         self.config = config
         self.policy = policy or InputPolicy()
+        self.check()
+
+    def check(self) -> None:
+        """Raise a `ValueError` if the tokenizer and the configuration disagree about the Meta Tokens."""
         for side in SIDES:
-            ids = config.token_ids(side)
-            names = meta_token_names(side, config.num_tokens(side))
+            ids = self.config.token_ids(side)
+            names = meta_token_names(side, self.config.num_tokens(side))
             if ids is not None and (found := self.tokenizer.convert_tokens_to_ids(names)) != list(ids):
                 problem = "The checkpoint is damaged, or its files are of different models"
                 given = f"the tokenizer gives the {side} Meta Tokens the ids {shorten(found)}"

@@ -116,15 +116,15 @@ class MetaEmbedTransformer(InputModule):
             part = dict(self.processor.process(batch, side, **{**options, "indices": rows}))
             counts = [item.num_images for item in batch]
             if any(counts):  # says which images are whose, where a cached loss cuts the batch into smaller ones
-                part["num_images_per_sample"] = torch.tensor(counts)
+                part["num_images_per_sample"] = torch.tensor(counts, device="cpu")
             parts.append(part)
         if len(parts) == 1:
             return parts[0]
         # The trainer tells the columns of a batch apart by their input_ids, and counts rows by them.
         longest = max((part["input_ids"].shape[1] for part in parts), default=0)
-        input_ids = torch.zeros(len(items), longest, dtype=torch.long)
+        input_ids = torch.zeros(len(items), longest, dtype=torch.long, device="cpu")
         for rows, part in zip(groups, parts, strict=True):
-            part["rows"] = torch.tensor(rows)
+            part["rows"] = torch.tensor(rows, device="cpu")
             input_ids[rows, : part["input_ids"].shape[1]] = part["input_ids"]
         return {"input_ids": input_ids, "groups": parts}
 

@@ -457,6 +457,22 @@ def test_global_defaults_of_torch_change_nothing(qwen, pictures):
     assert torch.equal(rows, expected)
 
 
+def test_an_encoder_encodes_whatever_the_default_device_of_torch_is(qwen, pictures):
+    import torch
+
+    from metaembed.sentence_metaembed import to_multi_vector_encoder
+
+    encoder = to_multi_vector_encoder(qwen, device="cpu")
+    inputs = [{"image": pictures[0]}, "b"]
+    expected = encoder.encode_document(inputs)
+    try:
+        torch.set_default_device("meta")
+        rows = encoder.encode_document(inputs)
+    finally:
+        torch.set_default_device(None)
+    assert all(torch.equal(a, b) for a, b in zip(rows, expected, strict=True))
+
+
 def test_an_offloaded_model_encodes_on_the_device_that_it_runs_on(qwen, tmp_path):
     import copy
 
