@@ -13,7 +13,7 @@ from .configuration_metaembed import SIDES
 from .inputs_metaembed import InputPolicy, is_batch, is_single
 from .loading_metaembed import HUB_ARGUMENTS, of_package, read_json
 from .modeling_metaembed import MetaEmbedModel, check_finite
-from .processing_metaembed import MetaEmbedProcessor
+from .processing_metaembed import MetaEmbedProcessor, default_device_cpu
 
 try:  # in a `try`, so that transformers does not ask users of AutoModel alone to install it
     from sentence_transformers import MultiVectorEncoder
@@ -151,7 +151,8 @@ class MetaEmbedTransformer(InputModule):
         inputs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
         if "image_grid_thw" in inputs and not len(inputs["image_grid_thw"]):  # of a mini-batch without images
             inputs = {name: inputs[name] for name in inputs if name not in ("image_grid_thw", "pixel_values")}
-        return self.model(**inputs).embeddings
+        with default_device_cpu():
+            return self.model(**inputs).embeddings
 
     def on_model_ready(self, model: MultiVectorEncoder) -> None:
         """Let the encoder that this is a module of write our card, and take batches of any kind."""
