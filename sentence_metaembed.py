@@ -13,7 +13,7 @@ from .configuration_metaembed import SIDES
 from .inputs_metaembed import InputPolicy, is_batch, is_single
 from .loading_metaembed import HUB_ARGUMENTS, of_package, read_json
 from .modeling_metaembed import MetaEmbedModel, check_finite
-from .processing_metaembed import MetaEmbedProcessor, default_device_cpu
+from .processing_metaembed import default_device_cpu
 
 try:  # in a `try`, so that transformers does not ask users of AutoModel alone to install it
     from sentence_transformers import MultiVectorEncoder
@@ -34,10 +34,7 @@ def _num_meta(side: str) -> property:
 
 
 class MetaEmbedTransformer(InputModule):
-    """Wraps a [`MetaEmbedModel`] as the one module of a `MultiVectorEncoder`.
-
-    Args:
-        model: The model, with its processor.
+    """Wraps a [`MetaEmbedModel`], with its processor, as the one module of a `MultiVectorEncoder`.
 
     Example:
         >>> encoder = MultiVectorEncoder("you/your-metaembed", trust_remote_code=True)
@@ -53,26 +50,14 @@ class MetaEmbedTransformer(InputModule):
         self.model = model
 
     @property
-    def processor(self) -> MetaEmbedProcessor:
-        """The model's processor."""
-        return self.model.processor
-
-    @property
-    def tokenizer(self) -> Any:
-        """The backbone's tokenizer."""
-        return self.processor.tokenizer
-
-    @property
     def modalities(self) -> list[str]:
         """What inputs may be."""
         pictures = [kind for kind in ("image", "video") if getattr(self.processor, f"{kind}_processor") is not None]
         return ["text", *pictures, "message"]
 
-    @property
-    def max_seq_length(self) -> int | None:
-        """None, which cannot be set: nothing is cut."""
-        return None
-
+    processor = property(lambda self: self.model.processor, doc="The model's processor.")
+    tokenizer = property(lambda self: self.processor.tokenizer, doc="The backbone's tokenizer.")
+    max_seq_length = property(lambda self: None, doc="None, which cannot be set: nothing is cut.")
     query_num_meta, document_num_meta = map(_num_meta, SIDES)
 
     def get_embedding_dimension(self) -> int:
@@ -100,8 +85,7 @@ class MetaEmbedTransformer(InputModule):
             processing_kwargs: `max_length`, and options of the processor: what is an argument here is a TypeError.
             **kwargs: What sentence-transformers sends along for modules of other kinds.
 
-        Returns:
-            The model inputs; in `groups`, each with its `rows`, where inputs may not share a batch.
+        Returns the model inputs; in `groups`, each with its `rows`, where inputs may not share a batch.
         """
         side = "query" if task == "query" else "document"
         options: dict[str, Any] = {"num_meta": num_meta, "instruction": prompt or None, "policy": policy}
@@ -172,9 +156,8 @@ class MetaEmbedTransformer(InputModule):
         for side, instruction in own.items():
             if prompts.get(side) and instruction and prompts[side] != instruction:
                 raise ValueError(
-                    f"encoder.prompts[{side!r}] is {prompts[side]!r}, but the {side}_instruction of the model's "
-                    f"configuration, which other entry points apply, is {instruction!r}. Set "
-                    f"encoder[0].model.config.{side}_instruction or the prompt."
+                    f"encoder.prompts[{side!r}] is {prompts[side]!r}, but encoder[0].model.config.{side}_instruction, "
+                    f"which other entry points apply, is {instruction!r}: set one to the other."
                 )
         try:
             for side in SIDES:
@@ -186,27 +169,18 @@ class MetaEmbedTransformer(InputModule):
 
     @classmethod
     def load(
-        cls,
-        model_name_or_path: str,
-        subfolder: str = "",
-        cache_folder: str | None = None,
-        model_kwargs: dict[str, Any] | None = None,
-        processor_kwargs: dict[str, Any] | None = None,
-        config_kwargs: dict[str, Any] | None = None,
-        backend: str = "torch",
-        **kwargs: Any,
+        cls, model_name_or_path: str, subfolder: str = "", cache_folder: str | None = None, **kwargs: Any
     ) -> MetaEmbedTransformer:
         """Load the module of a saved model. An option that would have no effect is a ValueError."""
-        other = None if backend == "torch" else backend
-        for name, given, instead in (
-            ("processor_kwargs", processor_kwargs, "pass processing_kwargs={...} to encode_document"),
-            ("config_kwargs", config_kwargs, "set the fields of encoder[0].model.config after loading"),
-            ("backend", other, 'it has the backend "torch" only'),
+        for name, instead in (
+            ("processor_kwargs", "pass processing_kwargs={...} to encode_document"),
+            ("config_kwargs", "set the fields of encoder[0].model.config after loading"),
+            ("backend", 'it has the backend "torch" only'),
         ):
-            if given:
+            if (given := kwargs.get(name)) and given != "torch":
                 raise ValueError(f"a MetaEmbed model does not take {name}, got {given}: {instead}.")
         where = {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None}
-        options = {"cache_dir": cache_folder, **where, **(model_kwargs or {})}
+        options = {"cache_dir": cache_folder, **where, **(kwargs.get("model_kwargs") or {})}
         return cls(MetaEmbedModel.from_pretrained(model_name_or_path, **options))
 
 
@@ -220,9 +194,6 @@ def to_multi_vector_encoder(model: MetaEmbedModel, **kwargs: Any) -> MultiVector
 
     The module's class is loaded from its file as transformers loads a Hub repository's: sentence-transformers then
     saves the file along, and what it saves needs this package no more than what the model saves itself.
-
-    Example:
-        >>> encoder = to_multi_vector_encoder(model, device="cpu")
     """
     reference = f"{Path(__file__).stem}.{MetaEmbedTransformer.__name__}"
     module_class = get_class_from_dynamic_module(reference, str(Path(__file__).parent))
