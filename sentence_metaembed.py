@@ -156,7 +156,7 @@ class MetaEmbedTransformer(InputModule):
         for side, instruction in own.items():
             if prompts.get(side) and instruction and prompts[side] != instruction:
                 raise ValueError(
-                    f"encoder.prompts[{side!r}] is {prompts[side]!r}, but encoder[0].model.config.{side}_instruction, "
+                    f"encoder.prompts[{side!r}] is {prompts[side]!r}, but {side}_instruction of encoder[0].model.config, "
                     f"which other entry points apply, is {instruction!r}: set one to the other."
                 )
         try:
