@@ -156,8 +156,8 @@ class MetaEmbedTransformer(InputModule):
         for side, instruction in own.items():
             if prompts.get(side) and instruction and prompts[side] != instruction:
                 raise ValueError(
-                    f"encoder.prompts[{side!r}] is {prompts[side]!r}, but {side}_instruction of encoder[0].model.config, "
-                    f"which other entry points apply, is {instruction!r}: set one to the other."
+                    f"encoder.prompts[{side!r}] is {prompts[side]!r}, but the {side}_instruction of the model, which "
+                    f"other entry points apply, is {instruction!r}: set one (of encoder[0].model.config) to the other."
                 )
         try:
             for side in SIDES:
