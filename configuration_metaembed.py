@@ -36,8 +36,7 @@ def check_budgets(
 
     Raises:
         TypeError: If a budget is not a pair of whole numbers.
-        ValueError: If a number is out of range, or the budgets are not nested and strictly growing, or the last of
-            them is not the full sizes where they must be `complete`.
+        ValueError: If a number is out of range, the budgets are not nested and growing, or not `complete`: up to all.
     """
     if not isinstance(budgets, (list, tuple)) or not budgets:
         raise TypeError(f"budgets must be a non-empty list of (r_q, r_c) pairs, got {budgets!r}.")
@@ -141,10 +140,8 @@ class MetaEmbedConfig(PreTrainedConfig):
         instruction = getattr(self, f"{side}_instruction")
         if not isinstance(instruction, (str, type(None))):
             raise TypeError(f"{side}_instruction must be a string or None, got {instruction!r}.")
-        if ids is not None and (not len(ids) or list(ids) != list(range(ids[0], ids[0] + size))):
-            raise ValueError(
-                f"{side}_token_ids must be {size} contiguous ids in order (num_{side}_tokens={size}), got {ids}."
-            )
+        if ids is not None and (not len(ids) or ids[0] < 0 or list(ids) != list(range(ids[0], ids[0] + size))):
+            raise ValueError(f"{side}_token_ids must be {size} contiguous ids in order, one for a token, got {ids}.")
 
     def num_tokens(self, side: str) -> int:
         """Return R, the number of Meta Tokens of `side` ("query" or "document")."""
@@ -172,7 +169,9 @@ class MetaEmbedConfig(PreTrainedConfig):
     def to_dict(self) -> dict[str, Any]:
         """Return the configuration as it is saved: without paths of this machine."""
         content = {**super().to_dict(), "base_model": hub_id(self.base_model)}
-        if is_dataclass(content["traits"]):  # maybe of this class before transformers loaded this file anew
+        if is_dataclass(content["traits"]) and not isinstance(
+            content["traits"], type
+        ):  # maybe of this class before transformers loaded this file anew
             content["traits"] = asdict(content["traits"])
         _drop_paths(content["backbone_config"])
         return content

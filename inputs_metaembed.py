@@ -184,7 +184,8 @@ def _parse_parts(value: Any) -> list[Part]:
         return [_part("text" if isinstance(value, str) else "image", value)]
     if unknown := set(value) - {"text", "image", "video"}:
         raise ValueError(f'unknown keys {_names(unknown)} in {_names(value)}. Use "text", "image", "video".')
-    images, videos = value.get("image"), value.get("video")
+    images: Any = value.get("image")
+    videos: Any = value.get("video")
     if not isinstance(images, (list, tuple)):
         images = [images]
     first = videos[0] if isinstance(videos, (list, tuple)) and videos else None

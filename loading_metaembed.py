@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
@@ -10,24 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers.integrations.peft
-from packaging.version import Version
+import transformers
 from safetensors.torch import load_file
 from torch import nn
 from transformers import MODEL_MAPPING, AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.utils import cached_file, logging
 from transformers.utils.hub import extract_commit_hash
 
-from .configuration_metaembed import SIDES, hub_id
+from .configuration_metaembed import SIDES, hub_id, of_package
 from .processing_metaembed import PROCESSOR_FILE, MetaEmbedProcessor
 
 logger = logging.get_logger(__name__)
 
 # The files that travel with a checkpoint: all the code that `trust_remote_code=True` runs.
-TRAVELLING = tuple(
-    f"{name}_metaembed.py"
-    for name in ("configuration", "inputs", "processing", "modeling", "loading", "scoring", "sentence")
-)
+PARTS = ("configuration", "inputs", "processing", "modeling", "loading", "scoring", "sentence")
+TRAVELLING = tuple(f"{part}_metaembed.py" for part in PARTS)
 
 # What sentence-transformers reads.
 MODULES = [{"idx": 0, "name": "0", "path": "", "type": "sentence_metaembed.MetaEmbedTransformer"}]
@@ -44,11 +40,6 @@ HUB_ARGUMENTS = ("revision", "cache_dir", "token", "local_files_only", "force_do
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-
-
-def lasting_name(source: str | Path) -> str:
-    """Return a Hub id as it is, and a folder as its full path, which still holds after `chdir`."""
-    return str(Path(source).absolute()) if Path(source).is_dir() else str(source)
 
 
 def find_file(source: str | Path, name: str, **hub: Any) -> str | None:
@@ -76,34 +67,28 @@ def check_loading(source: Any, info: Mapping[str, Any]) -> None:
         raise ValueError(f"the weights of {source} did not load completely: {'; '.join(problems)}.")
 
 
-# -- Backbones
-
-
 def load_plain_model(source: Any, **kwargs: Any) -> tuple[PreTrainedModel, set[str], list[str]]:
     """Load a model that contains a backbone: a plain backbone, one with a head, or a late-interaction retriever.
 
-    Returns the model, of which [`headless`] is the backbone; the backbone weights that the checkpoint lacks, allowed
-    only if no embedding depends on them ([`check_unused`]); the unexpected weights, allowed only if a head's.
+    Returns the model, of which [`headless`] is the backbone; the backbone's weights that are missing, allowed only
+    if no embedding depends on them ([`check_unused`]); the unexpected weights, allowed only if a head's.
 
     Raises:
         ValueError: If a weight has another shape than the checkpoint's, or one of a retriever is missing.
     """
     hub = {name: kwargs[name] for name in (*HUB_ARGUMENTS, "trust_remote_code") if name in kwargs}
     kind = type(AutoConfig.from_pretrained(source, **hub))
-    autos = [AutoModel]
-    if kind not in MODEL_MAPPING and kind in transformers.MODEL_FOR_PRETRAINING_MAPPING:  # as retrievers are
-        autos = [transformers.AutoModelForPreTraining]
-    elif kind in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:  # where the base class does not find its weights
+    retriever = kind not in MODEL_MAPPING and kind in transformers.MODEL_FOR_PRETRAINING_MAPPING
+    autos = [transformers.AutoModelForPreTraining if retriever else AutoModel]
+    if (
+        not retriever and kind in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    ):  # whose weights the base class may miss
         autos.append(transformers.AutoModelForImageTextToText)
     candidates = []
     for auto in autos:
         model, info = auto.from_pretrained(source, output_loading_info=True, **kwargs)
-        wrong = (
-            ("mismatched_keys", "missing_keys")
-            if auto is transformers.AutoModelForPreTraining
-            else ("mismatched_keys",)
-        )
-        check_loading(source, {kind: info[kind] for kind in wrong})
+        wrong = ("mismatched_keys", "missing_keys") if retriever else ("mismatched_keys",)
+        check_loading(source, {name: info[name] for name in wrong})
         missing = names_inside(model, headless(model), info["missing_keys"])
         candidates.append((model, missing, info["unexpected_keys"]))
         if not missing:
@@ -129,13 +114,11 @@ def names_inside(model: nn.Module, backbone: nn.Module, names: Iterable[str]) ->
 def check_unused(source: Any, backbone: nn.Module, missing: set[str], rows: torch.Tensor) -> None:
     """Raise a `ValueError` if embeddings (`rows`, of every kind of input, with their graph) depend on missing weights.
 
-    A base model class may have parts that no checkpoint of the full class holds and no hidden state passes through,
-    such as a pooler. The graph tells, and not a name.
+    A base class may have parts that no checkpoint holds and no hidden state passes, such as a pooler: the graph tells.
     """
     parameters = {name: value for name, value in backbone.named_parameters() if name in missing}
     buffers = missing - parameters.keys()  # nothing tells whether these are used
-    values = list(parameters.values())
-    gradients = torch.autograd.grad(rows.sum(), values, allow_unused=True) if values else []
+    gradients = torch.autograd.grad(rows.sum(), list(parameters.values()), allow_unused=True) if parameters else []
     used = [name for name, gradient in zip(parameters, gradients, strict=True) if gradient is not None]
     check_loading(source, {"missing_keys": [*buffers, *used]})
 
@@ -149,24 +132,6 @@ def resize_embedding(backbone: PreTrainedModel, last_id: int) -> None:
         text_config.vocab_size = last_id + 1
 
 
-# -- Adapters
-
-
-def import_peft() -> Any:
-    """Return `peft`; raise an `ImportError` if it is not installed, or older than transformers asks for."""
-    needed, version = getattr(transformers.integrations.peft, "MIN_PEFT_VERSION", "0"), transformers.__version__
-    try:
-        installed = importlib.metadata.version("peft")
-    except importlib.metadata.PackageNotFoundError:
-        raise ImportError(f"adapters need peft: pip install 'peft>={needed}'") from None
-    if Version(installed) < Version(needed):
-        raise ImportError(
-            f"transformers {version} needs peft>={needed}, but peft {installed} is installed. Run pip install "
-            f"--upgrade 'peft>={needed}' or, if there is no such release yet, pip install 'transformers<{version}'"
-        )
-    return importlib.import_module("peft")
-
-
 def find_adapter(source: str | Path, **hub: Any) -> dict[str, Any] | None:
     """Return the adapter configuration of a repository (Hub id or folder), or None if it is not an adapter."""
     path = find_file(source, ADAPTER_CONFIG, **hub)
@@ -178,8 +143,7 @@ def load_with_adapter(
 ) -> Any:
     """Rebuild a model of class `cls` from the repository of an adapter, `source`, and the base that it names.
 
-    `adapter` is its configuration, and `hub` says where to load it from. The `options` are those of `from_pretrained`:
-    `is_trainable`, `trust_remote_code` (of `source`), `trusted_base` (of the base), and others for loading the base.
+    `adapter` is its configuration, `hub` says where to load it from, and `options` are those of `from_pretrained`.
 
     Raises:
         ValueError: If a weight or file is missing, or the base is an adapter itself or brings code nobody trusted.
@@ -187,22 +151,20 @@ def load_with_adapter(
     options = {name: value for name, value in options.items() if name not in (*HUB_ARGUMENTS, "adapter_kwargs")}
     trusted, trusted_base = options.pop("trust_remote_code"), options.pop("trusted_base", None)
     is_trainable = options.pop("is_trainable", False)
-    import_peft()
+    if import_peft := of_package("training.lora", "import_peft"):
+        import_peft()  # before anything large is loaded
     base, commit = adapter.get("base_model_name_or_path") or "", adapter.get("revision")
     lacks = [] if base else [f"no base_model_name_or_path in its {ADAPTER_CONFIG}"]
     lacks += [f"no {name}" for name in ("config.json", PROCESSOR_FILE) if find_file(source, name, **hub) is None]
     if lacks:
         raise ValueError(
-            f"the adapter {source} does not stand on its own: it holds {', '.join(lacks)}. It was saved by peft "
-            "(get_peft_model), which knows only weights. Create the model as it was before training, with "
-            f"MetaEmbedModel.from_backbone(...), then model.load_adapter({str(source)!r}), and save that."
+            f"the adapter {source} was saved by peft itself: it holds {', '.join(lacks)}. Create the model as before "
+            f"training (MetaEmbedModel.from_backbone), then model.load_adapter({str(source)!r}), and save that."
         )
     config = options.pop("config", None) or cls.config_class.from_pretrained(source, **hub)
     base_hub = {**{name: hub[name] for name in hub if name not in ("revision", "subfolder")}, "revision": commit}
     if find_adapter(base, **base_hub) is not None:
-        raise ValueError(
-            f"the adapter {source} names {base} as its base, which is an adapter too: merge and save that one first."
-        )
+        raise ValueError(f"{source} names {base} as its base, which is an adapter too: merge and save that one first.")
     content = PreTrainedConfig.get_config_dict(base, **base_hub)[0]
     missing: set[str] = set()
     if content.get("model_type") == config.model_type:  # no code of its repository is needed
@@ -210,21 +172,21 @@ def load_with_adapter(
         config.backbone_config = model.config.backbone_config
         model.config = config
     else:
-        if trusted and "auto_map" in content and trusted_base != base:
+        if trusted and trusted_base != base and "auto_map" in content:
             raise ValueError(
-                f"the adapter {source} is based on {base}, whose repository brings code of its own. "
-                f"trust_remote_code=True is trust in {source} only. If you trust {base} too, also pass "
-                f"trusted_base={base!r}."
+                f"the adapter {source} is based on {base}, which brings code of its own, and trust_remote_code=True "
+                f"is trust in the adapter only. If you trust the base too, also pass trusted_base={base!r}."
             )
-        code = {"trust_remote_code": trusted and trusted_base == base}
-        whole, missing, _ = load_plain_model(base, **code, **base_hub, **options)
+        options["trust_remote_code"] = trusted and trusted_base == base
+        whole, missing, _ = load_plain_model(base, **base_hub, **options)
         backbone = headless(whole)
         resize_embedding(backbone, config.document_token_ids[-1])  # the adapter brings the values
         config.backbone_config = backbone.config
         model = cls(config, backbone).eval()
         if model.projection is not None:
             model.projection.to(backbone.device, backbone.dtype)
-    model.processor = MetaEmbedProcessor.from_pretrained(source, trust_remote_code=trusted, **hub)
+    trust = {"trust_remote_code": trusted, "trusted_base": trusted_base}
+    model.processor = MetaEmbedProcessor.from_pretrained(source, **trust, **hub)
     model.adapter_base = (base, commit)
     model.load_adapter(str(source), is_trainable=is_trainable, adapter_kwargs=hub)
     if missing:
@@ -262,71 +224,70 @@ def fill_adapter(model: PreTrainedModel, source: str | Path, adapter_name: str, 
         actual[name].copy_(value)
 
 
-# -- Saving
-
-
 def check_saves_whole(model: Any, folder: Path | None, publish: bool) -> None:
     """Raise if what is saved in `folder` would not load as `model`, or not for others if it is to `publish`."""
-    config, adapter = model.config, model._hf_peft_config_loaded
+    config, adapter, base = model.config, model._hf_peft_config_loaded, model.adapter_base[0]
     config.validate()
+    ids = [config.token_ids(side) for side in SIDES]
+    last = max((side[-1] for side in ids if side), default=0)
     rows = getattr(model.get_input_embeddings(), "num_embeddings", None)  # not of the weight, which may be sharded
-    last = max(config.token_ids("query")[-1], config.token_ids("document")[-1])
     dim = getattr(model.projection, "out_features", None)
-    if config.embedding_dim != dim or (rows is not None and last >= rows):
-        raise ValueError(
-            f"model.config does not fit the weights, so what is saved would not load: embedding_dim is "
-            f"{config.embedding_dim} for a projection to {dim}, and the last Meta Token is {last} of {rows} rows."
-        )
-    if not adapter and any("lora_A" in name for name, _ in model.named_parameters()):
-        raise ValueError(
-            "this model was wrapped with get_peft_model, so it can no longer save itself. Save what peft_model."
-            "merge_and_unload() returns; or use model.add_adapter(lora_config(model)) instead of get_peft_model."
-        )
     kinds = [("an adapter", ADAPTER_CONFIG), ("a whole model", "model.safetensors")]
     (what, _), (held, file) = kinds if adapter else reversed(kinds)
-    if folder and (folder / file).is_file():
-        raise ValueError(f"{folder} holds {held} ({file}); {what} saved beside it would not load. Save elsewhere.")
-    base = model.adapter_base[0]
-    if adapter and base is None:
-        raise ValueError(
-            "an adapter must name the model it belongs to, and this one was made of a loaded backbone of unknown "
-            "origin. Pass the backbone to from_backbone by its Hub id, or set model.adapter_base = (id, None)."
-        )
-    if adapter and hub_id(base) is None:
-        problem = f"the adapter names a folder of this machine as its base ({base}): nobody else can load it. "
-        problem += "Set model.adapter_base = (Hub id, None) before saving."
-        if publish:
+    local = f"the adapter names a folder of this machine as its base ({base}): nobody else can load it. "
+    local += "Set model.adapter_base = (Hub id, None) before saving."
+    is_local = adapter and base is not None and hub_id(base) is None
+    for wrong, problem in (
+        (None in ids, "query_token_ids and document_token_ids must be set."),
+        (
+            config.embedding_dim != dim or (rows is not None and last >= rows),
+            f"model.config does not fit the weights: embedding_dim is {config.embedding_dim} for a projection to "
+            f"{dim}, and the last Meta Token is {last} of {rows} rows.",
+        ),
+        (
+            not adapter and any("lora_A" in name for name, _ in model.named_parameters()),
+            "this model was wrapped with get_peft_model. Save what peft_model.merge_and_unload() returns; or use "
+            "model.add_adapter(lora_config(model)) instead of get_peft_model.",
+        ),
+        (
+            folder and (folder / file).is_file(),
+            f"{folder} holds {held} ({file}); {what} saved beside it would not load. Save elsewhere.",
+        ),
+        (
+            adapter and base is None,
+            "an adapter must name the model it belongs to, which is unknown for a backbone that was passed loaded. "
+            "Pass its Hub id to from_backbone instead, or set model.adapter_base = (id, None).",
+        ),
+        (is_local and publish, local),
+    ):
+        if wrong:
             raise ValueError(problem)
-        logger.warning(problem)
+    if model._processor is not None:
+        model.processor.check()
+    if is_local:
+        logger.warning(local)
 
 
 def write_repository_files(folder: Path, model: Any) -> None:
     """Add to a saved model the Python files, what sentence-transformers reads and, of an adapter, what it belongs to.
 
-    Settings of sentence-transformers that are there already are kept, except prompts that differ from the
-    configuration's instructions.
+    Settings of sentence-transformers that are there are kept, except prompts other than the instructions.
     """
     for name in TRAVELLING:
         shutil.copyfile(Path(__file__).with_name(name), folder / name)
     path, config = folder / "config_sentence_transformers.json", model.config
     settings = {**SENTENCE_CONFIG, **(read_json(path) if path.is_file() else {})}
-    for side in SIDES:
-        if settings["prompts"].get(side):
-            settings["prompts"] = {**settings["prompts"], side: getattr(config, f"{side}_instruction")}
-    write_json(path, settings)
-    write_json(folder / "modules.json", MODULES)
+    prompts = settings["prompts"].items()
+    settings["prompts"] = {s: p and getattr(config, f"{s}_instruction") if s in SIDES else p for s, p in prompts}
+    contents = {path: settings, folder / "modules.json": MODULES}
     if model._hf_peft_config_loaded:
         config.save_pretrained(folder)
-        name, commit = model.adapter_base
-        path = folder / ADAPTER_CONFIG
-        write_json(path, {**read_json(path), "base_model_name_or_path": name, "revision": commit})
+        path, (base, commit) = folder / ADAPTER_CONFIG, model.adapter_base
+        contents[path] = {**read_json(path), "base_model_name_or_path": base, "revision": commit}
+    for path, content in contents.items():
+        path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def read_json(path: str | Path) -> Any:
     """Return the content of a JSON file."""
     return json.loads(Path(path).read_text(encoding="utf-8"))
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file."""
-    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,8 +1,4 @@
-"""MetaEmbedModel: from queries and documents to embeddings, with any backbone.
-
-Meta Tokens are ordinary tokens of the vocabulary. The backbone runs unchanged on ordinary `input_ids`, and the
-embedding is its last hidden states at the Meta Token positions.
-"""
+"""MetaEmbedModel: embeddings are a backbone's last hidden states at Meta Tokens, which are ordinary tokens."""
 
 from __future__ import annotations
 
@@ -35,8 +31,6 @@ from .loading_metaembed import (
     fill_adapter,
     find_adapter,
     find_file,
-    import_peft,
-    lasting_name,
     load_with_adapter,
     upcast_adapter,
     write_repository_files,
@@ -46,8 +40,8 @@ from .scoring_metaembed import maxsim
 
 logger = logging.get_logger(__name__)
 
-# How many threads encode with a model now, and the mode that each of its parts goes back to when the last one ends.
-_ENCODING: weakref.WeakKeyDictionary[nn.Module, tuple[int, dict[nn.Module, bool]]] = weakref.WeakKeyDictionary()
+# For a model that encodes: how many threads do, and the mode that each of its parts goes back to after the last one.
+_ENCODING: weakref.WeakKeyDictionary[nn.Module, list[Any]] = weakref.WeakKeyDictionary()
 _MODES = threading.Lock()
 
 
@@ -101,19 +95,11 @@ class MetaEmbedModel(PreTrainedModel):
         self._has_head = "logits_to_keep" in parameters
         self.post_init()
 
-    # -- Creating, loading and saving ----------------------------------------------------------------------------
-
     @classmethod
     def from_backbone(cls, backbone: str | Path | PreTrainedModel, **kwargs: Any) -> MetaEmbedModel:
-        """Create a MetaEmbed model from a plain backbone, ready to be trained: see [`backbones.create.from_backbone`].
+        """Create a MetaEmbed model, ready to be trained, from a backbone: its Hub id or folder, or a loaded model.
 
-        Args:
-            backbone: Hub id or folder of a backbone (or of a trained retriever), or a loaded model.
-            **kwargs: `num_query_tokens`, `num_document_tokens`, `embedding_dim`, `budgets`, `query_instruction`, ...,
-                and options of `AutoModel.from_pretrained`.
-
-        Raises:
-            ImportError: If the package is not installed: this needs more than travels with a checkpoint.
+        See [`backbones.create.from_backbone`] of the package, without which this is an ImportError.
         """
         return of_package("backbones.create", "from_backbone", needed=True)(cls, backbone, **kwargs)
 
@@ -138,16 +124,17 @@ class MetaEmbedModel(PreTrainedModel):
         trusted = kwargs.get("trust_remote_code")
         if trusted is None:  # AutoModel does not pass it on, but code of a repository runs only if it was True
             trusted = __name__.startswith("transformers_modules.")
+        trust = {"trust_remote_code": trusted, "trusted_base": kwargs.pop("trusted_base", None)}
         if commit := commit_of(source, **hub):
             kwargs["revision"] = hub["revision"] = commit  # of the processor too, whatever is pushed meanwhile
         if source is not None and (adapter := find_adapter(source, **hub)) is not None:
-            model = load_with_adapter(cls, source, adapter, hub, {**kwargs, "trust_remote_code": trusted})
+            model = load_with_adapter(cls, source, adapter, hub, {**kwargs, **trust})
             info: dict[str, Any] = {}
         else:
             model, info = cls._load_whole(source, *model_args, **kwargs)
         # Now and not at first use: the folder may be gone by then, or a relative path mean another one.
         if source is not None and model._processor is None and find_file(source, PROCESSOR_FILE, **hub):
-            model.processor = MetaEmbedProcessor.from_pretrained(source, trust_remote_code=trusted, **hub)
+            model.processor = MetaEmbedProcessor.from_pretrained(source, **trust, **hub)
         model.commit = commit
         model._hub_arguments = {name: value for name, value in hub.items() if name not in ("token", "force_download")}
         return (model, info) if wants_info else model
@@ -158,19 +145,22 @@ class MetaEmbedModel(PreTrainedModel):
         model, info = super().from_pretrained(source, *args, output_loading_info=True, **kwargs)
         check_loading(source or "the state dict", info)
         if source is not None:
-            model.name_or_path = model.config._name_or_path = lasting_name(source)
+            lasting = str(Path(source).absolute()) if Path(source).is_dir() else str(source)  # even after a chdir
+            model.name_or_path = model.config._name_or_path = lasting
             model.adapter_base = (model.name_or_path, kwargs.get("revision"))
         return model, info
 
     def add_adapter(self, adapter_config: Any, adapter_name: str | None = None) -> None:
         """Add a new adapter to train, such as `lora_config(model)`. Its weights are in float32 at least."""
-        import_peft()
+        if import_peft := of_package("training.lora", "import_peft"):
+            import_peft()
         super().add_adapter(adapter_config, adapter_name)
         upcast_adapter(self)
 
     def load_adapter(self, peft_model_id: Any = None, adapter_name: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Load an adapter, completely or not at all (else a `ValueError`): see transformers' `load_adapter`."""
-        import_peft()
+        if import_peft := of_package("training.lora", "import_peft"):
+            import_peft()
         conversions = self.__dict__.get("_weight_conversions")
         info = super().load_adapter(peft_model_id, adapter_name, *args, **kwargs)
         self._weight_conversions = conversions  # else a model saved after merging would get the adapter's names
@@ -196,6 +186,7 @@ class MetaEmbedModel(PreTrainedModel):
     @processor.setter
     def processor(self, processor: MetaEmbedProcessor) -> None:
         processor.config = self.config  # one truth: a default set on the model's configuration holds for both
+        processor.check()
         self._processor = processor
 
     @property
@@ -229,8 +220,7 @@ class MetaEmbedModel(PreTrainedModel):
         plain = of_package("training.saving", "plain_weights", True)(self, state) if wrapped else nullcontext(state)
         with plain as state:
             state = state and {key.replace("_orig_mod.", ""): value for key, value in state.items()}
-            # Under the names of the modules: transformers would write the older names that some backbones have in
-            # their own checkpoints, and does not find them again inside another model.
+            # Not under the older names of some backbones' checkpoints: transformers finds none inside another model.
             super().save_pretrained(folder, **{"save_original_format": False, "state_dict": state, **kwargs})
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         first = not distributed or torch.distributed.get_rank() == 0
@@ -247,8 +237,8 @@ class MetaEmbedModel(PreTrainedModel):
     ) -> CommitInfo:
         """Save the model to a repository of the Hub, where Python files of older versions are deleted.
 
-        The arguments are those of transformers' `push_to_hub`, and of [`save_pretrained`]. The repository and the
-        branch (`revision`) are created if they do not exist, the latter except for a pull request to it.
+        Takes arguments of transformers' `push_to_hub` and of [`save_pretrained`]. The repository and the branch
+        (`revision`) are created if they do not exist, the latter except for a pull request to it.
 
         Raises:
             ValueError: If the model cannot be saved, or is an adapter that names a folder of this machine.
@@ -265,9 +255,8 @@ class MetaEmbedModel(PreTrainedModel):
                 shutil.copy(api.hf_hub_download(repo_id, "README.md", revision=revision), folder)
             self.save_pretrained(folder, repo_id=repo_id, **kwargs)
             stale = ["*_metaembed.py", "kernels_metaembed.*"]  # what is not uploaded now
-            return api.upload_folder(
-                repo_id=repo_id, folder_path=folder, delete_patterns=stale, revision=revision, **commit
-            )
+            commit |= {"revision": revision, "delete_patterns": stale}
+            return api.upload_folder(repo_id=repo_id, folder_path=folder, **commit)
 
     def to_sentence_transformers(self, **kwargs: Any) -> Any:
         """Return this model as a sentence-transformers `MultiVectorEncoder`: see `to_multi_vector_encoder`."""
@@ -275,15 +264,12 @@ class MetaEmbedModel(PreTrainedModel):
 
         return to_multi_vector_encoder(self, **kwargs)
 
-    # -- From model inputs to embeddings -------------------------------------------------------------------------
-
     def forward(
         self, input_ids: Tensor, num_meta: int | None = None, return_dict: bool | None = None, **kwargs: Any
     ) -> MetaEmbedOutput | tuple[Tensor]:
         """Return the embeddings [N, r, D] of a batch of model inputs, whose side the input ids tell.
 
-        `torch.export` and `torch.compile(fullgraph=True)` need `num_meta`. Inputs with fewer Meta Tokens give rows
-        of NaN then, as an error would depend on data.
+        `torch.export` and `torch.compile(fullgraph=True)` need `num_meta`; too few Meta Tokens give NaN then.
 
         Args:
             input_ids: Token ids [N, L], each row with the same number of Meta Tokens.
@@ -318,10 +304,8 @@ class MetaEmbedModel(PreTrainedModel):
 
     def _meta_tokens(self, input_ids: Tensor, num_meta: int | None) -> tuple[Tensor, int]:
         """Return where the Meta Tokens are [N, L], the document's if there are any, else the query's, and how many."""
-        query, document = (
-            (input_ids >= ids[0]) & (input_ids <= ids[-1])
-            for ids in (self.config.query_token_ids, self.config.document_token_ids)
-        )
+        sides = (self.config.query_token_ids, self.config.document_token_ids)
+        query, document = ((input_ids >= ids[0]) & (input_ids <= ids[-1]) for ids in sides)
         is_meta = torch.where(document.any(), document, query)
         if num_meta is not None and torch.compiler.is_compiling():
             return is_meta, num_meta
@@ -339,10 +323,8 @@ class MetaEmbedModel(PreTrainedModel):
         name, length = type(self.backbone).__name__, input_ids.shape[1]
         longest = getattr(self.backbone.config.get_text_config(), "max_position_embeddings", None)
         if longest and length > longest:
-            raise ValueError(
-                f"an input is {length} tokens long, and {name} takes at most {longest}. Cut its text with "
-                "`max_length`, or make its images smaller."
-            )
+            advice = "Cut its text with `max_length`, or make its images smaller."
+            raise ValueError(f"an input is {length} tokens long, and {name} takes at most {longest}. {advice}")
         if self._takes_use_cache:
             inputs["use_cache"] = False  # nothing is generated
         if self._has_head:
@@ -350,24 +332,18 @@ class MetaEmbedModel(PreTrainedModel):
         output = self.backbone(input_ids=input_ids, **inputs)
         hidden = output.hidden_states[-1] if self._has_head else output.last_hidden_state
         if hidden.shape[:2] != input_ids.shape:
-            raise ValueError(
-                f"{name} returned hidden states of shape {tuple(hidden.shape)} for input ids of shape "
-                f"{tuple(input_ids.shape)}: none for some tokens, so none for the Meta Tokens."
-            )
+            shapes = f"{tuple(hidden.shape)} for input ids of shape {tuple(input_ids.shape)}"
+            raise ValueError(f"{name} returned hidden states of shape {shapes}: none for some tokens.")
         return hidden
 
-    # -- From anything to embeddings -----------------------------------------------------------------------------
-
     def encode_queries(self, inputs: Any, num_meta: int | None = None, **kwargs: Any) -> Tensor | np.ndarray:
-        """Encode queries as `num_meta` vectors each.
+        """Encode queries as `num_meta` vectors each. While any thread encodes, the whole model is in evaluation mode.
 
         Args:
             inputs: One query or a list (any sequence, column or generator) of them. A query is
                 - a string, which is always text, be it empty or the name of a file;
-                - an image: a PIL image, a `pathlib.Path`, `bytes`, an open file, or an array or tensor [height,
-                  width(, channels)];
-                - a dict with "text", "image" and/or "video", one or a list of each, where images and videos may also
-                  be paths and URLs as strings: `{"image": "https://...", "text": "..."}`;
+                - an image: PIL, `pathlib.Path`, `bytes`, an open file, or array or tensor [height, width(, channels)];
+                - a dict with "text", "image" and/or "video", one or a list of each, which may be paths and URLs too;
                 - chat messages, `[{"role": "user", "content": [...]}]`, which may interleave all of these.
             num_meta: r, the number of vectors of each, 1..R_q. None: the configuration's default, else all.
             **kwargs: For this call, as keywords
@@ -376,19 +352,14 @@ class MetaEmbedModel(PreTrainedModel):
                 - `show_progress_bar`: None: if transformers' log level is INFO or lower;
                 - `convert_to_numpy`: return a numpy array instead of a tensor;
                 - `max_length`: keep only so many tokens of each input's own text, from its start. None: all;
-                - `policy`: an [`InputPolicy`];
-                - options of the backbone's processor (`max_pixels`, ...).
+                - `policy`, an [`InputPolicy`], and options of the backbone's processor (`max_pixels`, ...).
 
         Returns:
-            Unit vectors [N, r, D], float32, on the CPU, in the order of the inputs; [r, D] for one input; [0, r, D]
-            for an empty list.
+            Unit vectors [N, r, D], float32, on the CPU, in the inputs' order; [r, D] for one; [0, r, D] for none.
 
         Raises:
             TypeError: If an input or `num_meta` is of the wrong type.
-            ValueError: If an input cannot be read or its embedding is not finite (the error names it by its place), or
-                a number is out of range.
-
-        Several threads may encode at once. Until the last one ends, the whole model is in evaluation mode.
+            ValueError: If a number is out of range, or an input, named by its place, gives no finite embedding.
 
         Example:
             >>> model.encode_queries("a red apple", num_meta=4).shape
@@ -437,21 +408,18 @@ class MetaEmbedModel(PreTrainedModel):
     def _evaluating(self) -> Iterator[None]:
         """Put the model in evaluation mode until the last thread that encodes has ended."""
         with _MODES:
-            count, modes = _ENCODING.get(self) or (0, {module: module.training for module in self.modules()})
-            _ENCODING[self] = (count + 1, modes)
-            if not count:
-                self.eval()
+            state = _ENCODING.setdefault(self, [0, {module: module.training for module in self.modules()}])
+            state[0] += 1
+            self.eval()
         try:
             yield
         finally:
             with _MODES:
-                count, modes = _ENCODING.pop(self)
-                if count > 1:
-                    _ENCODING[self] = (count - 1, modes)
-                else:
-                    for module, mode in modes.items():  # parents first: a frozen tower in evaluation mode stays so
-                        if module.training != mode:
-                            module.train(mode)
+                state[0] -= 1
+                modes = {} if state[0] else _ENCODING.pop(self)[1]
+                for module, mode in modes.items():  # parents first: a frozen tower in evaluation mode stays so
+                    if module.training != mode:
+                        module.train(mode)
 
     def _batches(self, items: list[Item], batch_size: int) -> Iterator[list[int]]:
         """Yield index lists: longest first within each number of images, so that a batch pads little."""
@@ -468,10 +436,10 @@ def check_finite(embeddings: Tensor, indices: list[int]) -> Tensor:
     """Return embeddings [N, r, D] of the inputs `indices`, or raise a `ValueError` if one holds NaN or infinity."""
     for index, whole in zip(indices, embeddings.isfinite().flatten(1).all(dim=1).tolist(), strict=True):
         if not whole:
-            raise ValueError(
-                f"input {index}: its embedding is not finite. Look for NaN in the weights, and in image_mean and "
-                "image_std of the processor; float16 overflows in many backbones, where bfloat16 does not."
+            advice = (
+                "Look for NaN in the weights and in the processor's image_mean and image_std; try bfloat16 for float16"
             )
+            raise ValueError(f"input {index}: its embedding is not finite. {advice}.")
     return embeddings
 
 

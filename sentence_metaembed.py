@@ -13,7 +13,7 @@ from .configuration_metaembed import SIDES, of_package
 from .inputs_metaembed import InputPolicy, is_batch, is_single
 from .loading_metaembed import HUB_ARGUMENTS, read_json
 from .modeling_metaembed import MetaEmbedModel, check_finite
-from .processing_metaembed import MetaEmbedProcessor
+from .processing_metaembed import default_device_cpu
 
 try:  # in a `try`, so that transformers does not ask users of AutoModel alone to install it
     from sentence_transformers import MultiVectorEncoder
@@ -34,10 +34,7 @@ def _num_meta(side: str) -> property:
 
 
 class MetaEmbedTransformer(InputModule):
-    """Wraps a [`MetaEmbedModel`] as the one module of a `MultiVectorEncoder`.
-
-    Args:
-        model: The model, with its processor.
+    """Wraps a [`MetaEmbedModel`], with its processor, as the one module of a `MultiVectorEncoder`.
 
     Example:
         >>> encoder = MultiVectorEncoder("you/your-metaembed", trust_remote_code=True)
@@ -53,27 +50,24 @@ class MetaEmbedTransformer(InputModule):
         self.model = model
 
     @property
-    def processor(self) -> MetaEmbedProcessor:
-        """The model's processor."""
-        return self.model.processor
-
-    @property
-    def tokenizer(self) -> Any:
-        """The backbone's tokenizer."""
-        return self.processor.tokenizer
-
-    @property
     def modalities(self) -> list[str]:
         """What inputs may be."""
         pictures = [kind for kind in ("image", "video") if getattr(self.processor, f"{kind}_processor") is not None]
         return ["text", *pictures, "message"]
 
-    @property
-    def max_seq_length(self) -> int | None:
-        """None, which cannot be set: nothing is cut."""
-        return None
-
+    processor = property(lambda self: self.model.processor, doc="The model's processor.")
+    tokenizer = property(lambda self: self.processor.tokenizer, doc="The backbone's tokenizer.")
+    max_seq_length = property(lambda self: None, doc="None, which cannot be set: nothing is cut.")
     query_num_meta, document_num_meta = map(_num_meta, SIDES)
+
+    @property
+    def policy(self) -> InputPolicy:
+        """What may be read and fetched for an input: the model's. Not saved."""
+        return self.model.policy
+
+    @policy.setter
+    def policy(self, policy: InputPolicy) -> None:
+        self.model.policy = policy
 
     def get_embedding_dimension(self) -> int:
         """Return D, the dimension of every vector."""
@@ -100,8 +94,7 @@ class MetaEmbedTransformer(InputModule):
             processing_kwargs: `max_length`, and options of the processor: what is an argument here is a TypeError.
             **kwargs: What sentence-transformers sends along for modules of other kinds.
 
-        Returns:
-            The model inputs; in `groups`, each with its `rows`, where inputs may not share a batch.
+        Returns the model inputs; in `groups`, each with its `rows`, where inputs may not share a batch.
         """
         side = "query" if task == "query" else "document"
         options: dict[str, Any] = {"num_meta": num_meta, "instruction": prompt or None, "policy": policy}
@@ -116,15 +109,15 @@ class MetaEmbedTransformer(InputModule):
             part = dict(self.processor.process(batch, side, **{**options, "indices": rows}))
             counts = [item.num_images for item in batch]
             if any(counts):  # says which images are whose, where a cached loss cuts the batch into smaller ones
-                part["num_images_per_sample"] = torch.tensor(counts)
+                part["num_images_per_sample"] = torch.tensor(counts, device="cpu")
             parts.append(part)
         if len(parts) == 1:
             return parts[0]
         # The trainer tells the columns of a batch apart by their input_ids, and counts rows by them.
         longest = max((part["input_ids"].shape[1] for part in parts), default=0)
-        input_ids = torch.zeros(len(items), longest, dtype=torch.long)
+        input_ids = torch.zeros(len(items), longest, dtype=torch.long, device="cpu")
         for rows, part in zip(groups, parts, strict=True):
-            part["rows"] = torch.tensor(rows)
+            part["rows"] = torch.tensor(rows, device="cpu")
             input_ids[rows, : part["input_ids"].shape[1]] = part["input_ids"]
         return {"input_ids": input_ids, "groups": parts}
 
@@ -151,7 +144,8 @@ class MetaEmbedTransformer(InputModule):
         inputs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
         if "image_grid_thw" in inputs and not len(inputs["image_grid_thw"]):  # of a mini-batch without images
             inputs = {name: inputs[name] for name in inputs if name not in ("image_grid_thw", "pixel_values")}
-        return self.model(**inputs).embeddings
+        with default_device_cpu():
+            return self.model(**inputs).embeddings
 
     def on_model_ready(self, model: MultiVectorEncoder) -> None:
         """Let the encoder that this is a module of write our card, and take batches of any kind."""
@@ -171,9 +165,8 @@ class MetaEmbedTransformer(InputModule):
         for side, instruction in own.items():
             if prompts.get(side) and instruction and prompts[side] != instruction:
                 raise ValueError(
-                    f"encoder.prompts[{side!r}] is {prompts[side]!r}, but the {side}_instruction of the model's "
-                    f"configuration, which other entry points apply, is {instruction!r}. Set "
-                    f"encoder[0].model.config.{side}_instruction or the prompt."
+                    f"encoder.prompts[{side!r}] is {prompts[side]!r}, but the {side}_instruction of the model, which "
+                    f"other entry points apply, is {instruction!r}: set one (of encoder[0].model.config) to the other."
                 )
         try:
             for side in SIDES:
@@ -185,27 +178,18 @@ class MetaEmbedTransformer(InputModule):
 
     @classmethod
     def load(
-        cls,
-        model_name_or_path: str,
-        subfolder: str = "",
-        cache_folder: str | None = None,
-        model_kwargs: dict[str, Any] | None = None,
-        processor_kwargs: dict[str, Any] | None = None,
-        config_kwargs: dict[str, Any] | None = None,
-        backend: str = "torch",
-        **kwargs: Any,
+        cls, model_name_or_path: str, subfolder: str = "", cache_folder: str | None = None, **kwargs: Any
     ) -> MetaEmbedTransformer:
         """Load the module of a saved model. An option that would have no effect is a ValueError."""
-        other = None if backend == "torch" else backend
-        for name, given, instead in (
-            ("processor_kwargs", processor_kwargs, "pass processing_kwargs={...} to encode_document"),
-            ("config_kwargs", config_kwargs, "set the fields of encoder[0].model.config after loading"),
-            ("backend", other, 'it has the backend "torch" only'),
+        for name, instead in (
+            ("processor_kwargs", "pass processing_kwargs={...} to encode_document"),
+            ("config_kwargs", "set the fields of encoder[0].model.config after loading"),
+            ("backend", 'it has the backend "torch" only'),
         ):
-            if given:
+            if (given := kwargs.get(name)) and given != "torch":
                 raise ValueError(f"a MetaEmbed model does not take {name}, got {given}: {instead}.")
         where = {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None}
-        options = {"cache_dir": cache_folder, **where, **(model_kwargs or {})}
+        options = {"cache_dir": cache_folder, **where, **(kwargs.get("model_kwargs") or {})}
         return cls(MetaEmbedModel.from_pretrained(model_name_or_path, **options))
 
 
@@ -219,9 +203,6 @@ def to_multi_vector_encoder(model: MetaEmbedModel, **kwargs: Any) -> MultiVector
 
     The module's class is loaded from its file as transformers loads a Hub repository's: sentence-transformers then
     saves the file along, and what it saves needs this package no more than what the model saves itself.
-
-    Example:
-        >>> encoder = to_multi_vector_encoder(model, device="cpu")
     """
     reference = f"{Path(__file__).stem}.{MetaEmbedTransformer.__name__}"
     module_class = get_class_from_dynamic_module(reference, str(Path(__file__).parent))

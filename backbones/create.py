@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,6 @@ from ..loading_metaembed import (
     check_unused,
     commit_of,
     headless,
-    lasting_name,
 )
 from ..modeling_metaembed import MetaEmbedModel
 from ..processing_metaembed import MetaEmbedProcessor, meta_token_names
@@ -115,7 +115,7 @@ def find_source(backbone: Any, processor: Any, loading: dict[str, Any]) -> Sourc
         ValueError: If a loaded model comes without its processor, or the checkpoint does not load whole.
     """
     if isinstance(backbone, (str, Path)):
-        name = lasting_name(backbone)
+        name = os.path.abspath(backbone) if os.path.isdir(backbone) else str(backbone)
         whole, loaded_processor, missing = load_backbone(backbone, **loading)
         hub = {key: loading[key] for key in HUB_ARGUMENTS if loading.get(key) is not None}
         commit, processor = commit_of(name, **hub), processor or loaded_processor

@@ -68,6 +68,18 @@ def test_a_configuration_that_does_not_fit_the_weights_is_not_saved(model, tmp_p
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("ids", [[3, 4, 5, 6], [-4, -3, -2, -1], None], ids=str)
+def test_token_ids_that_are_not_the_tokenizers_are_neither_loaded_nor_saved(model, folder, tmp_path, ids):
+    changed = copy.deepcopy(model)
+    changed.config.query_token_ids = ids
+    with pytest.raises(ValueError, match=r"Meta Tokens|token_ids"):
+        changed.save_pretrained(tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+    if ids is not None:
+        with pytest.raises(ValueError, match=r"Meta Tokens|token_ids"):
+            MetaEmbedModel.from_pretrained(folder, query_token_ids=ids)
+
+
 def test_an_override_that_fits_is_loaded_and_saved(folder, tmp_path):
     loaded = MetaEmbedModel.from_pretrained(folder, query_num_meta=2, traits={"causal": False})
     loaded.save_pretrained(tmp_path)

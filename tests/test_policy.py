@@ -25,6 +25,7 @@ from transformers import PreTrainedTokenizerFast
 from metaembed import InputPolicy, MetaEmbedConfig, MetaEmbedProcessor
 from metaembed.app.fetch import is_public
 from metaembed.inputs_metaembed import parse, read_image, read_video
+from metaembed.sentence_metaembed import to_multi_vector_encoder
 
 HERE = InputPolicy(private_addresses=True, timeout=1, max_bytes=2**20)
 
@@ -460,6 +461,22 @@ def test_global_defaults_of_torch_change_nothing(qwen, pictures):
     assert torch.equal(rows, expected)
 
 
+def test_an_encoder_encodes_whatever_the_default_device_of_torch_is(qwen, pictures):
+    import torch
+
+    from metaembed.sentence_metaembed import to_multi_vector_encoder
+
+    encoder = to_multi_vector_encoder(qwen, device="cpu")
+    inputs = [{"image": pictures[0]}, "b"]
+    expected = encoder.encode_document(inputs)
+    try:
+        torch.set_default_device("meta")
+        rows = encoder.encode_document(inputs)
+    finally:
+        torch.set_default_device(None)
+    assert all(torch.equal(a, b) for a, b in zip(rows, expected, strict=True))
+
+
 def test_an_offloaded_model_encodes_on_the_device_that_it_runs_on(qwen, tmp_path):
     import copy
 
@@ -521,3 +538,15 @@ def test_a_checkpoint_without_the_package_opens_no_connection_and_says_what_to_d
     monkeypatch.setitem(sys.modules, "metaembed.app.fetch", None)  # importing it raises
     with pytest.raises(ValueError, match="pip install metaembed"):
         read_image("https://example.com/cat.png")
+
+
+def test_a_policy_set_on_the_encoder_is_the_models(qwen):
+    encoder = to_multi_vector_encoder(qwen, device="cpu")
+    before = qwen.policy
+    try:
+        encoder[0].policy = InputPolicy.server()
+        assert qwen.policy == InputPolicy.server()
+        with pytest.raises(ValueError, match="the policy allows no URLs"):
+            encoder.encode_document([{"image": "https://example.com/cat.png"}])
+    finally:
+        qwen.policy = before

@@ -2,16 +2,34 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import re
 from collections.abc import Iterator
 from typing import Any
 
+import transformers.integrations.peft
+from packaging.version import Version
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..loading_metaembed import adapter_parameters, import_peft
+from ..loading_metaembed import adapter_parameters
 
 COMPILED = "_orig_mod."  # torch.compile inserts it into the names of all parts of a module
+
+
+def import_peft() -> Any:
+    """Return `peft`; raise an `ImportError` if it is not installed, or older than transformers asks for."""
+    needed, version = getattr(transformers.integrations.peft, "MIN_PEFT_VERSION", "0"), transformers.__version__
+    try:
+        installed = importlib.metadata.version("peft")
+    except importlib.metadata.PackageNotFoundError:
+        raise ImportError(f"adapters need peft: pip install 'peft>={needed}'") from None
+    if Version(installed) < Version(needed):
+        raise ImportError(
+            f"transformers {version} needs peft>={needed}, but peft {installed} is installed. Run pip install "
+            f"--upgrade 'peft>={needed}' or, if there is no such release yet, pip install 'transformers<{version}'"
+        )
+    return importlib.import_module("peft")
 
 
 def lora_config(model: Any, r: int = 32, lora_alpha: int = 32, lora_dropout: float = 0.1, **kwargs: Any) -> Any:
