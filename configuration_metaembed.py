@@ -6,7 +6,7 @@ import importlib
 import operator
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -169,10 +169,8 @@ class MetaEmbedConfig(PreTrainedConfig):
     def to_dict(self) -> dict[str, Any]:
         """Return the configuration as it is saved: without paths of this machine."""
         content = {**super().to_dict(), "base_model": hub_id(self.base_model)}
-        if is_dataclass(content["traits"]) and not isinstance(
-            content["traits"], type
-        ):  # maybe of this class before transformers loaded this file anew
-            content["traits"] = asdict(content["traits"])
+        traits: Any = content["traits"]  # maybe of this class as it was before transformers loaded this file anew
+        content["traits"] = traits if isinstance(traits, dict) else asdict(traits)
         _drop_paths(content["backbone_config"])
         return content
 
