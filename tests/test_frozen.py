@@ -22,9 +22,9 @@ def check(actual, folder):
         torch.testing.assert_close(actual[name], value, atol=1e-5, rtol=0)
 
 
-def test_there_is_a_frozen_checkpoint():
-    assert [folder.name for folder in CHECKPOINTS][:1] == ["v0.1"]
-    assert [folder.name for folder in ADAPTERS][:1] == ["adapter-v0.1"]
+def test_there_are_frozen_checkpoints():
+    assert [folder.name for folder in CHECKPOINTS][:2] == ["v0.1", "v0.2"]
+    assert [folder.name for folder in ADAPTERS][:2] == ["adapter-v0.1", "adapter-v0.2"]
 
 
 @pytest.mark.parametrize("folder", CHECKPOINTS, ids=lambda folder: folder.name)
