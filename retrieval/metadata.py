@@ -13,6 +13,7 @@ import math
 import os
 import re
 import sqlite3
+import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
@@ -104,7 +105,9 @@ class Catalog:
             _INHERITED.append(self._db)
 
     def __del__(self) -> None:
-        if hasattr(self, "_db"):  # a connection refers to itself, so it would stay open until the garbage is collected
+        # A connection refers to itself, so it would stay open until the garbage is collected. At the end of the
+        # interpreter modules are gone already, and with them the need.
+        if hasattr(self, "_db") and not sys.is_finalizing():
             self.close()
 
     @contextlib.contextmanager
