@@ -151,7 +151,7 @@ class MetaEmbedTransformer(InputModule):
         """Let the encoder that this is a module of write our card, and take batches of any kind."""
         if adopt_card := of_package("cards", "adopt_card"):  # else the card that is there is kept
             adopt_card(model)
-        model.is_singular_input = is_one_input
+        model.is_singular_input, model._input_length = is_one_input, input_length
 
     def save(self, output_path: str, *args: Any, **kwargs: Any) -> None:
         """Save the model, whole, with the encoder's prompts as the configuration's instructions, but not the card.
@@ -196,6 +196,14 @@ class MetaEmbedTransformer(InputModule):
 def is_one_input(inputs: Any) -> bool:
     """Whether `inputs` is no batch: then sentence-transformers passes it on, and the processor says what is wrong."""
     return is_single(inputs) or not is_batch(inputs) or getattr(inputs, "ndim", 0) == 4
+
+
+def input_length(value: Any) -> int:
+    """Return the size to sort by that sentence-transformers estimates. What nests too deep, the processor refuses."""
+    try:
+        return MultiVectorEncoder._input_length(value)
+    except RecursionError:
+        return 0
 
 
 def to_multi_vector_encoder(model: MetaEmbedModel, **kwargs: Any) -> MultiVectorEncoder:

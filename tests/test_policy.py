@@ -550,3 +550,11 @@ def test_a_policy_set_on_the_encoder_is_the_models(qwen):
             encoder.encode_document([{"image": "https://example.com/cat.png"}])
     finally:
         qwen.policy = before
+
+
+def test_deep_nesting_is_a_plain_error_at_the_entry_point_of_sentence_transformers_too(qwen):
+    deep: list = []
+    for _ in range(10_000):
+        deep = [deep]
+    with pytest.raises((TypeError, ValueError), match="input 0"):
+        to_multi_vector_encoder(qwen, device="cpu").encode_document([{"text": deep}])
