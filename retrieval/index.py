@@ -216,7 +216,7 @@ class MultiVectorIndex:
             raise TypeError("delete needs either ids or where")
         ids = None if ids is None else check_ids(ids)
         with self._writing() as (catalog, _):
-            slots = catalog.where(where or {}).tolist() if ids is None else list(catalog.slots(ids).values())
+            slots = self._snapshot.matching(where or {}) if ids is None else list(catalog.slots(ids).values())
             catalog.bury(slots)
         return len(slots)
 
@@ -408,7 +408,7 @@ class MultiVectorIndex:
                 `(budget, quantization, keep)`.
             where: Only documents whose metadata this filter selects: `{"lang": "en", "page": {"$lt": 10}}`, with
                 `$eq`, `$ne`, `$lt`, `$lte`, `$gt`, `$gte`, `$in`, `$nin`, `$exists`, and `$and` and `$or` of filters.
-                A dot leads into nested metadata, `"author.name"`; see `compile_where` for the rules.
+                A dot leads into nested metadata, `"author.name"`; see `parse_where` for the rules.
             include_ids: Only these documents. Ids that are not in the index are ignored.
             exclude_ids: None of these.
             backend: As in `maxsim`.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -16,12 +15,12 @@ import torch
 from torch import Tensor
 
 from ..scoring_metaembed import Budget, as_stack
+from .filters import Column, conditions, evaluate, parse_where
 from .metadata import Catalog
 from .quantization import decode
 from .search import Store, check_k, choose_backend, prepare, search, select_candidates
 from .storage import ROLES, Buffers, DamagedIndexError, Layout, check_kept, check_rows, is_segment, map_rows
 
-_MOST_FILTERS = 32  # masks of filters that a snapshot remembers
 _FEW_DOCUMENTS = 4096  # are scored in full, which is faster than a cascade
 _MOST_HIDDEN = 512  # documents that are left out after scoring; more of them are left out before
 _BLOCK_BYTES = 1 << 26  # that are copied at a time
@@ -170,7 +169,7 @@ class Snapshot:
             self._find_dead(before)
         stores = [self.layout.stores(piece) for piece in self.pieces]
         self.stores: dict[str, list[Store]] = {role: [of[role] for of in stores] for role in self.manifest.kept}
-        self._masks: dict[str, Tensor] = {}
+        self._columns: dict[str, Column] = dict(before._columns) if before else {}  # of metadata, for filters
 
     def __len__(self) -> int:
         return self.manifest.rows - self.dead_count
@@ -235,21 +234,21 @@ class Snapshot:
                     mask = chosen if mask is None else mask & chosen
         return mask
 
+    def matching(self, where: Mapping[str, Any]) -> list[int]:
+        """The slots of the documents that a filter selects, in order."""
+        mask = self.allowed(where, None, None)
+        assert mask is not None
+        return mask.nonzero()[:, 0].tolist()
+
     def _selected(self, where: Mapping[str, Any]) -> Tensor:
-        """Return a bool for every slot. The last masks are remembered, because searches repeat filters."""
-        try:
-            key = json.dumps(where)
-        except (TypeError, ValueError):  # a set for `$in`, for instance
-            key = None
-        mask = self._masks.get(key) if key else None
-        if mask is None:
-            mask = torch.zeros(self.manifest.rows, dtype=torch.bool)
-            mask[torch.from_numpy(self.catalog.where(where))] = True
-            if key:
-                self._masks[key] = mask
-                if len(self._masks) > _MOST_FILTERS:
-                    del self._masks[next(iter(self._masks))]
-        return mask
+        """Return a bool for every slot, of which those of dead ones mean nothing."""
+        tree, rows = parse_where(where), self.manifest.rows
+        for path in {condition.path for condition in conditions(tree)}:
+            column = self._columns.setdefault(path, Column())
+            known = len(column.kinds)
+            if known < rows:
+                self._columns[path] = column.extended(self.catalog.values(path, known), rows)
+        return torch.from_numpy(evaluate(tree, self._columns, rows))
 
     def documents(self, slots: Sequence[int]) -> dict[int, tuple[str, dict[str, Any]]]:
         """The ids and metadata of slots that are not dead."""
