@@ -28,6 +28,7 @@ _APPLICATION = 0x4D455442
 _MOST_MANIFEST = 1 << 16  # bytes
 _PATIENCE = 60  # seconds that a statement waits for a lock of SQLite, which nobody holds for long
 _INHERITED: list[sqlite3.Connection] = []  # by a child process, which must not use, nor close them
+_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
 _SCHEMA = """
 CREATE TABLE manifest (one INTEGER PRIMARY KEY CHECK (one = 1), json TEXT NOT NULL, pca BLOB, sum INTEGER NOT NULL);
 CREATE TABLE chunks (first INTEGER PRIMARY KEY, count INTEGER NOT NULL, sums TEXT NOT NULL, sum INTEGER NOT NULL);
@@ -180,8 +181,8 @@ class Catalog:
 
     def add(self, first: int, documents: Iterable[tuple[str, str]]) -> None:
         """Add documents, `(id, metadata as JSON)`, from slot `first` on; their ids are new."""
-        rows = ((slot, *document) for slot, document in enumerate(documents, first))
-        self._db.executemany("INSERT INTO documents VALUES (?, ?, ?, ?)", ((*row, _sum(*row)) for row in rows))
+        rows = ((slot, i, text, _sum(slot, i, text)) for slot, (i, text) in enumerate(documents, first))
+        self._db.executemany("INSERT INTO documents VALUES (?, ?, ?, ?)", rows)
 
     def bury(self, slots: Sequence[int]) -> None:
         """Delete documents: their slots are dead until the index is compacted."""
@@ -370,11 +371,11 @@ def _explained(error: sqlite3.Error | UnicodeDecodeError, folder: Path | None) -
 
 
 def _sum(*values: Any) -> int:
-    """The CRC-32 of the values of a row."""
-    total = 0
-    for value in values:
-        total = zlib.crc32(value if isinstance(value, bytes) else f"{value}\0".encode("utf-8", "replace"), total)
-    return total
+    """The CRC-32 of the values of a row. Bytes come last."""
+    *texts, last = values
+    texts += [] if isinstance(last, bytes) else [last]
+    total = zlib.crc32("".join([f"{value}\0" for value in texts]).encode("utf-8", "replace"))
+    return zlib.crc32(last, total) if isinstance(last, bytes) else total
 
 
 # Metadata
@@ -393,7 +394,7 @@ def to_json(metadata: Any) -> str:
         raise TypeError(f"the metadata of a document must be a dict, not {type(metadata).__name__}")
     try:
         check_json(metadata)
-        text = json.dumps(metadata, ensure_ascii=False, allow_nan=False)
+        text = _ENCODER.encode(metadata)
         text.encode()
     except RecursionError:
         raise ValueError("metadata is nested too deeply") from None
@@ -404,18 +405,7 @@ def to_json(metadata: Any) -> str:
 
 def check_json(value: Any, depth: int = 0) -> None:
     """Raise a `TypeError` or a `ValueError` unless the index can keep this value as JSON."""
-    if depth > 100:
-        raise ValueError("metadata is nested more than 100 levels deep")
-    if isinstance(value, Mapping):
-        for key, inner in value.items():
-            if not isinstance(key, str):
-                raise TypeError(f"the keys of metadata must be str, not {key!r}")
-            check_json(key)
-            check_json(inner, depth + 1)
-    elif isinstance(value, list | tuple):
-        for inner in value:
-            check_json(inner, depth + 1)
-    elif isinstance(value, str):
+    if isinstance(value, str):  # the usual types come first
         if "\0" in value:
             raise ValueError("metadata cannot hold the character NUL")
     elif value is None or isinstance(value, bool):
@@ -426,5 +416,16 @@ def check_json(value: Any, depth: int = 0) -> None:
     elif isinstance(value, float):
         if not math.isfinite(value):
             raise ValueError("metadata cannot hold NaN or infinity")
+    elif depth > 100:
+        raise ValueError("metadata is nested more than 100 levels deep")
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            if not isinstance(key, str):
+                raise TypeError(f"the keys of metadata must be str, not {key!r}")
+            check_json(key)
+            check_json(inner, depth + 1)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            check_json(inner, depth + 1)
     else:
         raise TypeError(f"metadata must be what JSON can hold, not {type(value).__name__}")
