@@ -479,6 +479,22 @@ class MultiVectorIndex:
         return dict(self._snapshot.manifest.kept)
 
     @property
+    def pca(self) -> Tensor | None:
+        """`[dim, kept]`, by which documents and queries are multiplied, or `None`."""
+        return self._snapshot.pca
+
+    @property
+    def pooling(self) -> str | None:
+        """How documents of any number of vectors are pooled, or `None`."""
+        return self._snapshot.manifest.pooling
+
+    def embeddings(self) -> Tensor:
+        """Return the vectors of all documents, in the order of adding: `[n, vectors, kept]`, see `Document`."""
+        with self._reading() as snapshot:
+            slots = torch.arange(snapshot.manifest.rows)
+            return snapshot.embeddings(slots if snapshot.dead is None else slots[~snapshot.dead])
+
+    @property
     def bytes_per_document(self) -> int:
         """Bytes of the vectors of a document, with all copies."""
         return self._snapshot.layout.row_bytes

@@ -273,10 +273,10 @@ class Snapshot:
     def get(self, slots: Sequence[int]) -> list[Document]:
         """The documents of slots that are not dead."""
         texts = self.documents(slots)
-        embeddings = self._embeddings(slots)
+        embeddings = self.embeddings(slots)
         return [Document(*texts[slot], embedding) for slot, embedding in zip(slots, embeddings, strict=True)]
 
-    def _embeddings(self, slots: Sequence[int]) -> Tensor:
+    def embeddings(self, slots: Sequence[int] | Tensor) -> Tensor:
         """Return the most exact stored vectors of documents: `[n, vectors, kept_dim]` float32."""
         store, dim = self.layout.stores(self.take(slots))[self.best_role], self.manifest.kept_dim
         return torch.cat([decode(s.stored, s.scales, store.quantization, dim) for s in store.slabs], dim=1)
