@@ -352,7 +352,7 @@ class Snapshot:
     def _plan(
         self, queries: Tensor, k: int, budget: Budget | None, stages: Any, narrows: bool
     ) -> list[tuple[int, list[Store], int]]:
-        """For every stage, the final one included: query vectors, stores and documents to keep. Plans are remembered."""
+        """For every stage, the final one included: query vectors, stores and documents to keep."""
         stages = tuple(stages) if isinstance(stages, list) else stages
         key = (queries.shape[1], k, budget, stages, narrows)
         try:

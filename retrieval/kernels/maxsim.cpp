@@ -26,6 +26,7 @@ constexpr int64_t GROUP = 512;       // query vectors scored in one pass over a 
 constexpr int64_t FEW = 8;           // query vectors that are multiplied along the rows; twice as many,
 constexpr int64_t CROWD = 2048;      // if rows are a multiple of so many bytes: side by side they crowd few sets of the cache
 constexpr int64_t AHEAD = 32;        // document rows that are asked for before they are needed, where they lie apart
+constexpr int64_t ONE_IN = 16;       // documents is looked at to guess a score
 constexpr double FOR_A_THREAD = 1 << 23;  // products that are worth a thread
 constexpr int64_t MOST_KEYS = 1 << 22;    // that are collected at a time, for all queries together
 constexpr float LARGEST = 1e15f;     // a score beyond this is an overflow, not a number
@@ -159,6 +160,7 @@ struct Job {
     float* out;            // all scores: [count, out_stride], or null
     int64_t out_stride;
     std::vector<std::vector<Best>> best;  // or the best ones: [threads][count]
+    const float* least = nullptr;         // scores must be larger: [count]
     int64_t block;         // documents that a thread takes at a time
     int64_t blocks;        // of all segments
     std::atomic<int64_t> next{0}, workers{0};
@@ -370,12 +372,12 @@ struct Worker {
     Sum* const sums = reinterpret_cast<Sum*>(sums_buffer.data);
     float* const best = reinterpret_cast<float*>(best_buffer.data);  // [documents of a block, width]
     std::vector<Best>* const found = job.out ? nullptr : &job.best[job.workers.fetch_add(1)];
-    std::vector<float> least = std::vector<float>(job.groups() * lanes + LANES, INFINITY);  // scores of a query must be larger
+    std::vector<float> least = std::vector<float>(job.groups() * lanes + LANES, INFINITY);  // scores must be larger
     bool finite = true, fits = true;
     [[maybe_unused]] Tiles<One::matrix> configured{};
 
     explicit Worker(Job& job) : job(job) {
-        for (int64_t q = 0; q < job.count; ++q) least[q / group * lanes + q % group] = -INFINITY;
+        for (int64_t q = 0; q < job.count; ++q) least[q / group * lanes + q % group] = job.least ? job.least[q] : -INFINITY;
     }
 
     void run() {
@@ -431,7 +433,7 @@ struct Worker {
                                (segment.index || slab.used * slab.vector != slab.document);
             for (int64_t d = 0; d < documents && apart; ++d) {
                 const float* scales = scales_of(segment, slab, start + d);
-                prefetch_document(job, segment, slab, start + d + 1);
+                prefetch_document(job, segment, slab, start + d + 2);
                 for (int64_t at = 0, count; at < slab.used; at += count) {
                     count = std::min(STRIP, slab.used - at);
                     multiply(slab.data + segment.which(start + d) * slab.document + at * slab.vector, slab.vector, false, count, q0);
@@ -465,9 +467,7 @@ struct Worker {
     void score_singles(const Segment& segment, int64_t start, int64_t end, int64_t q0) {
         const Slab& slab = *segment.slabs;
         float scales[STRIP];
-        uint8_t allowed[STRIP];
         std::fill(scales, scales + STRIP, 1.0f);
-        std::fill(allowed, allowed + STRIP, uint8_t(1));
         for (int64_t d = start; d < end; d += STRIP) {
             const int64_t count = std::min(STRIP, end - d);
             multiply_rows(segment, slab, d, 0, count, q0);
@@ -476,44 +476,41 @@ struct Worker {
                 for (int64_t r = 0; r < count; ++r) scales[r] = slab.scales[segment.which(d + r) * slab.scale_document];
             if (stage.check)
                 for (int64_t r = 0; r < count; ++r) finite &= bool(std::isfinite(scales[r]));
-            if (job.documents.allowed) std::memcpy(allowed, job.documents.allowed + segment.first + d, count);
-            if (lonely) take_of_one(segment, d, count, scales, allowed);
-            else take_of_many(segment, d, count, scales, allowed, q0);
+            if (lonely) take_of_one(segment, d, count, scales);
+            else take_of_many(segment, d, count, scales, q0);
         }
     }
 
     // Scores of one query: a lane is a document. Few of them exceed the least.
-    void take_of_one(const Segment& segment, int64_t start, int64_t count, const float* scales, const uint8_t* allowed) {
-        typedef uint8_t Bytes __attribute__((vector_size(LANES)));
-        constexpr Ints place{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    void take_of_one(const Segment& segment, int64_t start, int64_t count, const float* scales) {
         const Ints correction = job.corrections[0] - Ints{};
+        const float query_scale = job.scales[0];
+        uint32_t wrong = 0;
         for (int64_t r = 0; r < count; r += LANES) {
-            Floats score = values(load<Sums>(sums + r), correction) * load<Floats>(scales + r) * job.scales[0];
-            const Ints there = place < int32_t(count - r);
-            fits &= !bits_of(there & ~((score <= LARGEST) & (score >= -LARGEST)));
+            const uint32_t there = count - r < LANES ? (1u << (count - r)) - 1 : 0xffff;
+            const Floats score = values(load<Sums>(sums + r), correction) * load<Floats>(scales + r) * query_scale;
+            wrong |= there & bits_of(~((score <= LARGEST) & (score >= -LARGEST)));
             if (!found) {
                 std::memcpy(job.out + segment.place + start + r, &score, std::min(LANES, count - r) * 4);
                 continue;
             }
-            const Ints may = __builtin_convertvector(load<Bytes>(allowed + r), Ints) != 0;
-            for (uint32_t bits = bits_of(there & may & (score > least[0])); bits; bits &= bits - 1) {
-                const int64_t d = start + r + __builtin_ctz(bits);
-                const float one = score[__builtin_ctz(bits)];
-                if (one > least[0]) offer(0, 0, one, segment.first + segment.which(d));
+            for (uint32_t bits = there & bits_of(score > least[0]); bits; bits &= bits - 1) {
+                const int l = __builtin_ctz(bits);
+                if (score[l] > least[0]) offer(0, 0, score[l], segment.first + segment.which(start + r + l));
             }
         }
+        fits &= !wrong;
     }
 
     // Scores of many queries: a lane is a query.
-    void take_of_many(const Segment& segment, int64_t start, int64_t count, const float* scales, const uint8_t* allowed,
-                      int64_t q0) {
+    void take_of_many(const Segment& segment, int64_t start, int64_t count, const float* scales, int64_t q0) {
         const int64_t lane = q0 / group * lanes, queries = std::min(group, job.count - q0);
+        uint32_t wrong = 0;
         for (int64_t r = 0; r < count; ++r) {
-            if (!allowed[r]) continue;
             for (int64_t l = 0; l < queries; l += LANES) {
                 Floats score = values(load<Sums>(sums + r * width + l), load<Ints>(job.corrections + lane + l));
                 score = score * scales[r] * load<Floats>(job.scales + lane + l);
-                fits &= !bits_of(~((score <= LARGEST) & (score >= -LARGEST)));
+                wrong |= bits_of(~((score <= LARGEST) & (score >= -LARGEST)));
                 if (!found) {
                     for (int64_t i = l; i < std::min(queries, l + LANES); ++i)
                         job.out[(q0 + i) * job.out_stride + segment.place + start + r] = score[i - l];
@@ -525,6 +522,7 @@ struct Worker {
                 }
             }
         }
+        fits &= !wrong;
     }
 
     void offer(int64_t query, int64_t lane, float score, int64_t position) {
@@ -701,8 +699,9 @@ enum Status { GOOD = 0, BAD_DOCUMENTS = 1, NO_MEMORY = 2, OVERFLOW_OF_SCORES = 3
 
 // Scores `count` queries from the `q0`-th on: all scores go to `out`, or the best ones are collected in `found`.
 Status run(const Stage& stage, const Which& documents, int64_t q0, int64_t count, int64_t threads, float* out,
-           int64_t out_stride, Best* found) {
+           int64_t out_stride, Best* found, const float* least = nullptr) {
     Job job(stage, documents, count);
+    job.least = least;
     job.stored = Kind(stage.kind);
     const int64_t bits[] = {32, 16, 8, 4, 1}, n = documents.n;
     job.stored_bytes = (stage.dim * bits[job.stored] + 7) / 8;
@@ -749,6 +748,32 @@ Status run(const Stage& stage, const Which& documents, int64_t q0, int64_t count
         }
     });
     return merged ? GOOD : NO_MEMORY;
+}
+
+// The best of very many documents: a sample of them tells which score not many more than `keep` of all will exceed, so that
+// few are collected. If the sample was misleading, and fewer do, all are collected.
+Status run_guessing(const Stage& stage, const Which& documents, int64_t q0, int64_t count, int64_t threads, Best* found) {
+    const int64_t n = documents.n, keep = found[0].k;
+    if (stage.r_q == 1 && stage.vectors() == 1 && !documents.index && keep >= 64 && n >= 2 * ONE_IN * keep) {
+        std::vector<int64_t> sample;
+        for (int64_t start = 0; start < n; start += ONE_IN * LANES)
+            for (int64_t i = start; i < std::min(n, start + LANES); ++i)
+                if (!documents.allowed || documents.allowed[i]) sample.push_back(i);
+        const double expected = double(keep) / ONE_IN;
+        std::vector<Best> best(count);
+        std::vector<float> least(count);
+        for (auto& one : best) one.k = size_t(expected + 4 * std::sqrt(expected) + 4);
+        const Which some{sample.data(), int64_t(sample.size()), nullptr};
+        if (const Status status = run(stage, some, q0, count, threads, nullptr, 0, best.data())) return status;
+        for (int64_t q = 0; q < count; ++q) {
+            const bool enough = best[q].keys.size() == best[q].k;
+            least[q] = enough ? score_of(*std::min_element(best[q].keys.begin(), best[q].keys.end())) : -INFINITY;
+        }
+        if (const Status status = run(stage, documents, q0, count, threads, nullptr, 0, found, least.data())) return status;
+        if (std::all_of(found, found + count, [&](const Best& one) { return one.keys.size() == size_t(keep); })) return GOOD;
+        for (int64_t q = 0; q < count; ++q) found[q].keys.clear();
+    }
+    return run(stage, documents, q0, count, threads, nullptr, 0, found);
 }
 
 // Leaves only what is within the margin of the k-th best, of scores that are sums over r_q vectors.
@@ -822,7 +847,7 @@ int32_t metaembed_cascade(const Stage* stages, int64_t stage_count, int64_t coun
         const int64_t some = std::min(step, count - q0);
         std::vector<Best> found(some);
         for (auto& best : found) best.k = keep;
-        if (const Status status = run(first, documents, q0, some, threads, nullptr, 0, found.data())) return status;
+        if (const Status status = run_guessing(first, documents, q0, some, threads, found.data())) return status;
         // Threads share the queries; if they are few, the documents of each.
         const int64_t outer = some < threads ? 1 : threads, inner = outer == 1 ? threads : 1;
         std::atomic<int64_t> next{0};
