@@ -6,7 +6,7 @@ import json
 import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..retrieval.index import Document
 from .engine import EngineStore, Hit, Selection, Step, check_filters, check_prefixes, retry
-from .pgvector_filters import COLUMN_TYPES, column_name, expression, translate
+from .pgvector_filters import COLUMN_TYPES, check_name, column_name, expression, translate
 
 _Result = TypeVar("_Result")
 TYPES = {"float32": "vector", "float16": "halfvec"}
@@ -135,10 +135,8 @@ class PgvectorStore(EngineStore):
             sql.SQL("COMMENT ON TABLE {} IS {}").format(table, sql.Literal(_MARK + json.dumps(settings)))
         )
         with _translated(errors), _connect(psycopg, dsn, timeout, attempts) as connection:
-            try:
+            with suppress(errors.UniqueViolation):  # another session creates it at this moment
                 connection.execute("CREATE EXTENSION IF NOT EXISTS vector")
-            except errors.UniqueViolation:  # another session creates it at this moment
-                pass
             _check_version(connection)
             with connection.transaction():
                 try:
@@ -384,8 +382,7 @@ def _split(address: str) -> tuple[str, list[str]]:
             "table=SCHEMA.TABLE; this one names " + (f"{tables}" if tables else "no table")
         )
     for name in path:
-        if len(name.encode()) > 63 or "\0" in name:
-            raise ValueError(f"PostgreSQL takes names of 63 bytes at most, not {name!r}")
+        check_name(name)
     query = urlencode([(key, value) for key, value in pairs if key != "table"])
     return urlunsplit(parts._replace(query=query)), path
 
@@ -448,7 +445,7 @@ def _check_limits(vectors: Any, dim: Any, prefixes: Sequence[int] | None, quanti
     size = vectors * (8 + dim * (4 if quantization == "float32" else 2))
     if size >= _MOST_BYTES:
         raise ValueError(
-            f"the vectors of a document take {size >> 20} MB, and PostgreSQL 1 GB at most; keep fewer vectors, or fewer "
-            "dimensions with fit_pca"
+            f"the vectors of a document take {size >> 20} MB, and PostgreSQL takes 1 GB at most; keep fewer vectors, "
+            "or fewer dimensions with fit_pca"
         )
     return checked

@@ -22,11 +22,19 @@ def column_name(key: str) -> str:
     """Return the name of the column for a key of the metadata.
 
     Raises:
-        ValueError: if it is too long.
+        ValueError: if PostgreSQL cannot take it.
     """
-    name = f"meta_{key}"
-    if len(name.encode()) > 63:
-        raise ValueError(f"PostgreSQL takes names of columns of 63 bytes at most, not {name!r}")
+    return check_name(f"meta_{key}")
+
+
+def check_name(name: str) -> str:
+    """Return the name of a table or a column.
+
+    Raises:
+        ValueError: if PostgreSQL would cut it, or psycopg misread it.
+    """
+    if len(name.encode()) > 63 or "\0" in name or "%" in name:
+        raise ValueError(f"names in PostgreSQL have 63 bytes at most, and here no percent sign: not {name!r}")
     return name
 
 
