@@ -9,6 +9,7 @@ from typing import Any
 from ..retrieval.metadata import compile_where
 
 COLUMN_TYPES = {"text": 'text COLLATE "C"', "number": "numeric", "boolean": "boolean"}
+_CASTS = {"text": "text", "number": "numeric", "boolean": "boolean"}
 _COMPARISONS = {"$lt": "<", "$lte": "<=", "$gt": ">", "$gte": ">="}
 # What a value is, if it is of the kind. CASE, because PostgreSQL may compute the sides of AND in any order.
 _AS_KIND = {
@@ -80,10 +81,8 @@ class _Translation:
     def _compare(self, key: str, operator: str, operand: Any) -> Any:
         if operator in _COMPARISONS:
             kind = "text" if isinstance(operand, str) else "number"
-            compared = self._of_kind(key, kind)
-            self.values.append(operand if kind == "text" else json.dumps(operand))
-            as_type = "text" if kind == "text" else "numeric"
-            return self.sql.SQL(f"(({{}} {_COMPARISONS[operator]} %s::{as_type}) IS TRUE)").format(compared)
+            sign = _COMPARISONS[operator]
+            return self._holds(key, kind, sign + " %s::{}", operand if kind == "text" else json.dumps(operand))
         if operator == "$exists":
             return self.sql.SQL(f"({{}} IS {'NOT ' if operand else ''}NULL)").format(self._value(key))
         found = self._among(key, [operand] if operator in ("$eq", "$ne") else list(operand))
@@ -99,20 +98,23 @@ class _Translation:
         parts = []
         for kind, values in kinds.items():
             if values:
-                compared = self._of_kind(key, kind)
-                as_type = {"text": "text", "boolean": "boolean", "number": "numeric"}[kind]
-                self.values.append(values)
-                parts.append(self.sql.SQL(f"(({{}} = ANY(%s::{as_type}[])) IS TRUE)").format(compared))
+                parts.append(self._holds(key, kind, "= ANY(%s::{}[])", values))
         if None in operands:
             value = self.sql.SQL("(coalesce(jsonb_typeof({}), 'null') = 'null')")
             parts.append(value.format(self._value(key)))
         return self._join(parts, "OR")
 
-    def _of_kind(self, key: str, kind: str) -> Any:
-        if self.columns.get(key) == kind:
-            return self.sql.Identifier(column_name(key))
-        # The value is written twice, and its path bound twice.
-        return self.sql.SQL(_AS_KIND[kind].replace("{0}", "{}")).format(self._value(key), self._value(key))
+    def _holds(self, key: str, kind: str, comparison: str, operand: Any) -> Any:
+        """The value at the key is of the kind and compares so with the operand: true or false, and never NULL."""
+        comparison = comparison.format(_CASTS[kind])
+        if self.columns.get(key) == kind:  # IS TRUE would keep PostgreSQL from using the index of the column
+            column = self.sql.Identifier(column_name(key))
+            found = self.sql.SQL(f"({{0}} IS NOT NULL AND {{0}} {comparison})").format(column)
+        else:  # the value is written twice, and its path bound twice
+            value = self.sql.SQL(_AS_KIND[kind].replace("{0}", "{}")).format(self._value(key), self._value(key))
+            found = self.sql.SQL(f"(({{}} {comparison}) IS TRUE)").format(value)
+        self.values.append(operand)
+        return found
 
     def _value(self, key: str) -> Any:
         self.values.append(_path(key))
