@@ -119,7 +119,9 @@ def run(options: argparse.Namespace, encoder: type[Encoder] = Encoder) -> int:
         raise ValueError(f"{options.actors} actors and reading need more than the {there.get('CPU', 0):g} CPUs of Ray")
     prepare(options)
     # The same blocks in the same order each time, so that the ledger knows them again.
-    ray.data.DataContext.get_current().execution_options.preserve_order = True
+    context = ray.data.DataContext.get_current()
+    context.execution_options.preserve_order = True
+    context.use_datasource_v2 = False  # it starts many processes to read the footers of a few files
     columns = dict.fromkeys([options.id, options.text, options.image, *options.metadata])
     data = ray.data.read_parquet(
         options.data, columns=[name for name in columns if name], override_num_blocks=options.blocks

@@ -419,6 +419,10 @@ class EdgeStore(_Qdrant):
         made = [self._edge.Point(i, vectors, payload) for i, vectors, payload in points]
         with self._lock:
             self._shard.update(self._edge.UpdateOperation.upsert_points(made))
+
+    def _put(self, stack: Tensor, ids: list[str], metadata: list[dict[str, Any]], *, replacing: bool) -> None:
+        with self._lock:
+            super()._put(stack, ids, metadata, replacing=replacing)
             self._shard.flush()
 
     def _retrieve(self, points: list[str], vectors: Any) -> list[Any]:
