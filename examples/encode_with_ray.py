@@ -153,7 +153,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--shards", type=int, default=8)
     parser.add_argument("--actors", type=int, default=1)
     parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--blocks", type=int, default=None, help="how many pieces the data is read in")
+    parser.add_argument("--blocks", type=int, default=100, help="pieces of the data; the same at every start")
     options = parser.parse_args(arguments)
     if not options.text and not options.image:
         parser.error("give --text, --image or both")

@@ -170,6 +170,7 @@ class QdrantStore(_Qdrant):
         client: Any = None,
         prefixes: Sequence[int] | None = None,
         quantization: str = "float32",
+        disk: str = "float32",
         filters: Mapping[str, str] | None = None,
         shards: int | None = None,
         replicas: int | None = None,
@@ -188,8 +189,9 @@ class QdrantStore(_Qdrant):
             dim: Dimensions of documents and queries.
             client: A client to use instead of a new one; then the address may be the name of the collection alone.
             prefixes: The numbers of document vectors that budgets can name, 1, 8 and all by default.
-            quantization: `"float32"`; `"float16"`, half the disk; or `"int8"` and `"binary"`, copies in memory from
-                which the engine takes candidates, while the final scores come from the float32 on disk.
+            quantization: `"float32"`; `"float16"`, half the disk; or `"int8"` or `"binary"`, a copy of the first
+                vectors in memory, with which the graph is searched. Scores of later stages are not quantized.
+            disk: `"float32"` or `"float16"`: how vectors lie on disk beside a copy of `"int8"` or `"binary"`.
             filters: Keys of the metadata to index, with the kind of their values, `{"lang": "text", "page":
                 "number"}`. Filters work without, but slowly.
             shards: Into how many parts documents are split; a node of the cluster can hold several.
@@ -206,7 +208,7 @@ class QdrantStore(_Qdrant):
             ConnectionError: if the server does not answer.
             ImportError: if qdrant-client is not installed.
         """
-        prefixes = _check_limits(vectors, dim, prefixes, quantization)
+        prefixes = _check_limits(vectors, dim, prefixes, quantization, disk)
         filters = check_filters(filters)
         client, collection = _connect(address, client, options)
         from qdrant_client import models
@@ -226,8 +228,8 @@ class QdrantStore(_Qdrant):
                 size=dim,
                 distance=models.Distance.DOT,
                 on_disk=on_disk,
-                datatype=models.Datatype.FLOAT16 if quantization == "float16" else None,
-                quantization_config=quantized,
+                datatype=models.Datatype.FLOAT16 if "float16" in (quantization, disk) else None,
+                quantization_config=quantized if first else None,
                 hnsw_config=models.HnswConfigDiff(m=m if first else 0, ef_construct=ef_construct if first else None),
                 multivector_config=None
                 if first
@@ -357,6 +359,7 @@ class EdgeStore(_Qdrant):
         *,
         prefixes: Sequence[int] | None = None,
         quantization: str = "float32",
+        disk: str = "float32",
         filters: Mapping[str, str] | None = None,
         m: int = 16,
         ef_construct: int = 100,
@@ -368,7 +371,7 @@ class EdgeStore(_Qdrant):
             ImportError: if qdrant-edge-py is not installed.
         """
         edge, folder = _import_edge(), Path(folder)
-        prefixes = _check_limits(vectors, dim, prefixes, quantization)
+        prefixes = _check_limits(vectors, dim, prefixes, quantization, disk)
         filters = check_filters(filters)
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.iterdir()):
@@ -383,8 +386,8 @@ class EdgeStore(_Qdrant):
             return edge.EdgeVectorParams(
                 size=dim,
                 distance=edge.Distance.Dot,
-                datatype=edge.VectorStorageDatatype.Float16 if quantization == "float16" else None,
-                quantization_config=quantized(),
+                datatype=edge.VectorStorageDatatype.Float16 if "float16" in (quantization, disk) else None,
+                quantization_config=quantized() if first else None,
                 hnsw_config=edge.HnswIndexConfig(m if first else 0, ef_construct, 10_000),
                 multivector_config=None if first else edge.MultiVectorConfig(edge.MultiVectorComparator.MaxSim),
             )
@@ -541,11 +544,15 @@ def _parts(items: Sequence[_Result], size: int) -> Iterator[Sequence[_Result]]:
         yield items[start : start + size]
 
 
-def _check_limits(vectors: Any, dim: Any, prefixes: Sequence[int] | None, quantization: str) -> tuple[int, ...]:
+def _check_limits(
+    vectors: Any, dim: Any, prefixes: Sequence[int] | None, quantization: str, disk: str
+) -> tuple[int, ...]:
     """Refuse what Qdrant would refuse, before anything is sent."""
     checked = check_prefixes(vectors, dim, prefixes)
     if quantization not in QUANTIZATIONS:
         raise ValueError(f"quantization must be one of {', '.join(QUANTIZATIONS)} for Qdrant, not {quantization!r}")
+    if disk not in ("float32", "float16"):
+        raise ValueError(f"disk must be 'float32' or 'float16', not {disk!r}")
     if dim > _MOST_DIM:
         raise ValueError(f"Qdrant takes {_MOST_DIM} dimensions at most, not {dim}; keep fewer with fit_pca")
     if vectors * dim >= _MOST_NUMBERS and vectors > 1:

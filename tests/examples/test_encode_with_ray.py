@@ -64,7 +64,7 @@ def test_two_nodes_and_a_killed_worker_give_what_a_single_process_gives(cluster,
     Killed.__module__ = "__main__"  # so that it is sent by value
     options = parse(
         f"--model {tmp_path}/model --data {tmp_path}/data --text title --metadata page --to {tmp_path}/out "
-        "--shards 3 --actors 2 --batch-size 6 --vectors 4".split()
+        "--shards 3 --actors 2 --batch-size 6 --vectors 4 --blocks 4".split()
     )
     with pytest.raises(ValueError, match="3 actors and reading need more than the 3 CPUs"):
         run(argparse.Namespace(**vars(options) | {"actors": 3}))

@@ -34,7 +34,7 @@ def sent(qdrant):
 
 
 def test_only_the_first_vectors_have_a_graph_and_shards_replicas_and_indexes_are_passed_on(qdrant, sent, name):
-    settings = {"shards": 12, "replicas": 2, "write_consistency": 1, "quantization": "int8"}
+    settings = {"shards": 12, "replicas": 2, "write_consistency": 1, "quantization": "int8", "disk": "float16"}
     create_store(
         f"{qdrant.url}/{name}", 64, 16, **settings, filters={"lang": "text", "page": "number", "x": "boolean"}
     )
@@ -45,8 +45,9 @@ def test_only_the_first_vectors_have_a_graph_and_shards_replicas_and_indexes_are
     for other in ("v8", "v64"):
         assert made["vectors"][other]["hnsw_config"] == {"m": 0}
         assert made["vectors"][other]["multivector_config"] == {"comparator": "max_sim"}
-        assert made["vectors"][other]["quantization_config"]["scalar"]["type"] == "int8"
-        assert made["vectors"][other]["on_disk"] is True
+        assert "quantization_config" not in made["vectors"][other]
+        assert made["vectors"][other]["on_disk"] is True and made["vectors"][other]["datatype"] == "float16"
+    assert made["vectors"]["v1"]["quantization_config"]["scalar"] == {"type": "int8", "always_ram": True}
     indexed = {body["field_name"]: body["field_schema"] for _, path, body in sent if path.endswith("/index")}
     assert indexed == {'metadata."lang"': "keyword", 'metadata."page"': "float", "marks": "keyword"}
 
