@@ -51,9 +51,7 @@ def main() -> None:
     parser.add_argument("--memory", type=float, default=64, help="GB of a node")
     parser.add_argument("--disk", type=float, default=4000, help="GB of a node")
     options = parser.parse_args()
-    print(
-        "| documents | disk | memory | nodes | because of | shards | documents a shard |\n|---|---|---|---|---|---|---|"
-    )
+    print("| documents | disk | memory | nodes | because of | shards | documents a shard |\n" + "|---" * 7 + "|")
     for documents in (10**6, 10**7, 10**8, 10**9):
         print("| " + " | ".join(plan(documents, options)) + " |")
 

@@ -16,9 +16,11 @@ EXAMPLES = str(Path(__file__).parents[2] / "examples")
 
 
 @pytest.fixture
-def cluster():
+def cluster(monkeypatch):
     """Two nodes on this machine, of two CPUs and of one."""
     from ray.cluster_utils import Cluster
+
+    monkeypatch.setenv("RAY_worker_niceness", "0")  # else workers starve while other programs run
 
     nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
     nodes.add_node(num_cpus=1)
