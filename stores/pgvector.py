@@ -22,6 +22,7 @@ TYPES = {"float32": "vector", "float16": "halfvec"}
 _MOST_DIM = 16_000
 _MOST_INDEXED = {"vector": 2_000, "halfvec": 4_000}  # dimensions of an HNSW graph
 _MOST_BYTES = 1 << 30  # of a value
+_MOST_METADATA = 255 << 20  # of a document
 _MOST_EF = 1_000
 _MARK = "metaembed store 1 "  # begins the comment of a table that is a store
 
@@ -156,8 +157,11 @@ class PgvectorStore(EngineStore):
     # Writing
 
     def _put(self, stack: Tensor, ids: list[str], metadata: list[dict[str, Any]], *, replacing: bool) -> None:
-        if len(json.dumps(max(metadata, key=lambda one: len(json.dumps(one))))) > 255 << 20:
-            raise ValueError("PostgreSQL takes 255 MB of metadata for a document at most; keep less")
+        for id, one in zip(ids, metadata, strict=True):
+            if len(json.dumps(one)) > _MOST_METADATA:
+                raise ValueError(
+                    f"document {id!r} has more than the 255 MB of metadata that PostgreSQL takes; keep less"
+                )
         sql, errors = self._psycopg.sql, self._psycopg.errors
         names = ["id", "metadata", *(f"v{prefix}" for prefix in self.prefixes)]
         conflict = sql.SQL("ON CONFLICT (id) DO UPDATE SET {}").format(

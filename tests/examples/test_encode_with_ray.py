@@ -37,7 +37,8 @@ def test_two_nodes_and_a_killed_worker_give_what_a_single_process_gives(cluster,
     import pyarrow.parquet as pq
     from encode_with_ray import Encoder, Shards, parse, run
 
-    texts = [f"a red apple number {i}" for i in range(24)]
+    words = ["red", "apple", "cat", "table", "rocket"]
+    texts = [f"a {first} and {second}" for first in words for second in words][:24]
     ids = [f"d{i}" for i in range(24)]
     table = pa.table({"id": ids, "title": texts, "page": list(range(24))})
     (tmp_path / "data").mkdir()
