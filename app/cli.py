@@ -44,7 +44,7 @@ class Wrong(Exception):
 
 @app.callback()
 def metaembed() -> None:
-    """Search pictures, texts and PDFs with as many vectors as you choose.
+    r"""Search pictures, texts and PDFs with as many vectors as you choose.
 
     \b
     metaembed index papers/ --model you/your-metaembed --to my-index
@@ -54,7 +54,7 @@ def metaembed() -> None:
 
 @app.command()
 def index(
-    sources: Annotated[list[str] | None, typer.Argument(metavar="SOURCE...", show_default=False)] = None,
+    sources: Annotated[list[str] | None, typer.Argument(metavar="SOURCE", hidden=True)] = None,
     to: Annotated[str, typer.Option(metavar="INDEX", help="Folder or address of a store.")] = ...,  # type: ignore
     model: Annotated[str | None, typer.Option(metavar="NAME", help="Folder or Hub id.")] = None,
     sync: Annotated[bool, typer.Option("--sync", help="Re-encode what changed, delete what is gone.")] = False,
@@ -64,11 +64,8 @@ def index(
     quantization: Annotated[str | None, typer.Option(metavar="NAME", help="int8, float32, ...")] = None,
     pages: Annotated[str | None, typer.Option(metavar="KIND", help="PDFs as image, text or both.")] = None,
     dpi: Annotated[float | None, typer.Option(min=10, max=600, help="Of PDF pages: 144.", metavar="N")] = None,
-    text: Annotated[str | None, typer.Option(metavar="COLUMN", help="Column of a dataset.")] = None,
-    image: Annotated[str | None, typer.Option(metavar="COLUMN", help="Column of a dataset.")] = None,
-    id: Annotated[str | None, typer.Option(metavar="COLUMN", help="Column of a dataset.")] = None,
-    metadata: Annotated[str, typer.Option(metavar="COLUMN,...", help="Columns to keep.")] = "",
-    split: Annotated[str, typer.Option(metavar="NAME", help="Split of a dataset of the Hub.")] = "train",
+    columns: Annotated[str, typer.Option(metavar="USE=NAME,...", help="Of a dataset: text=, image=, id=.")] = "",
+    metadata: Annotated[str, typer.Option(metavar="NAME,...", help="Other columns to keep.")] = "",
     follow_links: Annotated[bool, typer.Option("--follow-links", help="Also out of SOURCE.")] = False,
     allow_urls: Annotated[bool, typer.Option("--allow-urls", help="Fetch pictures of a dataset.")] = False,
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Of the model.")] = False,
@@ -76,14 +73,11 @@ def index(
     as_json: AsJson = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
 ) -> None:
-    """Index folders of pictures, texts and PDFs, or datasets.
-
-    Interrupted, even killed, and started again, it goes on where it was.
-    """
+    """Index folders of pictures, texts and PDFs, or datasets; go on after a kill."""
     from .ingest import REPORT, begin, ingest
     from .settings import SETTINGS, folder_of
-    from .sources import Columns
 
+    named = _columns(columns, metadata)
     options = {"dpi": dpi, "pages": pages, "follow_links": follow_links, "allow_urls": allow_urls}
     folder = folder_of(to)
     new = not (folder / SETTINGS).exists()
@@ -99,8 +93,6 @@ def index(
     settings = begin(to, encoder, settings, **({"quantization": quantization} if quantization else {}))
     if not settings.ordered and not quiet:
         _say("The prefixes of this model are not trained: those of the index are ordered summaries.")
-    kept = tuple(name for name in metadata.split(",") if name)
-    columns = Columns(text, image, id, kept, split)
     summary = ingest(
         to,
         sources or [],
@@ -109,10 +101,23 @@ def index(
         batch_size=batch,
         workers=workers,
         progress=not quiet,
-        columns=columns,
+        columns=named,
     )
     _print_summary(summary, to, folder / REPORT, as_json)
     raise typer.Exit(UNREADABLE if summary.of("unreadable") else OK)
+
+
+def _columns(text: str, metadata: str) -> Any:
+    """Parse `text=caption,image=picture` into the columns of a dataset."""
+    from .sources import Columns
+
+    found = {}
+    for part in filter(None, text.split(",")):
+        use, _, name = part.partition("=")
+        if use not in ("text", "image", "id", "split", "name") or not name:
+            raise Wrong(f"--columns must be as text=caption,image=picture,id=key,split=train, not {text}")
+        found[use] = name
+    return Columns(**found, metadata=tuple(filter(None, metadata.split(","))))
 
 
 def _checked(to: str, model: str | None, vectors: int | None, options: dict[str, Any]) -> Any:
