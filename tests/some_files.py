@@ -10,7 +10,8 @@ ENCRYPTED = b"""%PDF-1.4
 1 0 obj <</Type /Catalog /Pages 2 0 R>> endobj
 2 0 obj <</Type /Pages /Kids [3 0 R] /Count 1>> endobj
 3 0 obj <</Type /Page /Parent 2 0 R /MediaBox [0 0 200 200]>> endobj
-4 0 obj <</Filter /Standard /V 1 /R 2 /P -4 /O (OOOOOOOOOOOOOOOOOOOOOOOOOOOOOOOO) /U (UUUUUUUUUUUUUUUUUUUUUUUUUUUUUUUU)>>
+4 0 obj <</Filter /Standard /V 1 /R 2 /P -4
+/O (OOOOOOOOOOOOOOOOOOOOOOOOOOOOOOOO) /U (UUUUUUUUUUUUUUUUUUUUUUUUUUUUUUUU)>>
 endobj
 trailer <</Root 1 0 R /Encrypt 4 0 R /Size 5 /ID [(0123456789abcdef) (0123456789abcdef)]>>
 %%EOF
@@ -60,7 +61,7 @@ def messy(folder: Path, files: int = 200) -> dict[str, str]:
     put("archive.zip", b"PK\3\4", "skipped")
     put(".hidden.png", _png(4), "skipped")
     put("図/絵.png", _png(5), "image")
-    put("τέχνη/заметка.md", "# Яблоко\n\nкрасное".encode(), "text")
+    put("τέχνη/заметка.md", "# Яблоко\n\nкрасное".encode(), "text")  # noqa: RUF001
     put("صورة.png", _png(6), "image")
     put("long.md", ("A paragraph of words.\n\n" * 300).encode(), "text")
     os.symlink("..", folder / "τέχνη" / "loop")
