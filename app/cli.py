@@ -441,8 +441,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     except Exception as error:
         code = _explained(error)
     except KeyboardInterrupt:
-        _say("metaembed: interrupted; the same command goes on where it was")
-        code = INTERRUPTED
+        code = _explained(typer.Abort())
     sys.exit(code)
 
 
@@ -450,11 +449,11 @@ def _explained(error: Exception) -> int:
     """Print an error as one line, and return the exit code."""
     if os.environ.get("METAEMBED_TRACEBACK"):
         raise error
-    if isinstance(error, BrokenPipeError):  # as `metaembed search ... | head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return OK
-    if isinstance(error, typer.Exit | typer.Abort):
-        return getattr(error, "exit_code", INTERRUPTED)
+    if isinstance(error, typer.Exit):
+        return error.exit_code
+    if isinstance(error, typer.Abort):  # what typer makes of an interrupt
+        _say("metaembed: interrupted; the same command goes on where it was")
+        return INTERRUPTED
     if hasattr(error, "format_message"):  # of click: wrong arguments
         _say(f"metaembed: {' '.join(error.format_message().split())}")
         return getattr(error, "exit_code", USAGE)

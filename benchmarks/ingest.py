@@ -146,6 +146,7 @@ class Memory:
 
 
 def main() -> None:
+    """Run the proof that is asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("proof", choices=["kills", "pages"])
     parser.add_argument("--model", required=True)
