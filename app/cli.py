@@ -449,9 +449,9 @@ def _explained(error: Exception) -> int:
     """Print an error as one line, and return the exit code."""
     if os.environ.get("METAEMBED_TRACEBACK"):
         raise error
-    if isinstance(error, typer.Exit):
+    if isinstance(error, typer.Exit) and error.exit_code != INTERRUPTED:
         return error.exit_code
-    if isinstance(error, typer.Abort):  # what typer makes of an interrupt
+    if isinstance(error, typer.Exit | typer.Abort):  # what typer makes of an interrupt
         _say("metaembed: interrupted; the same command goes on where it was")
         return INTERRUPTED
     if hasattr(error, "format_message"):  # of click: wrong arguments
