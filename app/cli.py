@@ -438,10 +438,12 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     try:
         with _terminating():
             code = app(args=arguments, prog_name="metaembed", standalone_mode=False) or OK
+    except (KeyboardInterrupt, typer.Abort):
+        code = INTERRUPTED
     except Exception as error:
         code = _explained(error)
-    except KeyboardInterrupt:
-        code = _explained(typer.Abort())
+    if code == INTERRUPTED:  # which is also what typer returns for an interrupt
+        _say("metaembed: interrupted; the same command goes on where it was")
     sys.exit(code)
 
 
@@ -449,11 +451,6 @@ def _explained(error: Exception) -> int:
     """Print an error as one line, and return the exit code."""
     if os.environ.get("METAEMBED_TRACEBACK"):
         raise error
-    if isinstance(error, typer.Exit) and error.exit_code != INTERRUPTED:
-        return error.exit_code
-    if isinstance(error, typer.Exit | typer.Abort):  # what typer makes of an interrupt
-        _say("metaembed: interrupted; the same command goes on where it was")
-        return INTERRUPTED
     if hasattr(error, "format_message"):  # of click: wrong arguments
         _say(f"metaembed: {' '.join(error.format_message().split())}")
         return getattr(error, "exit_code", USAGE)
