@@ -11,8 +11,9 @@ from urllib.parse import unquote, urlsplit
 
 from ..retrieval.index import Document, MultiVectorIndex, SearchHits
 from ..scoring_metaembed import Budget
+from .loading import Ledger, load
 
-__all__ = ["Document", "SearchHits", "VectorStore", "create_store", "open_store"]
+__all__ = ["Document", "Ledger", "SearchHits", "VectorStore", "create_store", "load", "open_store"]
 
 _FORMS = """
   a folder, `pages/` or `file:pages`                            an index of this package
