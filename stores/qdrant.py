@@ -1,0 +1,1 @@
+"""Qdrant, in this process, on a server or on a cluster."""
