@@ -41,24 +41,31 @@ class Attention:
     pieces: list[tuple[str, list[int]]]
     reason: str = ""
 
-    def over_picture(self, meta: int, layer: int = -1) -> Tensor:
+    def over_picture(self, meta: int, layer: int | None = -1) -> Tensor:
         """Return the attention of Meta Token `meta` to each patch, `[rows, columns]`, as shares of all its attention.
+
+        Args:
+            meta: The number of the Meta Token, 0 for the first.
+            layer: The number of the layer. None: the mean of all layers.
 
         Raises:
             NoAttentionError: If there is no picture, or the places of its patches are not known.
         """
         if self.grid is None:
             raise NoAttentionError(self.reason or "this input has no picture.")
-        return self.weights[layer, meta, self.patches].view(self.grid)
+        return self._row(meta, layer)[self.patches].view(self.grid)
 
-    def over_text(self, meta: int, layer: int = -1) -> list[tuple[str, float]]:
+    def over_text(self, meta: int, layer: int | None = -1) -> list[tuple[str, float]]:
         """Return the pieces of the text, each with its share of the attention of Meta Token `meta`."""
-        row = self.weights[layer, meta]
+        row = self._row(meta, layer)
         return [(text, row[places].sum().item()) for text, places in self.pieces]
 
-    def share_of_picture(self, meta: int, layer: int = -1) -> float:
+    def share_of_picture(self, meta: int, layer: int | None = -1) -> float:
         """Return how much of its attention Meta Token `meta` gave to the picture, 0 to 1."""
-        return self.weights[layer, meta, self.patches].sum().item()
+        return self._row(meta, layer)[self.patches].sum().item()
+
+    def _row(self, meta: int, layer: int | None) -> Tensor:
+        return self.weights[:, meta].mean(0) if layer is None else self.weights[layer, meta]
 
 
 class AttentionReader:

@@ -1,15 +1,16 @@
 """The search page: words or a picture in, documents out, and what more vectors would buy.
 
-`Search` answers the events of the page and knows nothing of its layout; `build` lays it out. All that belongs to one
-visitor is in the state that the events pass on, so that visitors do not disturb each other.
+`Search` does what the page shows and knows nothing of Gradio; `Events` are what its components call; `build` lays them
+out. What belongs to one visitor is in the state that the events pass on, so that visitors do not disturb each other.
 """
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, wraps
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..modeling_metaembed import MetaEmbedModel
-from ..retrieval.index import MultiVectorIndex
 from ..retrieval.quantization import bytes_per_vector
+from ..stores import VectorStore
 from . import page_html as html
-from .attention import Attention, AttentionReader, NoAttentionError, highlight
+from .attention import Attention, AttentionReader, highlight
+from .encoder import Encoder, load_encoder
+from .settings import Settings, open_index, read_settings
 from .source import Source
 
 try:
@@ -31,12 +33,16 @@ except ImportError as error:
 
 _THUMBNAIL, _LARGE = 280, 900  # pixels of the longer side
 _SIDE_BY_SIDE = 5  # results of every budget
-LAYERS = ("last", "mean of all")
+_SESSIONS = 256  # visitors whose state is kept
+_HINT = "Type words, drop a picture, or both."
+_NOTHING = "Nothing has been searched for yet."
+_LAYERS = ("last", "mean of all")
+_SIDES = [("The chosen result", "document"), ("Your query", "query")]
 
 
 @dataclass(frozen=True, eq=False)
 class Asked:
-    """What one visitor asked, and what is shown to them.
+    """What one visitor asked, and what they are shown.
 
     Attributes:
         item: What was encoded: words, a picture, or both.
@@ -45,7 +51,7 @@ class Asked:
         budget: `(query vectors, document vectors)` of the results.
         hits: Ids, scores and metadata of the results.
         chosen: The id of the result that is looked at.
-        looked: For a document's id, or None for the query: where its Meta Tokens looked. What was last asked for.
+        looked: Where Meta Tokens looked, of a document's id or, for the query, None: what was looked at last.
     """
 
     item: Any
@@ -58,63 +64,80 @@ class Asked:
 
 
 class Search:
-    """What the events of the page do.
+    """What the page does. Several threads may share it.
 
     Args:
         index: What to search.
-        model: What encodes queries: a [`MetaEmbedModel`], or a sentence-transformers `MultiVectorEncoder`.
+        encoder: Encodes queries.
         source: Opens the documents that were indexed.
         k: How many results to show.
     """
 
-    def __init__(self, index: MultiVectorIndex, model: Any, source: Source, k: int = 12):
-        self.index, self.model, self.source, self.k = index, model, source, k
-        self.meta_model = find_meta_model(model)
-        self.budgets = find_budgets(self.meta_model, index.vectors)
+    def __init__(self, index: VectorStore, encoder: Encoder, source: Source, k: int = 12):
+        self.index, self.encoder, self.source, self.k = index, encoder, source, k
+        largest = encoder.query_vectors, min(encoder.document_vectors, index.vectors)
+        self.budgets = [tuple(one) for one in encoder.budgets if one[1] < largest[1]] + [largest]
         self._thumbnail = lru_cache(maxsize=4096)(self._draw_thumbnail)
+
+    @cached_property
+    def _reader(self) -> AttentionReader:
+        return AttentionReader(self.encoder.model)
 
     @property
     def takes_pictures(self) -> bool:
         """Whether a query may be a picture."""
-        return self.meta_model is None or self.meta_model.processor.image_processor is not None
+        processor = getattr(self.encoder.model, "processor", None)
+        return not self.encoder.ordered or getattr(processor, "image_processor", None) is not None
 
-    def ask(self, words: str, picture: Image.Image | None, r_q: int, r_c: int) -> Asked | None:
-        """Encode a query and find its documents. None if nothing was asked."""
+    def meta_tokens(self, side: str) -> int:
+        """Return the number of Meta Tokens of a side."""
+        return self.encoder.query_vectors if side == "query" else self.encoder.document_vectors
+
+    # Searching
+
+    def ask(self, words: str | None, picture: Image.Image | None) -> Asked | None:
+        """Encode a query. None if nothing was asked.
+
+        Raises:
+            ValueError: If it cannot be encoded.
+        """
         words = (words or "").strip()
         if not words and picture is None:
             return None
         item = words if picture is None else {"image": picture, "text": words} if words else picture
         start = time.perf_counter()
-        query = encode_query(self.model, item)
-        return self.narrow(Asked(item, query, time.perf_counter() - start, (r_q, r_c)), r_q, r_c)[0]
+        query = self.encoder.encode_queries([item])[0]
+        return Asked(item, query, time.perf_counter() - start, self.budgets[-1])
 
-    def narrow(self, asked: Asked, r_q: int, r_c: int) -> tuple[Asked, float]:
-        """Find the documents at another budget, without encoding again, and return the seconds that it took."""
-        budget = (snap(r_q, [q for q, _ in self.budgets]), snap(r_c, [c for _, c in self.budgets]))
+    def narrow(self, asked: Asked, r_q: float, r_c: float) -> tuple[Asked, float]:
+        """Find the documents of a query at a budget, without encoding it again, and return the seconds too."""
+        budget = snap(r_q, [q for q, _ in self.budgets]), snap(r_c, [c for _, c in self.budgets])
         hits, seconds = self._find(asked.query, budget, self.k)
-        ids = [hit[0] for hit in hits]
+        ids = [id for id, _, _ in hits]
         chosen = asked.chosen if asked.chosen in ids else ids[0] if ids else None
         return replace(asked, budget=budget, hits=hits, chosen=chosen), seconds
 
+    def choose(self, asked: Asked, rank: Any) -> Asked:
+        """Return what a visitor is shown who chooses the result `rank`, 0 for the first.
+
+        Raises:
+            ValueError: If there is no such result.
+        """
+        if not isinstance(rank, int) or not 0 <= rank < len(asked.hits):
+            raise ValueError(f"There is no result {rank!r}.")
+        return replace(asked, chosen=asked.hits[rank][0])
+
     def _find(self, query: Tensor, budget: tuple[int, int], k: int) -> tuple[list[Any], float]:
-        r_q = min(budget[0], len(query))
         start = time.perf_counter()
-        found = self.index.search(query[None, :r_q], k=k, budget=(r_q, budget[1]))
+        found = self.index.search(query[None, : budget[0]], k=k, budget=budget)
         seconds = time.perf_counter() - start
         return list(zip(found.ids[0], found.scores[0].tolist(), found.metadata[0], strict=True)), seconds
 
-    def bytes_per_document(self, r_c: int) -> int:
-        """Return the bytes of a document's first `r_c` vectors, as the index keeps them."""
-        return r_c * bytes_per_vector(self.index.quantization["main"][0], self._kept_dim)
-
-    @cached_property
-    def _kept_dim(self) -> int:
-        first = next(iter(self.index), None)
-        return self.index.dim if first is None else first.embedding.shape[1]
+    # Showing
 
     def summary(self, asked: Asked, scoring: float) -> str:
-        """Return the costs of what was asked."""
-        size = self.bytes_per_document(asked.budget[1])
+        """Return what the search cost."""
+        size = self._bytes(asked, asked.budget[1])
         return html.summary(
             [
                 ("Encoding the query", html.milliseconds_text(asked.encoding)),
@@ -127,190 +150,133 @@ class Search:
     def cards(self, asked: Asked) -> str:
         """Return the results."""
         if not asked.hits:
-            return html.message("There is nothing in this index.")
-        found = [self._found(*hit) for hit in asked.hits]
-        return html.cards(found, min(asked.budget[0], len(asked.query)), asked.chosen)
+            return html.message("This index is empty.")
+        return html.cards([self._found(*hit) for hit in asked.hits], asked.budget[0], asked.chosen)
 
     def compare(self, asked: Asked) -> str:
-        """Return the first results of every budget, one below the other."""
+        """Return the first results of every budget, one budget below the other."""
         rows = []
-        for r_q, r_c in self.budgets:
-            hits, seconds = self._find(asked.query, (r_q, r_c), _SIDE_BY_SIDE)
-            found = [self._found(*hit) for hit in hits]
-            rows.append(html.BudgetRow((r_q, r_c), self.bytes_per_document(r_c), seconds, found))
+        for budget in self.budgets:
+            hits, seconds = self._find(asked.query, budget, _SIDE_BY_SIDE)
+            size = self._bytes(asked, budget[1])
+            rows.append(html.BudgetRow(budget, size, seconds, [self._found(*hit) for hit in hits]))
         return html.budget_table(rows, asked.budget)
-
-    def choose(self, asked: Asked, rank: int) -> Asked:
-        """Return what is shown when a visitor chooses a result."""
-        if not isinstance(rank, int) or not 0 <= rank < len(asked.hits):
-            raise ValueError(f"there is no result {rank!r}.")
-        return replace(asked, chosen=asked.hits[rank][0])
-
-    def matches(self, asked: Asked) -> Tensor | None:
-        """Return the similarity of every query vector to every vector of the chosen document, `[r_q, r_c]`."""
-        if asked.chosen is None:
-            return None
-        document = self.index.get([asked.chosen])[0].embedding[: asked.budget[1]]
-        query = asked.query[: asked.budget[0]]
-        return query @ document.T if query.shape[1] == document.shape[1] else None  # a PCA is not undone
-
-    def best_meta(self, asked: Asked, side: str) -> int:
-        """Return the Meta Token of a side that gave the most to the score of the chosen document."""
-        similarity = self.matches(asked)
-        if similarity is None:
-            return 0
-        best, winner = similarity.max(dim=1)
-        if side == "query":
-            return int(best.argmax())
-        return int(torch.zeros(similarity.shape[1]).index_add_(0, winner, best).argmax())
 
     def look(self, asked: Asked, side: str, meta: int, layer: str) -> tuple[Asked, str]:
         """Return where a Meta Token of the query, or of the chosen document, looked."""
-        if self.meta_model is None:
-            return asked, html.message("This model has no Meta Tokens, so there is nothing to look at.")
-        if side == "document" and asked.chosen is None:
-            return asked, html.message("Choose a result to see where the model looked.")
+        if not self.encoder.ordered:
+            return asked, html.message("This model has no Meta Tokens, so there is no attention of theirs to show.")
+        if asked.chosen is None:
+            return asked, html.message(_NOTHING)
         key = asked.chosen if side == "document" else None
-        if side == "document":
-            metadata = next(hit[2] for hit in asked.hits if hit[0] == asked.chosen)
-            item, options, title = self.source.open(metadata), self.source.options, _title(asked.chosen or "", metadata)
-        else:
-            item, options, title = asked.item, {}, "your query"
         try:
-            attention = asked.looked.get(key) or self._reader.read(item, side, **options)
+            item = asked.item if key is None else self.source.open(self._metadata(asked))
+            attention = asked.looked[key] if key in asked.looked else self._reader.read(item, side)
             asked = replace(asked, looked={key: attention})
-            shown = self._show(attention, item, min(meta, attention.weights.shape[1] - 1), layer, title)
+            shown = _show_attention(attention, item, meta, None if layer == _LAYERS[1] else -1)
         except ValueError as error:  # a NoAttentionError, or a file that is gone
             return asked, html.message(f"No attention to show: {error}")
-        return asked, shown + self._explain(asked, side, meta)
+        return asked, shown + html.note(self._explain(asked, side, meta))
 
-    def _show(self, attention: Attention, item: Any, meta: int, layer: str, title: str) -> str:
-        at = None if layer == LAYERS[1] else -1
-        share = attention.share_of_picture(meta, at)
-        picture = item.get("image") if isinstance(item, dict) else item
-        parts = []
-        if isinstance(picture, Image.Image):
-            weights = attention.over_picture(meta, at)
-            caption = f"<b>{share:.0%}</b> of its attention is on the picture, the rest on the words around it."
-            shown = highlight(shrink(picture, _LARGE, least=_LARGE // 2), weights)
-            parts.append(html.attention_over_picture(html.data_url(shown), title, caption))
-        if attention.pieces:
-            pieces = attention.over_text(meta, at)
-            caption = f"<b>{sum(share for _, share in pieces):.0%}</b> of its attention is on these words."
-            parts.append(html.attention_over_text(pieces, caption))
-        return "".join(parts)
+    def best_meta(self, asked: Asked, side: str) -> int:
+        """Return the Meta Token of a side that gives the most to the score of the chosen document."""
+        best, winner = self._matches(asked)
+        if side == "query":
+            return int(best.argmax())
+        return int(torch.zeros(asked.budget[1]).index_add_(0, winner, best).argmax())
 
     def _explain(self, asked: Asked, side: str, meta: int) -> str:
-        """Return which vectors of the other side this Meta Token met, and what that gave to the score."""
-        similarity = self.matches(asked)
-        if similarity is None:
-            return ""
-        best, winner = similarity.max(dim=1)
-        r_q, r_c = similarity.shape
-        if side == "query" and meta < r_q:
-            text = f"At {r_q} × {r_c}, its best match is document token {winner[meta] + 1}: {best[meta]:.2f} of the score."
-        elif side == "document" and meta < r_c and (met := (winner == meta).nonzero()[:, 0].tolist()):
-            names = ", ".join(str(i + 1) for i in met)
-            text = f"At {r_q} × {r_c}, it is the best match of query token {names}: {best[met].sum():.2f} of the score."
-        elif meta >= (r_q if side == "query" else r_c):
-            text = f"This Meta Token is not used at {r_q} × {r_c}."
-        else:
-            text = f"At {r_q} × {r_c}, it is the best match of no query token."
-        return f'<p class="me-note">{text}</p>'
+        """Return which Meta Tokens of the other side this one met, and what that gave to the score."""
+        best, winner = self._matches(asked)
+        r_q, r_c = asked.budget
+        if meta >= (r_q if side == "query" else r_c):
+            return f"A search with {r_q} × {r_c} vectors does not use this Meta Token."
+        if side == "query":
+            return f"It meets document token {winner[meta] + 1}, which gives {best[meta]:.2f} to the score."
+        met = (winner == meta).nonzero()[:, 0].tolist()
+        if not met:
+            return f"With {r_q} × {r_c} vectors, no query token meets it."
+        names = ", ".join(str(i + 1) for i in met)
+        return f"Query token{'s' * (len(met) > 1)} {names} met it, which gives {best[met].sum():.2f} to the score."
 
-    @cached_property
-    def _reader(self) -> AttentionReader:
-        return AttentionReader(self.meta_model)
+    def _matches(self, asked: Asked) -> tuple[Tensor, Tensor]:
+        """Return for every query vector its best similarity to the chosen document, and the vector that has it."""
+        document = self._embedding(asked)[: asked.budget[1]]
+        query = asked.query[: asked.budget[0]]
+        if query.shape[1] != document.shape[1]:  # a PCA of the index
+            document = self.encoder.encode_documents([self.source.open(self._metadata(asked))])[0, : asked.budget[1]]
+        best, winner = (query @ document.T).max(dim=1)
+        return best, winner
+
+    def _bytes(self, asked: Asked, r_c: int) -> int:
+        """Return the bytes of a document's first `r_c` vectors, as the index keeps them; in float32 in other stores."""
+        kept = getattr(self.index, "quantization", None)
+        quantization = kept["main"][0] if isinstance(kept, Mapping) else "float32"
+        dim = self.index.dim if asked.chosen is None else self._embedding(asked).shape[1]
+        return r_c * bytes_per_vector(quantization, dim)
+
+    def _embedding(self, asked: Asked) -> Tensor:
+        return self.index.get([asked.chosen])[0].embedding
+
+    def _metadata(self, asked: Asked) -> dict[str, Any]:
+        return next(metadata for id, _, metadata in asked.hits if id == asked.chosen)
 
     def _found(self, id: str, score: float, metadata: dict[str, Any]) -> html.Found:
-        file, page, kind = metadata.get("file"), metadata.get("page"), metadata.get("kind")
-        name, text = Path(file).name if file else id, str(metadata.get("text") or "")[:300]
-        picture = None if kind == "text" else self._thumbnail(file, page, kind)
-        return html.Found(id, name, score, picture, text or ("" if picture else "(cannot be read any more)"), page)
+        file, page, text = metadata.get("file"), metadata.get("page"), str(metadata.get("text") or "")[:300]
+        name = Path(str(file)).name if file else id
+        if metadata.get("part") is not None:
+            name += f" · {metadata['part']}"
+        picture = None if text else self._thumbnail(metadata.get("source"), file, page)
+        return html.Found(id, name, score, picture, text, page)
 
-    def _draw_thumbnail(self, file: str | None, page: int | None, kind: str | None) -> str | None:
+    def _draw_thumbnail(self, source: int | None, file: str | None, page: int | None) -> str | None:
         """Return a small picture as a data URL, or None if the file is gone."""
         try:
-            document = self.source.open({"file": file, "page": page, "kind": kind})
+            picture = self.source.open({"source": source, "file": file, "page": page})
         except ValueError:
             return None
-        return html.data_url(shrink(document, _THUMBNAIL)) if isinstance(document, Image.Image) else None
+        return html.data_url(shrink(picture, _THUMBNAIL))
 
 
-def find_meta_model(model: Any) -> MetaEmbedModel | None:
-    """Return the model with Meta Tokens in what encodes queries, or None if it has none."""
-    if hasattr(model, "encode_queries"):
-        return model
-    inner = getattr(model[0], "model", None) if hasattr(model, "__getitem__") else None
-    return inner if hasattr(inner, "encode_queries") else None
-
-
-def find_budgets(model: MetaEmbedModel | None, vectors: int) -> list[tuple[int, int]]:
-    """Return the budgets to offer: those that the model was trained for, else powers of two, within the index."""
-    pairs = model.config.budgets if model is not None else [(2**i, 2**i) for i in range(8)]
-    largest = pairs[-1][0] if model is not None else 32
-    fitting = [(min(q, largest), c) for q, c in pairs if c < vectors]
-    return [*fitting, (largest, vectors)]
+def _show_attention(attention: Attention, item: Any, meta: int, layer: int | None) -> str:
+    """Return the picture and the words of an input, highlighted where a Meta Token looked."""
+    picture = item.get("image") if isinstance(item, dict) else item
+    shown = []
+    if isinstance(picture, Image.Image):
+        large = shrink(picture, _LARGE, least=_LARGE // 2)
+        marked = html.data_url(highlight(large, attention.over_picture(meta, layer)))
+        shown.append(html.attention_over_picture(marked, attention.share_of_picture(meta, layer)))
+    if attention.pieces:
+        shown.append(html.attention_over_text(attention.over_text(meta, layer)))
+    return "".join(shown)
 
 
 def snap(value: float, choices: Sequence[int]) -> int:
-    """Return the choice that is nearest by ratio."""
-    return min(choices, key=lambda choice: (abs(choice - value) / choice, -choice))
-
-
-def encode_query(model: Any, item: Any) -> Tensor:
-    """Return all vectors of one query, `[R_q, D]`."""
-    encode = getattr(model, "encode_queries", None) or model.encode_query
-    return torch.as_tensor(encode([item])[0]).float().cpu()
+    """Return the choice that is nearest by ratio, the larger one of two."""
+    return min(choices, key=lambda choice: (max(choice, value) / max(1, min(choice, value)), -choice))
 
 
 def shrink(picture: Image.Image, most: int, least: int = 0) -> Image.Image:
     """Return a picture whose longer side has `most` pixels at most, and `least` at least."""
     longer = max(picture.size)
     target = max(least, min(most, longer))
-    size = tuple(max(1, round(side * target / longer)) for side in picture.size)
-    return picture if size == picture.size else picture.resize(size, Image.Resampling.LANCZOS)
-
-
-# Layout
-
-_CARDS_JS = """
-element.addEventListener("click", event => {
-  const card = event.target.closest("button[data-rank]");
-  if (!card) return;
-  element.querySelectorAll("button[data-rank]").forEach(one => one.setAttribute("aria-pressed", one === card));
-  trigger("select", {rank: Number(card.dataset.rank)});
-});
-"""
-
-# Sliders rest on the budgets that a model was trained for. In the browser, so that the thumb follows at once; the next
-# choice in the direction of a move, so that the arrow keys do not fall back.
-_SNAP_JS = """
-(r_q, r_c) => {
-  const snap = (name, value, choices) => {
-    const kept = window.meSnap ??= {}, old = kept[name] ?? choices[choices.length - 1];
-    let best = choices.reduce((a, b) => Math.abs(b - value) / b <= Math.abs(a - value) / a ? b : a);
-    if (best === old && value > old) best = choices.find(one => one > old) ?? old;
-    if (best === old && value < old) best = choices.findLast(one => one < old) ?? old;
-    return kept[name] = best;
-  };
-  return [snap("query", r_q, %s), snap("document", r_c, %s)];
-}
-"""
+    if target == longer:
+        return picture
+    width, height = (max(1, round(side * target / longer)) for side in picture.size)
+    return picture.resize((width, height), Image.Resampling.LANCZOS)
 
 
 class Events:
-    """The events of the page: what components pass in, and what they show."""
+    """What the components of the page call."""
 
     def __init__(self, search: Search):
         self.search = search
 
-    def ask(self, words: str, picture: Image.Image | None, r_q: int, r_c: int) -> tuple[Asked | None, str, str]:
+    def ask(self, words: str, picture: Image.Image | None, r_q: float, r_c: float) -> tuple[Asked | None, str, str]:
         """Words or a picture were given."""
-        asked = self.search.ask(words, picture, r_q, r_c)
-        return self.narrow(asked, r_q, r_c)
+        return self.narrow(self.search.ask(words, picture), r_q, r_c)
 
-    def narrow(self, asked: Asked | None, r_q: int, r_c: int) -> tuple[Asked | None, str, str]:
+    def narrow(self, asked: Asked | None, r_q: float, r_c: float) -> tuple[Asked | None, str, str]:
         """A budget was chosen."""
         if asked is None:
             return None, "", html.message(_HINT)
@@ -319,17 +285,17 @@ class Events:
 
     def choose(self, asked: Asked | None, event: gr.EventData) -> Asked | None:
         """A result was chosen."""
-        return None if asked is None else self.search.choose(asked, event._data.get("rank"))
+        return None if asked is None else self.search.choose(asked, (event._data or {}).get("rank"))
 
     def look_first(self, asked: Asked | None, side: str, layer: str) -> tuple[Asked | None, Any, str]:
         """Another result, or the other side, is looked at: begin with the Meta Token that matters most."""
-        if asked is None:
-            return None, gr.skip(), html.message(_NOTHING)
-        meta = self.search.best_meta(asked, side)
+        if asked is None or asked.chosen is None:
+            return asked, gr.skip(), html.message(_NOTHING)
+        meta = self.search.best_meta(asked, side) if self.search.encoder.ordered else 0
         asked, shown = self.search.look(asked, side, meta, layer)
         return asked, gr.update(value=meta + 1, maximum=self.search.meta_tokens(side)), shown
 
-    def look(self, asked: Asked | None, side: str, meta: int, layer: str) -> tuple[Asked | None, str]:
+    def look(self, asked: Asked | None, side: str, meta: float, layer: str) -> tuple[Asked | None, str]:
         """A Meta Token or a layer was chosen."""
         if asked is None:
             return None, html.message(_NOTHING)
@@ -337,7 +303,7 @@ class Events:
 
     def compare(self, asked: Asked | None) -> str:
         """The same query at every budget."""
-        return html.message(_NOTHING) if asked is None else self.search.compare(asked)
+        return html.message(_NOTHING) if asked is None or not asked.hits else self.search.compare(asked)
 
 
 def told(event: Callable[..., Any]) -> Callable[..., Any]:
@@ -353,18 +319,44 @@ def told(event: Callable[..., Any]) -> Callable[..., Any]:
     return tell
 
 
-def build(
-    search: Search, title: str = "metaembed", examples: Sequence[str] = (), words: str = ""
-) -> gr.Blocks:
+# A click, or Enter, on a result. Its button stays in place, so that the keyboard's focus does.
+_CARDS_JS = """
+element.addEventListener("click", event => {
+  const card = event.target.closest("button[data-rank]");
+  if (!card) return;
+  element.querySelectorAll("button[data-rank]").forEach(one => one.setAttribute("aria-pressed", one === card));
+  trigger("select", {rank: Number(card.dataset.rank)});
+});
+"""
+
+# Sliders rest on the budgets that the model was trained for: at once, in the browser. A step of the arrow keys goes to
+# the next one, even where the nearest is the one that it came from.
+_SNAP_JS = """
+(r_q, r_c) => {
+  const snap = (name, value, choices) => {
+    const rests = window.metaembedRests ??= {}, old = rests[name] ?? choices.at(-1);
+    const far = choice => Math.max(choice, value) / Math.min(choice, value);
+    let best = choices.reduce((a, b) => far(b) <= far(a) ? b : a);
+    if (best === old && value > old) best = choices.find(one => one > old) ?? old;
+    if (best === old && value < old) best = choices.findLast(one => one < old) ?? old;
+    return rests[name] = best;
+  };
+  return [snap("query", r_q, %s), snap("document", r_c, %s)];
+}
+"""
+
+
+def build(search: Search, title: str = "metaembed", examples: Sequence[str] = (), words: str = "") -> gr.Blocks:
     """Return the page, ready to be launched.
 
     Args:
-        search: Answers the events.
+        search: Does what the page shows.
         title: What stands on top.
         examples: Queries to try.
         words: The query that the page starts with.
     """
     events = Events(search)
+    rests = [sorted({budget[side] for budget in search.budgets}) for side in (0, 1)]
     with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(3600, 3600)) as page:
         state = gr.State(None)
         gr.HTML(html.header(title, len(search.index), search.index.vectors), apply_default_css=False)
@@ -373,15 +365,15 @@ def build(
                 text = gr.Textbox(
                     words, label="Words", placeholder=_HINT, autofocus=True, max_length=8000, elem_id="words"
                 )
-                tried = gr.Examples([[each] for each in examples], text, label="Try") if examples else None
+                tried = gr.Examples([[one] for one in examples], text, label="Try", elem_id="try") if examples else None
                 go = gr.Button("Search", variant="primary", elem_id="go")
             with gr.Column(scale=1, min_width=220, visible=search.takes_pictures):
                 picture = gr.Image(
-                    label="Picture", type="pil", sources=["upload", "clipboard"], height=190, buttons=[], elem_id="picture"
+                    label="Picture", type="pil", sources=["upload", "clipboard"], height=180, buttons=[], elem_id="picture"
                 )
         with gr.Row():
-            r_q = _slider("Query vectors", [q for q, _ in search.budgets], "query-vectors")
-            r_c = _slider("Document vectors", [c for _, c in search.budgets], "document-vectors")
+            r_q = _slider("Query vectors", rests[0], "query-vectors")
+            r_c = _slider("Document vectors", rests[1], "document-vectors")
         facts = gr.HTML(apply_default_css=False, elem_id="facts")
         with gr.Tabs():
             with gr.Tab("Results"), gr.Row():
@@ -390,30 +382,113 @@ def build(
                         html.message(_HINT), js_on_load=_CARDS_JS, apply_default_css=False, elem_id="results"
                     )
                 with gr.Column(scale=2, min_width=280, elem_id="look"):
-                    gr.HTML("<h2>Where each Meta Token looked</h2>", apply_default_css=False, elem_classes="me-head")
+                    gr.HTML(html.heading("Where each Meta Token looked"), apply_default_css=False)
                     side = gr.Radio(_SIDES, value="document", show_label=False, container=False, elem_id="side")
                     looked = gr.HTML(html.message(_NOTHING), apply_default_css=False, elem_id="looked")
-                    meta = gr.Slider(1, search.meta_tokens("document"), 1, step=1, label="Meta Token", elem_id="meta")
-                    layer = gr.Radio(LAYERS, value=LAYERS[0], label="Layer", elem_id="layer")
+                    meta = gr.Slider(
+                        1, search.meta_tokens("document"), 1, step=1, label="Meta Token", elem_id="meta", buttons=[]
+                    )
+                    layer = gr.Radio(list(_LAYERS), value=_LAYERS[0], label="Layer", elem_id="layer")
             with gr.Tab("Every budget"):
                 table = gr.HTML(html.message(_NOTHING), apply_default_css=False, elem_id="budgets")
 
-        private = dict(api_visibility="private", show_progress="hidden")
-        latest = dict(private, trigger_mode="always_last")
-        shown, seen = [state, facts, found], [state, meta, looked]
-        starts = [go.click, text.submit, picture.change, *([page.load] if words else [])]
+        private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+        latest = {**private, "trigger_mode": "always_last"}
+        answer, sight = [state, facts, found], [state, meta, looked]
+        starts = [go.click, text.submit, picture.change]
+        starts += [page.load] if words else []
         starts += [tried.load_input_event.then] if tried else []
         for number, start in enumerate(starts):
-            options = private if number else dict(api_name="search", show_progress="minimal")
-            asked = start(told(events.ask), [text, picture, r_q, r_c], shown, **options)
-            looking = asked.then(told(events.look_first), [state, side, layer], seen, **private)
-            looking.then(told(events.compare), state, table, **private)
-        choices = [sorted({pair[i] for pair in search.budgets}) for i in (0, 1)]
-        moved = gr.on([r_q.input, r_c.input], None, [r_q, r_c], [r_q, r_c], js=_SNAP_JS % tuple(choices), **private)
-        narrowed = moved.then(told(events.narrow), [state, r_q, r_c], shown, **latest)
-        compared = narrowed.then(told(events.compare), state, table, **latest)
-        compared.then(told(events.look_first), [state, side, layer], seen, **latest)
-        chosen = found.select(told(events.choose), state, state, js=None, **private)
-        gr.on([chosen.then, side.input], told(events.look_first), [state, side, layer], seen, **private)
+            options = private if number else {"api_name": "search", "show_progress": "minimal"}
+            asked = start(told(events.ask), [text, picture, r_q, r_c], answer, **options)
+            seen = asked.then(told(events.look_first), [state, side, layer], sight, **private)
+            seen.then(told(events.compare), state, table, **private)
+        moved = gr.on([r_q.input, r_c.input], None, [r_q, r_c], [r_q, r_c], js=_SNAP_JS % tuple(rests), **private)
+        narrowed = moved.then(told(events.narrow), [state, r_q, r_c], answer, **latest)
+        seen = narrowed.then(told(events.look_first), [state, side, layer], sight, **latest)
+        seen.then(told(events.compare), state, table, **latest)
+        chosen = found.select(told(events.choose), state, state, **private)
+        chosen.then(told(events.look_first), [state, side, layer], sight, **private)
+        side.input(told(events.look_first), [state, side, layer], sight, **private)
         gr.on([meta.input, layer.input], told(events.look), [state, side, meta, layer], [state, looked], **latest)
     return page
+
+
+def _slider(label: str, rests: Sequence[int], elem_id: str) -> gr.Slider:
+    info = f"Trained: {', '.join(map(str, rests))}"
+    return gr.Slider(1, rests[-1], rests[-1], step=1, label=label, info=info, elem_id=elem_id, buttons=[])
+
+
+def launch(
+    index: VectorStore | str | os.PathLike[str],
+    model: Any = None,
+    host: str = "127.0.0.1",
+    port: int | None = 7860,
+    *,
+    settings: Settings | None = None,
+    title: str = "metaembed",
+    examples: Sequence[str] = (),
+    words: str = "",
+    k: int = 12,
+    device: str | None = None,
+    **options: Any,
+) -> Any:
+    """Start the search page, and serve it until it is interrupted.
+
+    Pictures and pages are read from the folders that were indexed, and sent within the page: no file is served.
+
+    Args:
+        index: The folder (or address) that `metaembed index` wrote to, or an open index.
+        model: What encodes queries: a folder or Hub id, or a loaded model or [`Encoder`]. None: the index's own.
+        host: Where to listen; "0.0.0.0" for everybody who can reach this machine.
+        port: None: a free one from 7860 on.
+        settings: Of an open index: where the files of its documents are. None: those of its folder, if there are any.
+        title: What stands on top.
+        examples: Queries to try.
+        words: The query that the page starts with.
+        k: How many results to show.
+        device: Where the model computes. None: a GPU if there is one.
+        **options: For Gradio's `launch` (`prevent_thread_lock`, `quiet`, ...).
+
+    Returns:
+        What Gradio's `launch` returns.
+
+    Raises:
+        ImportError: If Gradio is not installed.
+        FileNotFoundError: If there is no index.
+        ValueError: If the model does not fit the index, or neither says which model it is.
+    """
+    if isinstance(index, (str, os.PathLike)):
+        settings = settings or read_settings(index)
+        index = open_index(index)
+    if model is None:
+        if settings is None:
+            raise ValueError("which model encodes the queries of this index? Pass model=...")
+        model = settings.model
+    encoder = model
+    if not isinstance(model, Encoder):
+        trust = {} if settings is None else {"trust_remote_code": settings.trust_remote_code}
+        revision = settings.revision if settings is not None and model == settings.model else None
+        encoder = load_encoder(model, device=device, revision=revision, **trust)
+    if encoder.dim != index.dim:
+        raise ValueError(f"{encoder.name} has {encoder.dim} dimensions, but the index {index.dim}: another model made it.")
+    page = build(Search(index, encoder, Source(settings), k), title, examples, words)
+    page.queue(default_concurrency_limit=4, max_size=64, api_open=False)
+    return page.launch(
+        server_name=host,
+        server_port=port,
+        theme=theme(),
+        css=html.CSS,
+        allowed_paths=[],
+        max_file_size="20mb",
+        state_session_capacity=_SESSIONS,
+        **{"share": False, "enable_monitoring": False, "footer_links": [], "ssr_mode": False, **options},
+    )
+
+
+def theme() -> gr.themes.Base:
+    """Return a theme with the fonts of the visitor's system: none is loaded."""
+    fonts = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"]
+    return gr.themes.Base(
+        primary_hue="orange", neutral_hue="stone", font=fonts, font_mono=["ui-monospace", "Menlo", "monospace"]
+    )

@@ -130,20 +130,37 @@ def budget_table(rows: Sequence[BudgetRow], current: tuple[int, int]) -> str:
     return f'<table class="me-budgets"><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table>'
 
 
-def attention_over_picture(picture: str, title: str, caption: str) -> str:
-    """Return a highlighted picture with what it shows."""
-    alt = escape(f"{title}, with the patches that this Meta Token looked at highlighted", quote=True)
+def header(title: str, documents: int, vectors: int) -> str:
+    """Return the title, and what is searched."""
+    what = f"{documents:,} documents, up to {vectors} vectors each. You choose how many a search uses."
+    return f'<header class="me-head"><h1>{escape(title)}</h1><p>{what}</p></header>'
+
+
+def heading(text: str) -> str:
+    """Return a heading of a part of the page."""
+    return f'<h2 class="me-heading">{escape(text)}</h2>'
+
+
+def note(text: str) -> str:
+    """Return a sentence below something."""
+    return f'<p class="me-note">{escape(text)}</p>'
+
+
+def attention_over_picture(picture: str, share: float) -> str:
+    """Return a highlighted picture, and the share of the attention that is on it."""
+    alt = "The patches that this Meta Token looked at, highlighted"
+    caption = f"<b>{share:.0%}</b> of its attention is on the picture."
     return f'<figure class="me-look"><img src="{picture}" alt="{alt}"><figcaption>{caption}</figcaption></figure>'
 
 
-def attention_over_text(pieces: Sequence[tuple[str, float]], caption: str) -> str:
+def attention_over_text(pieces: Sequence[tuple[str, float]]) -> str:
     """Return a text whose pieces are the more highlighted, the more attention they got."""
     most = max((share for _, share in pieces), default=0.0) or 1.0
     spans = "".join(
-        f'<span style="--share:{100 * share / most:.0f}%" title="{100 * share:.1f}% of the attention">'
-        f"{escape(text)}</span>"
+        f'<span style="--share:{100 * share / most:.0f}%" title="{share:.1%} of the attention">{escape(text)}</span>'
         for text, share in pieces
     )
+    caption = f"<b>{sum(share for _, share in pieces):.0%}</b> of its attention is on these words."
     return f'<figure class="me-look"><p class="me-tokens">{spans}</p><figcaption>{caption}</figcaption></figure>'
 
 
@@ -152,6 +169,8 @@ CSS = """
 footer { display: none !important; }
 .me-head h1 { font-size: 1.5rem; font-weight: 700; margin: 0.2rem 0 0; letter-spacing: -0.01em; }
 .me-head p { margin: 0.15rem 0 0.4rem; color: var(--body-text-color-subdued); font-size: 0.95rem; }
+.me-heading { font-size: 1.05rem; font-weight: 600; margin: 0.3rem 0 0; }
+.me-note { color: var(--body-text-color-subdued); font-size: 0.92rem; margin: 0.3rem 0 0; }
 .me-message { color: var(--body-text-color-subdued); padding: 1.2rem 0.2rem; margin: 0; }
 .me-facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(120px, 1fr)); gap: 0.4rem 1.2rem;
   margin: 0; padding: 0.6rem 0; }

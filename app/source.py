@@ -1,4 +1,4 @@
-"""The documents that an index was made of, opened again to be shown: from one folder, and nothing else of the disk."""
+"""The documents that an index was made of, opened again to be shown: from its roots, and nothing else of the disk."""
 
 from __future__ import annotations
 
@@ -10,57 +10,54 @@ from typing import Any
 from PIL import Image
 
 from ..inputs_metaembed import InputPolicy, read_image
+from .settings import Settings
 
-_PDFIUM = threading.Lock()  # it may be used by one thread at a time
+_PDFIUM = threading.Lock()  # only one thread at a time may use it
 
 
 class Source:
-    """Opens documents by their metadata, `{"file", "page", "kind", "text"}`.
+    """Opens documents by their metadata.
 
     Args:
-        root: The folder that files are relative to. None: there are no files, only texts in the metadata.
-        options: What the processor was given when the documents were encoded (`max_pixels`, ...).
+        settings: Of the index, which say where its files are. None: there are none, only texts in the metadata.
     """
 
-    def __init__(self, root: Path | None, options: Mapping[str, Any] | None = None):
-        self.root = None if root is None else Path(root).resolve()
-        self.options = dict(options or {})
-
-    def path(self, file: str) -> Path:
-        """Return the path of a file, links followed.
-
-        Raises:
-            ValueError: If it is not in the root.
-        """
-        if self.root is None:
-            raise ValueError("this index was not made of files")
-        path = (self.root / file).resolve()
-        if not path.is_relative_to(self.root):
-            raise ValueError(f"{file} is not in the folder that was indexed")
-        return path
+    def __init__(self, settings: Settings | None):
+        self.settings = settings
 
     def open(self, metadata: Mapping[str, Any]) -> Image.Image | str:
-        """Return a document: its picture, its page or its text.
+        """Return a document: its picture, its page, or (the beginning of) its text.
 
         Raises:
-            ValueError: If it cannot be read (any more), or is outside the root.
+            ValueError: If there is no such file in the roots of the index (any more), or it cannot be read.
+            ImportError: If it is a PDF, and pypdfium2 is not installed.
         """
-        if metadata.get("kind") == "text":
-            return str(metadata.get("text") or "")
-        path, page = self.path(str(metadata.get("file"))), metadata.get("page")
+        if metadata.get("text"):
+            return str(metadata["text"])
+        path = None if self.settings is None else self.settings.path_of(dict(metadata))
+        if path is None:
+            raise ValueError(f"{metadata.get('file') or 'this document'} is not in the folders of the index any more.")
         try:
-            if page is not None:
-                return render_page(path, page)
-            return read_image(path, InputPolicy.server(folders=(self.root,)))
+            if metadata.get("page") is not None:
+                return render_page(path, metadata["page"])
+            return read_image(path, InputPolicy())  # PIL decodes it, within the usual limits
         except OSError as error:
             raise ValueError(f"{path.name} cannot be read: {error}") from error
 
 
 def render_page(path: Path, page: int, scale: float = 150 / 72) -> Image.Image:
-    """Return a page of a PDF, 1 for the first."""
+    """Return a page of a PDF, 1 for the first.
+
+    Raises:
+        ValueError: If it cannot be read.
+    """
     try:
         import pypdfium2
     except ImportError as error:
         raise ImportError("pages of PDFs need pypdfium2: pip install 'metaembed[app]'") from error
-    with _PDFIUM, pypdfium2.PdfDocument(path) as document:
-        return document[page - 1].render(scale=scale).to_pil()
+    with _PDFIUM:
+        try:
+            with pypdfium2.PdfDocument(path) as document:
+                return document[page - 1].render(scale=scale).to_pil()
+        except (pypdfium2.PdfiumError, IndexError) as error:
+            raise ValueError(f"page {page} of {path.name} cannot be read: {error}") from error
