@@ -115,10 +115,14 @@ class AttentionReader:
         output = backbone(**inputs, output_attentions=True)
         meta, _ = self.model._meta_tokens(input_ids, num_meta)
         weights = _stack_layers(backbone, output, input_ids.shape[1])[:, meta[0].nonzero()[:num_meta, 0].cpu()]
-        patches = (input_ids[0][..., None] == torch.tensor(image_token_ids(self.model))).any(-1).nonzero()[:, 0].tolist()
+        patches = (
+            (input_ids[0][..., None] == torch.tensor(image_token_ids(self.model))).any(-1).nonzero()[:, 0].tolist()
+        )
         sizes = [image.size for image in parsed[0].images if isinstance(image, Image.Image)]
         grid, reason = find_grid(patches, features, len(parsed[0].images), sizes[0] if sizes else None)
-        texts = [part["text"] for message in parsed[0].messages for part in message["content"] if part["type"] == "text"]
+        texts = [
+            part["text"] for message in parsed[0].messages for part in message["content"] if part["type"] == "text"
+        ]
         hidden = {*patches, *meta[0].nonzero()[:, 0].tolist()}
         return Attention(weights, patches, grid, _find_text(processor, input_ids[0].tolist(), hidden, texts), reason)
 
@@ -169,9 +173,16 @@ def find_grid(
     if images > 1:
         return None, f"this input has {images} pictures: attention is shown for one."
     if count <= 1:
-        return None, "this backbone does not read the picture as tokens of its input, so attention has no places in it."
+        return (
+            None,
+            "this backbone does not read the picture as tokens of its input, so attention has no places in it.",
+        )
     for name, value in features.items():
-        if ("grid" in name or "spatial_shapes" in name) and isinstance(value, Tensor) and value.shape in ((1, 2), (1, 3)):
+        if (
+            ("grid" in name or "spatial_shapes" in name)
+            and isinstance(value, Tensor)
+            and value.shape in ((1, 2), (1, 3))
+        ):
             rows, columns = value[0, -2:].tolist()
             merged = math.isqrt(max(1, rows * columns // count))
             if rows % merged == columns % merged == 0 and rows * columns == count * merged**2:
@@ -180,7 +191,10 @@ def find_grid(
     shape = tuple(pixels.shape) if isinstance(pixels, Tensor) else ()
     if len(shape) >= 4 and math.prod(shape[:-3]) > 1:
         tiles = math.prod(shape[:-3])
-        return None, f"this backbone cuts the picture into {tiles} tiles, and its processor does not say where they are."
+        return (
+            None,
+            f"this backbone cuts the picture into {tiles} tiles, and its processor does not say where they are.",
+        )
     height, width = shape[-2:] if len(shape) >= 4 else (size[1], size[0]) if size else (1, 1)
     rows = round(math.sqrt(count * height / width))
     if rows and count % rows == 0 and abs(math.log(rows * width / (count // rows * height))) < 0.2:

@@ -118,16 +118,17 @@ def budget_table(rows: Sequence[BudgetRow], current: tuple[int, int]) -> str:
         same = sum(hit.id in last for hit in row.found)
         r_q, r_c = row.budget
         lines.append(
-            f'<tr{" class=me-current" if row.budget == current else ""}>'
+            f"<tr{' class=me-current' if row.budget == current else ''}>"
             f'<th scope="row">{r_q} × {r_c}</th>'
             f"<td>{bytes_text(row.bytes_per_document)}</td><td>{milliseconds_text(row.seconds)}</td>"
-            f"<td>{same} of {len(row.found)}</td><td><ol>{hits}</ol></td></tr>"
+            f'<td class="me-agree">{same} of {len(row.found)}</td><td><ol>{hits}</ol></td></tr>'
         )
     head = "".join(
         f'<th scope="col">{name}</th>'
-        for name in ("Vectors", "Bytes a document", "Scoring", "As the largest", "First results")
+        for name in ("Vectors", "Bytes a document", "Scoring", "Same as largest", "First results")
     )
-    return f'<table class="me-budgets"><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table>'
+    table = f'<table class="me-budgets"><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table>'
+    return table + note("Framed results are also among the first of the largest budget.")
 
 
 def header(title: str, documents: int, vectors: int) -> str:
@@ -166,6 +167,9 @@ def attention_over_text(pieces: Sequence[tuple[str, float]]) -> str:
 
 CSS = """
 .gradio-container { max-width: 1180px !important; margin: 0 auto !important; }
+.gradio-container .html-container { padding: 0 !important; }
+.gradio-container .tabitem { padding: 14px 0 0 !important; border: 0; }
+#ask { align-items: stretch; } #go { align-self: stretch; }
 footer { display: none !important; }
 .me-head h1 { font-size: 1.5rem; font-weight: 700; margin: 0.2rem 0 0; letter-spacing: -0.01em; }
 .me-head p { margin: 0.15rem 0 0.4rem; color: var(--body-text-color-subdued); font-size: 0.95rem; }
@@ -205,7 +209,7 @@ footer { display: none !important; }
 .me-budgets tr.me-current th { box-shadow: inset 3px 0 var(--color-accent); }
 .me-budgets td:last-child { width: 60%; white-space: normal; }
 .me-budgets ol { display: flex; gap: 8px; list-style: none; margin: 0; padding: 0; }
-.me-budgets li { flex: 0 1 84px; min-width: 0; aspect-ratio: 1; border-radius: 6px; overflow: hidden;
+.me-budgets li { flex: 0 1 92px; min-width: 0; aspect-ratio: 1; border-radius: 6px; overflow: hidden;
   background: #fff; margin: 0; border: 2px solid transparent; }
 .me-budgets li.me-same { border-color: var(--color-accent); }
 .me-budgets li.me-other img, .me-budgets li.me-other span { opacity: 0.45; }
@@ -226,6 +230,7 @@ footer { display: none !important; }
   .me-budgets tr { display: grid; grid-template-columns: auto 1fr 1fr 1fr; border-bottom: 1px solid
     var(--border-color-primary); padding: 6px 0; align-items: center; }
   .me-budgets th, .me-budgets td { border: 0; padding: 4px 8px 4px 6px; }
+  .me-budgets .me-agree::after { content: " the same"; }
   .me-budgets td:last-child { grid-column: 1 / -1; width: auto; }
 }
 """

@@ -22,10 +22,10 @@ from metaembed.app.encoder import Encoder, load_encoder
 from metaembed.app.page import launch
 from metaembed.app.settings import Settings, write_settings
 
-EXAMPLES = [
-    "cat face, red apple",
-    "rocket, crescent moon, white medium star",
-    "fox face, tiger face, panda face, pig face, alarm clock",
+EXAMPLES = [  # whose scene comes the nearer to the top, the more vectors a search uses
+    "cactus, koala, bread, rocket",
+    "game die, owl, alarm clock, watermelon",
+    "owl, airplane, wrapped present, game die",
 ]
 CELL, SHOWN_CELL = 16, 64  # pixels of a cell: as the model was trained, and as the pictures are kept
 
@@ -66,19 +66,23 @@ def load_model(quickstart: Path) -> Encoder:
 def main(argv: list[str] | None = None, **options: Any) -> Any:
     """Make the index if there is none, and start the page."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quickstart", type=Path, default=Path("outputs/quickstart"), help="what the quickstart wrote")
+    parser.add_argument(
+        "--quickstart", type=Path, default=Path("outputs/quickstart"), help="what the quickstart wrote"
+    )
     parser.add_argument("--output", type=Path, default=Path("outputs/demo"))
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=7860)
     arguments = parser.parse_args(argv)
     if not (arguments.quickstart / "documents.safetensors").exists():
-        raise SystemExit(f"{arguments.quickstart} holds no trained model: run `make quickstart` first, about 3 minutes")
+        raise SystemExit(
+            f"{arguments.quickstart} holds no trained model: run `make quickstart` first, about 3 minutes"
+        )
     return launch(
         make_index(arguments.quickstart, arguments.output),
         load_model(arguments.quickstart),
         arguments.host,
         arguments.port,
-        title="Search 2,000 scenes",
+        title="Find a scene",
         examples=EXAMPLES,
         words=EXAMPLES[0],
         **options,
