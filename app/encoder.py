@@ -53,6 +53,11 @@ class Encoder(ABC):
     def device(self) -> torch.device:
         """Where the model computes."""
 
+    @property
+    @abstractmethod
+    def takes_images(self) -> bool:
+        """Whether inputs may hold pictures."""
+
     @abstractmethod
     def prepare(self, side: str, inputs: list[Any], num_meta: int | None = None) -> Any:
         """Read and process inputs of `side` ("query" or "document") for `encode_prepared`, perhaps in another thread.
@@ -128,6 +133,10 @@ class _MetaEmbed(Encoder):
     def device(self) -> torch.device:
         return execution_device(self.model)
 
+    @property
+    def takes_images(self) -> bool:
+        return self.model.processor.image_processor is not None
+
     def prepare(self, side: str, inputs: list[Any], num_meta: int | None = None) -> Any:
         processor = self.model.processor
         items = processor.parse(inputs)
@@ -162,6 +171,10 @@ class _MultiVector(Encoder):
     @property
     def device(self) -> torch.device:
         return torch.device(self.model.device)
+
+    @property
+    def takes_images(self) -> bool:
+        return "image" in self.model.modalities
 
     def prepare(self, side: str, inputs: list[Any], num_meta: int | None = None) -> Any:
         plain = []
