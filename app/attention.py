@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
+import re
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -29,13 +31,15 @@ class Attention:
 
     Attributes:
         weights: `[layers, num_meta, L]` float32, the mean over heads, of all tokens of the input: rows sum to one.
-        patches: The positions of the picture's patches in the input, row by row. Empty if it has no picture.
+        picture: The positions of all tokens of the picture in the input. Empty if it has no picture.
+        patches: Those that make the grid, row by row.
         grid: How many rows and columns of patches there are, or `None` if that is not known.
         pieces: The text, piece by piece (most are one token), each with its positions in the input.
         reason: Why there is no grid, if there is a picture and no grid.
     """
 
     weights: Tensor
+    picture: list[int]
     patches: list[int]
     grid: tuple[int, int] | None
     pieces: list[tuple[str, list[int]]]
@@ -62,7 +66,7 @@ class Attention:
 
     def share_of_picture(self, meta: int, layer: int | None = -1) -> float:
         """Return how much of its attention Meta Token `meta` gave to the picture, 0 to 1."""
-        return self._row(meta, layer)[self.patches].sum().item()
+        return self._row(meta, layer)[self.picture].sum().item()
 
     def _row(self, meta: int, layer: int | None) -> Tensor:
         return self.weights[:, meta].mean(0) if layer is None else self.weights[layer, meta]
@@ -115,16 +119,18 @@ class AttentionReader:
         output = backbone(**inputs, output_attentions=True)
         meta, _ = self.model._meta_tokens(input_ids, num_meta)
         weights = _stack_layers(backbone, output, input_ids.shape[1])[:, meta[0].nonzero()[:num_meta, 0].cpu()]
-        patches = (
-            (input_ids[0][..., None] == torch.tensor(image_token_ids(self.model))).any(-1).nonzero()[:, 0].tolist()
-        )
-        sizes = [image.size for image in parsed[0].images if isinstance(image, Image.Image)]
-        grid, reason = find_grid(patches, features, len(parsed[0].images), sizes[0] if sizes else None)
+        ids, images = input_ids[0].tolist(), parsed[0].images
+        picture = find_patches(self.model, ids)
+        if tiles := find_tiles(picture, processor.tokenizer.convert_ids_to_tokens(ids)):
+            (patches, grid), reason = tiles, ""
+        else:
+            size = images[0].size if images and isinstance(images[0], Image.Image) else None
+            patches, (grid, reason) = picture, find_grid(len(picture), features, len(images), size)
         texts = [
             part["text"] for message in parsed[0].messages for part in message["content"] if part["type"] == "text"
         ]
-        hidden = {*patches, *meta[0].nonzero()[:, 0].tolist()}
-        return Attention(weights, patches, grid, _find_text(processor, input_ids[0].tolist(), hidden, texts), reason)
+        hidden = {*picture, *meta[0].nonzero()[:, 0].tolist()}
+        return Attention(weights, picture, patches, grid, _find_text(processor, ids, hidden, texts), reason)
 
 
 def eager_twin(backbone: Any) -> Any:
@@ -141,20 +147,48 @@ def eager_twin(backbone: Any) -> Any:
     return twin.eval()
 
 
-def image_token_ids(model: MetaEmbedModel) -> list[int]:
-    """Return the ids of the tokens that stand for the patches of a picture, as processor and configuration say."""
+def find_patches(model: MetaEmbedModel, ids: list[int]) -> list[int]:
+    """Return the positions in the ids of an input that stand for the patches of its pictures.
+
+    The backbone's configuration says which token does; where it does not, its processor.
+    """
     inner, config = model.processor.backbone_processor, model.backbone.config
-    token = getattr(inner, "image_token", None)
-    found = [
-        getattr(inner, "image_token_id", None),
-        model.processor.tokenizer.convert_tokens_to_ids(str(token)) if token is not None else None,
-        *(getattr(config, name, None) for name in ("image_token_id", "image_token_index")),
-    ]
-    return sorted({value for value in found if isinstance(value, int)})
+    candidates = [getattr(config, name, None) for name in ("image_token_id", "image_token_index")]
+    candidates.append(getattr(inner, "image_token_id", None))
+    token = next((one for one in candidates if one in ids and one is not None), None)
+    return [place for place, id in enumerate(ids) if id == token]
+
+
+def find_tiles(patches: list[int], tokens: list[str]) -> tuple[list[int], tuple[int, int]] | None:
+    """Return the patches of a picture that was cut into tiles, row by row over all of it, and the rows and columns.
+
+    Some processors write the place of a tile before it, as "row_1_col_2", and end with the whole picture in small,
+    which is left out here. None: there are no such tiles, or they are not square.
+
+    Args:
+        patches: The positions of the patches, in order.
+        tokens: All tokens of the input.
+    """
+    tiles: dict[tuple[int, int], list[int]] = {}
+    place = None
+    for before, patch in pairwise([-2, *patches]):
+        if patch != before + 1:
+            label = re.search(r"row_(\d+)_col_(\d+)", tokens[patch - 1])
+            place = (int(label[1]), int(label[2])) if label else None
+        if place:
+            tiles.setdefault(place, []).append(patch)
+    rows, columns = (max((place[axis] for place in tiles), default=0) for axis in (0, 1))
+    sizes = {len(tile) for tile in tiles.values()}
+    side = math.isqrt(max(sizes, default=0))
+    if not tiles or len(tiles) != rows * columns or sizes != {side**2}:
+        return None
+    lines = itertools.product(range(1, rows + 1), range(side), range(1, columns + 1))
+    ordered = [tiles[row, column][line * side : (line + 1) * side] for row, line, column in lines]
+    return [patch for line in ordered for patch in line], (rows * side, columns * side)
 
 
 def find_grid(
-    patches: list[int], features: Any, images: int, size: tuple[int, int] | None
+    count: int, features: Any, images: int, size: tuple[int, int] | None
 ) -> tuple[tuple[int, int] | None, str]:
     """Return how many rows and columns of patches a picture has, or None and the reason why that is not known.
 
@@ -162,12 +196,11 @@ def find_grid(
     height and width in pixels of what it made of the picture. Only a grid of exactly the patches counts.
 
     Args:
-        patches: The positions of the patches.
+        count: How many patches there are.
         features: What the processor returned for the input.
         images: How many pictures the input has.
         size: The width and height of the picture, if they are known.
     """
-    count = len(patches)
     if images == 0:
         return None, ""
     if images > 1:
@@ -226,8 +259,8 @@ def _check_memory(backbone: Any, length: int) -> None:
     needed = layers * heads * length**2 * backbone.dtype.itemsize
     if needed > _MOST_BYTES:
         raise NoAttentionError(
-            f"the attention of {length} tokens takes {needed / 2**30:.1f} GiB, and at most {_MOST_BYTES >> 30} GiB are "
-            "used: make the picture smaller or the text shorter."
+            f"the attention of {length} tokens takes {needed / 2**30:.1f} GiB, more than {_MOST_BYTES >> 30} GiB: "
+            "make the picture smaller or the text shorter."
         )
 
 
@@ -241,7 +274,7 @@ def _stack_layers(backbone: Any, output: Any, length: int) -> Tensor:
 
 
 def _find_text(processor: Any, ids: list[int], hidden: set[int], texts: list[str]) -> list[tuple[str, list[int]]]:
-    """Return the user's text piece by piece with positions; all that is no special token if it cannot be told apart."""
+    """Return the user's text by pieces, with positions; all that is no special token if it cannot be told apart."""
     tokenizer = processor.tokenizer
     special = set(tokenizer.all_special_ids)
     places = [place for place in range(len(ids)) if place not in hidden and ids[place] not in special]

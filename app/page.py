@@ -25,7 +25,7 @@ from . import page_html as html
 from .attention import Attention, AttentionReader, highlight
 from .encoder import Encoder, load_encoder
 from .settings import Settings, open_index, read_settings
-from .source import Source
+from .source import Source, picture_of
 
 try:
     import gradio as gr
@@ -194,12 +194,12 @@ class Search:
         best, winner = self._matches(asked)
         r_q, r_c = asked.budget
         if meta >= (r_q if side == "query" else r_c):
-            return f"A search with {r_q} × {r_c} vectors does not use this Meta Token."
+            return f"A search at budget ({r_q}, {r_c}) does not use this Meta Token."
         if side == "query":
             return f"It meets document token {winner[meta] + 1}: {best[meta]:.2f} of the score."
         met = (winner == meta).nonzero()[:, 0].tolist()
         if not met:
-            return f"With {r_q} × {r_c} vectors, no query token meets it."
+            return f"At budget ({r_q}, {r_c}), no query token meets it."
         names = ", ".join(str(i + 1) for i in met)
         return f"Met by query token{'s' * (len(met) > 1)} {names}: {best[met].sum():.2f} of the score."
 
@@ -213,7 +213,7 @@ class Search:
         return best, winner
 
     def _bytes(self, asked: Asked, r_c: int) -> int:
-        """Return the bytes of a document's first `r_c` vectors, as the index keeps them; in float32 in other stores."""
+        """Return the bytes of a document's first `r_c` vectors, as an index keeps them; in float32 elsewhere."""
         kept = getattr(self.index, "quantization", None)
         quantization = kept["main"][0] if isinstance(kept, Mapping) else "float32"
         dim = self.index.dim if asked.chosen is None else self._embedding(asked).shape[1]
@@ -226,27 +226,28 @@ class Search:
         return next(metadata for id, _, metadata in asked.hits if id == asked.chosen)
 
     def _found(self, id: str, score: float, metadata: dict[str, Any]) -> html.Found:
-        file, page, text = metadata.get("file"), metadata.get("page"), str(metadata.get("text") or "")[:300]
-        name = (Path(str(file)).stem if metadata.get("kind") == "image" else Path(str(file)).name) if file else id
-        if metadata.get("part") is not None:
-            name += f" · {metadata['part']}"
-        picture = None if text else self._thumbnail(metadata.get("source"), file, page)
-        return html.Found(id, name, score, picture, text, page)
+        file, text = metadata.get("file"), str(metadata.get("text") or "")[:300]
+        name = id if not file else Path(str(file)).stem if metadata.get("kind") == "image" else Path(str(file)).name
+        place = next((f"{kind} {metadata[kind]}" for kind in ("page", "part", "row") if kind in metadata), "")
+        keys = ("source", "file", "kind", "page", "row")
+        picture = self._thumbnail(tuple((key, metadata[key]) for key in keys if key in metadata))
+        return html.Found(id, name, score, picture, text, place)
 
-    def _draw_thumbnail(self, source: int | None, file: str | None, page: int | None) -> str | None:
-        """Return a small picture as a data URL, or None if the file is gone."""
+    def _draw_thumbnail(self, metadata: tuple[tuple[str, Any], ...]) -> str | None:
+        """Return a small picture as a data URL, or None for a text, or if the file is gone."""
+        if dict(metadata).get("kind") == "text":
+            return None
         try:
-            picture = self.source.open({"source": source, "file": file, "page": page})
+            picture = picture_of(self.source.open(dict(metadata)))
         except ValueError:
             return None
-        return html.data_url(shrink(picture, _THUMBNAIL))
+        return None if picture is None else html.data_url(shrink(picture, _THUMBNAIL))
 
 
 def _show_attention(attention: Attention, item: Any, meta: int, layer: int | None) -> str:
     """Return the picture and the words of an input, highlighted where a Meta Token looked."""
-    picture = item.get("image") if isinstance(item, dict) else item
-    shown = []
-    if isinstance(picture, Image.Image):
+    picture, shown = picture_of(item), []
+    if picture is not None:
         large = shrink(picture, _LARGE, least=_LARGE // 2)
         marked = html.data_url(highlight(large, attention.over_picture(meta, layer)))
         shown.append(html.attention_over_picture(marked, attention.share_of_picture(meta, layer)))

@@ -21,7 +21,7 @@ class Found:
         score: Its score.
         picture: A data URL of its picture, or None for a text.
         text: Its first words, for a text.
-        page: The number of the page, for a PDF.
+        place: Where in the file it is: "page 3".
     """
 
     id: str
@@ -29,12 +29,12 @@ class Found:
     score: float
     picture: str | None = None
     text: str = ""
-    page: int | None = None
+    place: str = ""
 
     @property
     def title(self) -> str:
-        """The name, with the page for a PDF."""
-        return self.name if self.page is None else f"{self.name}, page {self.page}"
+        """The name, and where in the file it is."""
+        return f"{self.name}, {self.place}" if self.place else self.name
 
 
 def data_url(picture: Image.Image) -> str:
@@ -79,12 +79,12 @@ def cards(found: Sequence[Found], best: float, chosen: str | None = None) -> str
             if hit.picture
             else f'<span class="me-text">{escape(hit.text or "(no preview)")}</span>'
         )
-        page = "" if hit.page is None else f'<span class="me-page">page {hit.page}</span>'
+        place = f'<span class="me-page">{escape(hit.place)}</span>' if hit.place else ""
         filled = max(0.0, min(1.0, hit.score / best)) if best > 0 else 0.0
         label = escape(f"{rank + 1}: {hit.title}, score {hit.score:.2f}", quote=True)
         items.append(
             f'<li><button type="button" data-rank="{rank}" aria-pressed="{str(hit.id == chosen).lower()}" '
-            f'aria-label="{label}"><span class="me-face">{face}{page}</span>'
+            f'aria-label="{label}"><span class="me-face">{face}{place}</span>'
             f'<span class="me-bar"><span style="width:{100 * filled:.0f}%"></span></span>'
             f'<span class="me-line"><span class="me-name">{escape(hit.name)}</span>'
             f'<span class="me-score">{hit.score:.2f}</span></span></button></li>'
@@ -119,13 +119,13 @@ def budget_table(rows: Sequence[BudgetRow], current: tuple[int, int]) -> str:
         r_q, r_c = row.budget
         lines.append(
             f"<tr{' class=me-current' if row.budget == current else ''}>"
-            f'<th scope="row">{r_q} × {r_c}</th>'
+            f'<th scope="row">({r_q}, {r_c})</th>'
             f"<td>{bytes_text(row.bytes_per_document)}</td><td>{milliseconds_text(row.seconds)}</td>"
             f'<td class="me-agree">{same} of {len(row.found)}</td><td><ol>{hits}</ol></td></tr>'
         )
     head = "".join(
         f'<th scope="col">{name}</th>'
-        for name in ("Vectors", "Bytes a document", "Scoring", "Same as largest", "First results")
+        for name in ("Budget", "Bytes a document", "Scoring", "Same as largest", "First results")
     )
     table = f'<table class="me-budgets"><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table>'
     return table + note("Framed results are also among the first of the largest budget.")
@@ -216,9 +216,11 @@ footer { display: none !important; }
 .me-budgets li.me-other { border-color: var(--border-color-primary); }
 .me-budgets li img { width: 100%; height: 100%; object-fit: contain; margin: 0; }
 .me-look { margin: 0; }
-.me-look img { width: 100%; max-height: 460px; object-fit: contain; background: #fff; border-radius: 10px;
+.me-look img { width: 100%; max-height: 460px;
+  object-fit: contain; background: #fff; border-radius: 10px;
   border: 1px solid var(--border-color-primary); margin: 0; }
-.me-look figcaption { padding: 0.6rem 0 0; font-size: 0.92rem; color: var(--body-text-color-subdued); line-height: 1.5; }
+.me-look figcaption { padding: 0.6rem 0 0; font-size: 0.92rem; color: var(--body-text-color-subdued);
+  line-height: 1.5; }
 .me-look figcaption b { color: var(--body-text-color); font-weight: 600; }
 .me-tokens { background: #fff; color: #1c1917; border-radius: 10px; padding: 14px; margin: 0; line-height: 2;
   font-size: 1.02rem; white-space: pre-wrap; overflow-wrap: anywhere; border: 1px solid var(--border-color-primary); }

@@ -1,63 +1,59 @@
-"""The documents that an index was made of, opened again to be shown: from its roots, and nothing else of the disk."""
+"""The documents of an index, opened again to be shown: from its sources, and nothing else of the disk."""
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Mapping
-from pathlib import Path
+from dataclasses import fields
 from typing import Any
 
 from PIL import Image
 
 from ..inputs_metaembed import InputPolicy, read_image
+from .pdf import PdfReader
 from .settings import Settings
-
-_PDFIUM = threading.Lock()  # only one thread at a time may use it
+from .sources import File, Reading, _load
 
 
 class Source:
-    """Opens documents by their metadata.
+    """Opens documents by their metadata. Several threads may share it.
 
     Args:
-        settings: Of the index, which say where its files are. None: there are none, only texts in the metadata.
+        settings: Of the index, which say where its files are. None: there are none to open.
     """
 
     def __init__(self, settings: Settings | None):
-        self.settings = settings
+        self.settings = settings or Settings("")
+        names = {field.name for field in fields(Reading)}
+        self._reading = Reading(**{name: value for name, value in self.settings.options.items() if name in names})
+        self._pdf, self._lock = PdfReader(self._reading.dpi), threading.Lock()
 
-    def open(self, metadata: Mapping[str, Any]) -> Image.Image | str:
-        """Return a document: its picture, its page, or (the beginning of) its text.
+    def open(self, metadata: Mapping[str, Any]) -> Any:
+        """Return a document as it was encoded: a picture, a text, or a dict of both.
 
         Raises:
-            ValueError: If there is no such file in the roots of the index (any more), or it cannot be read.
-            ImportError: If it is a PDF, and pypdfium2 is not installed.
+            ValueError: If it was no file of a source of the index, is there no more, or cannot be read.
         """
-        if metadata.get("text"):
-            return str(metadata["text"])
-        path = None if self.settings is None else self.settings.path_of(dict(metadata))
+        name = metadata.get("file") or "this document"
+        if metadata.get("row") is not None or metadata.get("kind") not in ("image", "text", "pdf"):
+            raise ValueError(f"{name} is no file that could be opened.")
+        path = self.settings.path_of(dict(metadata))
         if path is None:
-            raise ValueError(f"{metadata.get('file') or 'this document'} is not in the folders of the index any more.")
+            raise ValueError(f"{name} is not in the sources of the index any more.")
         try:
-            if metadata.get("page") is not None:
-                return render_page(path, metadata["page"])
-            return read_image(path, InputPolicy())  # PIL decodes it, within the usual limits
-        except OSError as error:
-            raise ValueError(f"{path.name} cannot be read: {error}") from error
+            status = os.stat(path)
+            stamp = status.st_size, status.st_mtime_ns
+            file = File(metadata["source"], name, path, metadata["kind"], str(metadata.get("sha256")), 1, stamp)
+            with self._lock:
+                number = metadata.get("page") or metadata.get("part") or 1
+                value, _ = _load(file, number, self._reading, self._pdf)
+            return read_image(value, InputPolicy.server()) if isinstance(value, bytes) else value
+        except (OSError, IndexError) as error:
+            raise ValueError(f"{name} cannot be read any more: {error}") from error
 
 
-def render_page(path: Path, page: int, scale: float = 150 / 72) -> Image.Image:
-    """Return a page of a PDF, 1 for the first.
-
-    Raises:
-        ValueError: If it cannot be read.
-    """
-    try:
-        import pypdfium2
-    except ImportError as error:
-        raise ImportError("pages of PDFs need pypdfium2: pip install 'metaembed[app]'") from error
-    with _PDFIUM:
-        try:
-            with pypdfium2.PdfDocument(path) as document:
-                return document[page - 1].render(scale=scale).to_pil()
-        except (pypdfium2.PdfiumError, IndexError) as error:
-            raise ValueError(f"page {page} of {path.name} cannot be read: {error}") from error
+def picture_of(item: Any) -> Image.Image | None:
+    """Return the picture of a query or document, or None if it is text."""
+    picture = item.get("image") if isinstance(item, dict) else item
+    return picture if isinstance(picture, Image.Image) else None
