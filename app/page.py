@@ -7,6 +7,7 @@ out. What belongs to one visitor is in the state that the events pass on, so tha
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -383,7 +384,7 @@ def build(search: Search, title: str = "metaembed", examples: Sequence[str] = ()
                 tried = (
                     gr.Examples([[one] for one in examples], text, label="Try", elem_id="try") if examples else None
                 )
-            picture = gr.Image(
+            picture = _UploadedPicture(
                 label="Picture",
                 placeholder="Or drop a picture",
                 type="pil",
@@ -436,6 +437,17 @@ def build(search: Search, title: str = "metaembed", examples: Sequence[str] = ()
         side.input(told(events.look_first), [state, side, layer], sight, **private)
         gr.on([meta.input, layer.input], told(events.look), [state, side, meta, layer], [state, looked], **latest)
     return page
+
+
+class _UploadedPicture(gr.Image):
+    """A picture that a visitor uploads. Gradio would also fetch one whose URL a visitor names."""
+
+    is_template = True  # it looks like its base class
+
+    async def async_move_resource_to_block_cache(self, url_or_file_path: Any) -> str | None:
+        if re.match(r"\w+://", str(url_or_file_path)):
+            raise gr.Error("Upload the picture: no URL is fetched.", print_exception=False)
+        return await super().async_move_resource_to_block_cache(url_or_file_path)
 
 
 def _slider(label: str, rests: Sequence[int], elem_id: str) -> gr.Slider:

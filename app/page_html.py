@@ -166,7 +166,7 @@ def attention_over_text(pieces: Sequence[tuple[str, float]]) -> str:
 
 
 CSS = """
-.gradio-container { max-width: 1180px !important; margin: 0 auto !important; }
+.gradio-container { width: 100% !important; max-width: 1180px !important; margin: 0 auto !important; }
 .gradio-container .html-container { padding: 0 !important; }
 .gradio-container .tabitem { padding: 14px 0 0 !important; border: 0; }
 #ask { align-items: stretch; } #go { align-self: stretch; }
@@ -215,7 +215,7 @@ footer { display: none !important; }
 .me-budgets li.me-other img, .me-budgets li.me-other span { opacity: 0.45; }
 .me-budgets li.me-other { border-color: var(--border-color-primary); }
 .me-budgets li img { width: 100%; height: 100%; object-fit: contain; margin: 0; }
-.me-look { margin: 0; }
+.me-look { margin: 0; } .me-look + .me-look { margin-top: 0.8rem; }
 .me-look img { width: 100%; max-height: 460px;
   object-fit: contain; background: #fff; border-radius: 10px;
   border: 1px solid var(--border-color-primary); margin: 0; }
