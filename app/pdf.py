@@ -82,6 +82,11 @@ class PdfReader:
             self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         return self._process
 
+    def kill(self) -> None:
+        """End the process; a thread that waits for it gets an error."""
+        if (process := self._process) is not None:
+            process.kill()
+
     def close(self) -> None:
         """End the process."""
         if self._process is not None:

@@ -390,7 +390,7 @@ def _row(
     if not value:
         raise ValueError("it is empty")
     extra |= {name: row[name] for name in columns.metadata}
-    json.dumps(extra, allow_nan=False)
+    digest.update(json.dumps(extra, allow_nan=False, sort_keys=True).encode())
     given = f"row={number}" if columns.id is None else row[columns.id]
     if not isinstance(given, str | int) or given == "":
         raise ValueError(f"its id is {given!r}, and must be text or a whole number")
@@ -448,7 +448,7 @@ def _read_rows(place: str, columns: Columns) -> Iterator[dict[str, Any] | str]:
                 yield from batch.to_pylist()
     elif path.is_file():
         with open(path, encoding="utf-8", errors="surrogateescape") as lines:
-            for line in lines:
+            for line in filter(str.strip, lines):
                 try:
                     row = json.loads(line)
                     line.encode()
