@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache, wraps
 from pathlib import Path
@@ -53,7 +53,6 @@ class Asked:
         budget: `(query vectors, document vectors)` of the results.
         hits: Ids, scores and metadata of the results.
         chosen: The id of the result that is looked at.
-        looked: Where Meta Tokens looked, of a document's id or, for the query, None: what was looked at last.
     """
 
     item: Any
@@ -62,7 +61,19 @@ class Asked:
     budget: tuple[int, int]
     hits: list[tuple[str, float, dict[str, Any]]] = field(default_factory=list)
     chosen: str | None = None
-    looked: Mapping[str | None, Attention] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """Where the Meta Tokens of one input looked: kept while a visitor goes through them.
+
+    Attributes:
+        of: The vectors of a query, or the id of a document.
+        attention: Where its Meta Tokens looked.
+    """
+
+    of: Any
+    attention: Attention
 
 
 class Search:
@@ -84,12 +95,6 @@ class Search:
     @cached_property
     def _reader(self) -> AttentionReader:
         return AttentionReader(self.encoder.model)
-
-    @property
-    def takes_pictures(self) -> bool:
-        """Whether a query may be a picture."""
-        processor = getattr(self.encoder.model, "processor", None)
-        return not self.encoder.ordered or getattr(processor, "image_processor", None) is not None
 
     def meta_tokens(self, side: str) -> int:
         """Return the number of Meta Tokens of a side."""
@@ -113,11 +118,15 @@ class Search:
 
     def narrow(self, asked: Asked, r_q: float, r_c: float) -> tuple[Asked, float]:
         """Find the documents of a query at a budget, without encoding it again, and return the seconds too."""
-        budget = snap(r_q, [q for q, _ in self.budgets]), snap(r_c, [c for _, c in self.budgets])
+        budget = self.rest(r_q, r_c)
         hits, seconds = self._find(asked.query, budget, self.k)
         ids = [id for id, _, _ in hits]
         chosen = asked.chosen if asked.chosen in ids else ids[0] if ids else None
         return replace(asked, budget=budget, hits=hits, chosen=chosen), seconds
+
+    def rest(self, r_q: float, r_c: float) -> tuple[int, int]:
+        """Return the budget that sliders at these values mean."""
+        return snap(r_q, [q for q, _ in self.budgets]), snap(r_c, [c for _, c in self.budgets])
 
     def choose(self, asked: Asked, rank: Any) -> Asked:
         """Return what a visitor is shown who chooses the result `rank`, 0 for the first.
@@ -167,21 +176,29 @@ class Search:
             rows.append(html.BudgetRow(budget, self._bytes(asked, budget[1]), median(times), found))
         return html.budget_table(rows, asked.budget)
 
-    def look(self, asked: Asked, side: str, meta: int, layer: str) -> tuple[Asked, str]:
-        """Return where a Meta Token of the query, or of the chosen document, looked."""
+    def look(self, asked: Asked, seen: Seen | None, side: str, meta: int, layer: str) -> tuple[Seen | None, str]:
+        """Return where a Meta Token of the query, or of the chosen document, looked.
+
+        Args:
+            asked: What was asked.
+            seen: What was returned last, which is not computed again.
+            side: `"query"` or `"document"`.
+            meta: The number of the Meta Token, 0 for the first.
+            layer: `"last"` or `"mean of all"`.
+        """
         if not self.encoder.ordered:
-            return asked, html.message("This model has no Meta Tokens, so there is no attention of theirs to show.")
+            return None, html.message("This model has no Meta Tokens, so there is no attention of theirs to show.")
         if asked.chosen is None:
-            return asked, html.message(_NOTHING)
-        key = asked.chosen if side == "document" else None
+            return None, html.message(_NOTHING)
+        of = asked.query if side == "query" else asked.chosen
         try:
-            item = asked.item if key is None else self.source.open(self._metadata(asked))
-            attention = asked.looked[key] if key in asked.looked else self._reader.read(item, side)
-            asked = replace(asked, looked={key: attention})
-            shown = _show_attention(attention, item, meta, None if layer == _LAYERS[1] else -1)
+            item = asked.item if side == "query" else self.source.open(self._metadata(asked))
+            if seen is None or not (seen.of is of or (isinstance(of, str) and seen.of == of)):
+                seen = Seen(of, self._reader.read(item, side))
+            shown = _show_attention(seen.attention, item, meta, None if layer == _LAYERS[1] else -1)
         except ValueError as error:  # a NoAttentionError, or a file that is gone
-            return asked, html.message(f"No attention to show: {error}")
-        return asked, shown + html.note(self._explain(asked, side, meta))
+            return seen, html.message(f"No attention to show: {error}")
+        return seen, shown + html.note(self._explain(asked, side, meta))
 
     def best_meta(self, asked: Asked, side: str) -> int:
         """Return the Meta Token of a side that gives the most to the score of the chosen document."""
@@ -289,23 +306,32 @@ class Events:
         asked, scoring = self.search.narrow(asked, r_q, r_c)
         return asked, self.search.summary(asked, scoring), self.search.cards(asked)
 
+    def follow(self, asked: Asked | None, r_q: float, r_c: float) -> Any:
+        """A query was encoded, and somebody may have moved a slider meanwhile."""
+        moved = asked is not None and asked.budget != self.search.rest(r_q, r_c)
+        return self.narrow(asked, r_q, r_c) if moved else (gr.skip(), gr.skip(), gr.skip())
+
     def choose(self, asked: Asked | None, event: gr.EventData) -> Asked | None:
         """A result was chosen."""
         return None if asked is None else self.search.choose(asked, (event._data or {}).get("rank"))
 
-    def look_first(self, asked: Asked | None, side: str, layer: str) -> tuple[Asked | None, Any, str]:
+    def look_first(
+        self, asked: Asked | None, seen: Seen | None, side: str, layer: str
+    ) -> tuple[Seen | None, Any, str]:
         """Another result, or the other side, is looked at: begin with the Meta Token that matters most."""
         if asked is None or asked.chosen is None:
-            return asked, gr.skip(), html.message(_NOTHING)
+            return None, gr.skip(), html.message(_NOTHING)
         meta = self.search.best_meta(asked, side) if self.search.encoder.ordered else 0
-        asked, shown = self.search.look(asked, side, meta, layer)
-        return asked, gr.update(value=meta + 1, maximum=self.search.meta_tokens(side)), shown
+        seen, shown = self.search.look(asked, seen, side, meta, layer)
+        return seen, gr.update(value=meta + 1, maximum=self.search.meta_tokens(side)), shown
 
-    def look(self, asked: Asked | None, side: str, meta: float, layer: str) -> tuple[Asked | None, str]:
+    def look(
+        self, asked: Asked | None, seen: Seen | None, side: str, meta: float, layer: str
+    ) -> tuple[Seen | None, str]:
         """A Meta Token or a layer was chosen."""
         if asked is None:
             return None, html.message(_NOTHING)
-        return self.search.look(asked, side, int(meta) - 1, layer)
+        return self.search.look(asked, seen, side, int(meta) - 1, layer)
 
     def compare(self, asked: Asked | None) -> str:
         """The same query at every budget."""
@@ -365,7 +391,7 @@ def build(search: Search, title: str = "metaembed", examples: Sequence[str] = ()
     events = Events(search)
     rests = [sorted({budget[side] for budget in search.budgets}) for side in (0, 1)]
     with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(3600, 3600)) as page:
-        state = gr.State(None)
+        state, seen = gr.State(None), gr.State(None)
         gr.HTML(html.header(title, len(search.index), search.index.vectors), apply_default_css=False)
         with gr.Row(elem_id="query"):
             with gr.Column(scale=3, min_width=280):
@@ -384,7 +410,7 @@ def build(search: Search, title: str = "metaembed", examples: Sequence[str] = ()
                 tried = (
                     gr.Examples([[one] for one in examples], text, label="Try", elem_id="try") if examples else None
                 )
-            picture = _UploadedPicture(
+            picture = gr.Image(
                 label="Picture",
                 placeholder="Or drop a picture",
                 type="pil",
@@ -393,9 +419,10 @@ def build(search: Search, title: str = "metaembed", examples: Sequence[str] = ()
                 scale=1,
                 min_width=230,
                 buttons=[],
-                visible=search.takes_pictures,
+                visible=search.encoder.takes_images,
                 elem_id="picture",
             )
+            picture.async_move_resource_to_block_cache = _uploads_only(picture.async_move_resource_to_block_cache)
         with gr.Row():
             r_q = _slider("Query vectors", rests[0], "query-vectors")
             r_c = _slider("Document vectors", rests[1], "document-vectors")
@@ -417,37 +444,41 @@ def build(search: Search, title: str = "metaembed", examples: Sequence[str] = ()
             with gr.Tab("Every budget"):
                 table = gr.HTML(html.message(_NOTHING), apply_default_css=False, elem_id="budgets")
 
-        private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
-        latest = {**private, "trigger_mode": "always_last"}
-        answer, sight = [state, facts, found], [state, meta, looked]
+        # The latest of several quick events is the one that counts. `state` is what was asked, and only what a visitor
+        # does changes it; `seen` is a memory, so that an answer which comes late does no harm.
+        quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden", "trigger_mode": "always_last"}
+        budget, answer = [r_q, r_c], [state, facts, found]
+        sight: dict[str, Any] = {
+            "fn": told(events.look_first),
+            "inputs": [state, seen, side, layer],
+            "outputs": [seen, meta, looked],
+            **quiet,
+        }
+        comparing: dict[str, Any] = {"fn": told(events.compare), "inputs": state, "outputs": table, **quiet}
         starts = [go.click, text.submit, picture.change]
         starts += [page.load] if words else []
         starts += [tried.load_input_event.then] if tried else []
         for number, start in enumerate(starts):
-            options = private if number else {"api_name": "search", "show_progress": "minimal"}
-            asked = start(told(events.ask), [text, picture, r_q, r_c], answer, **options)
-            seen = asked.then(told(events.look_first), [state, side, layer], sight, **private)
-            seen.then(told(events.compare), state, table, **private)
-        moved = gr.on([r_q.input, r_c.input], None, [r_q, r_c], [r_q, r_c], js=_SNAP_JS % tuple(rests), **private)
-        narrowed = moved.then(told(events.narrow), [state, r_q, r_c], answer, **latest)
-        seen = narrowed.then(told(events.look_first), [state, side, layer], sight, **latest)
-        seen.then(told(events.compare), state, table, **latest)
-        chosen = found.select(told(events.choose), state, state, **private)
-        chosen.then(told(events.look_first), [state, side, layer], sight, **private)
-        side.input(told(events.look_first), [state, side, layer], sight, **private)
-        gr.on([meta.input, layer.input], told(events.look), [state, side, meta, layer], [state, looked], **latest)
+            options = {**quiet, "show_progress": "minimal"} if number else {"api_name": "search"}
+            asked = start(told(events.ask), [text, picture, *budget], answer, **options)
+            asked.then(told(events.follow), [state, *budget], answer, **quiet).then(**sight).then(**comparing)
+        moved = gr.on([r_q.input, r_c.input], None, budget, budget, js=_SNAP_JS % tuple(rests), **quiet)
+        moved.then(told(events.narrow), [state, *budget], answer, **quiet).then(**sight).then(**comparing)
+        found.select(told(events.choose), state, state, **quiet).then(**sight)
+        side.input(**sight)
+        gr.on([meta.input, layer.input], told(events.look), [state, seen, side, meta, layer], [seen, looked], **quiet)
     return page
 
 
-class _UploadedPicture(gr.Image):
-    """A picture that a visitor uploads. Gradio would also fetch one whose URL a visitor names."""
+def _uploads_only(move: Callable[[Any], Awaitable[str | None]]) -> Callable[[Any], Awaitable[str | None]]:
+    """Return how Gradio takes over a file that a visitor names, without fetching it where it is a URL."""
 
-    is_template = True  # it looks like its base class
-
-    async def async_move_resource_to_block_cache(self, url_or_file_path: Any) -> str | None:
-        if re.match(r"\w+://", str(url_or_file_path)):
+    async def take(file: Any) -> str | None:
+        if re.match(r"\w+://", str(file)):
             raise gr.Error("Upload the picture: no URL is fetched.", print_exception=False)
-        return await super().async_move_resource_to_block_cache(url_or_file_path)
+        return await move(file)
+
+    return take
 
 
 def _slider(label: str, rests: Sequence[int], elem_id: str) -> gr.Slider:
@@ -479,7 +510,7 @@ def launch(
         index: The folder (or address) that `metaembed index` wrote to, or an open index.
         model: What encodes queries: a folder or Hub id, or a loaded model or [`Encoder`]. None: the index's own.
         host: Where to listen; "0.0.0.0" for everybody who can reach this machine.
-        port: None: a free one from 7860 on.
+        port: None or 0: a free one from 7860 on.
         settings: Of an open index: where the files of its documents are. None: those of its folder, if there are any.
         title: What stands on top.
         examples: Queries to try.
@@ -497,8 +528,7 @@ def launch(
         ValueError: If the model does not fit the index, or neither says which model it is.
     """
     if isinstance(index, (str, os.PathLike)):
-        settings = settings or read_settings(index)
-        index = open_index(index)
+        index, settings = open_index(index), settings or _settings_of(index, model)
     if model is None:
         if settings is None:
             raise ValueError("which model encodes the queries of this index? Pass model=...")
@@ -518,7 +548,7 @@ def launch(
     page.queue(default_concurrency_limit=4, max_size=64, api_open=False)
     return page.launch(
         server_name=host,
-        server_port=port,
+        server_port=port or None,
         theme=theme(),
         css=html.CSS,
         allowed_paths=[],
@@ -526,6 +556,15 @@ def launch(
         state_session_capacity=_SESSIONS,
         **{"share": False, "enable_monitoring": False, "footer_links": [], "ssr_mode": False, **options},
     )
+
+
+def _settings_of(index: str | os.PathLike[str], model: Any) -> Settings | None:
+    try:
+        return read_settings(index)
+    except FileNotFoundError:
+        if model is None:
+            raise
+        return None  # not made by `metaembed index`: there are no files to show
 
 
 def theme() -> gr.themes.Base:

@@ -158,7 +158,13 @@ def test_nothing_asked_is_a_hint_and_no_error(search):
 
 def test_a_model_without_meta_tokens_searches_and_says_why_it_has_no_attention(search):
     other = dataclasses.make_dataclass("Other", [("model", object, search.encoder.model)])
-    other.ordered, other.query_vectors, other.document_vectors, other.dim = False, 4, 8, search.encoder.dim
+    other.takes_images, other.ordered, other.query_vectors, other.document_vectors, other.dim = (
+        True,
+        False,
+        4,
+        8,
+        search.encoder.dim,
+    )
     other.budgets, other.encode_queries = [(4, 1), (4, 8)], search.encoder.encode_queries
     plain = Search(search.index, other, search.source)
     assert "no Meta Tokens" in plain.look(asked(plain), "document", 0, "last")[1]
