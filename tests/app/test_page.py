@@ -84,10 +84,10 @@ def test_every_budget_is_shown_side_by_side(search):
 def test_each_meta_token_shows_where_it_looked(search, words):
     state = asked(search, words)
     for rank, (id, _, metadata) in enumerate(state.hits):
-        chosen, shown = search.look(search.choose(state, rank), "document", 2, "last")
+        seen, shown = search.look(search.choose(state, rank), None, "document", 2, "last")
         assert ("me-tokens" in shown) == (metadata["kind"] == "text") != ("data:image/webp" in shown), id
-        assert list(chosen.looked) == [id]
-    shown = search.look(state, "query", 1, "mean of all")[1]
+        assert seen.of == id
+    shown = search.look(state, seen, "query", 1, "mean of all")[1]
     assert "me-tokens" in shown and "of the score" in shown
 
 
@@ -101,9 +101,12 @@ def test_the_first_meta_token_that_is_shown_gives_the_most_to_the_score(search):
 
 
 def test_attention_is_computed_once_for_a_document(search, monkeypatch):
-    state, _ = search.look(asked(search), "document", 0, "last")
-    monkeypatch.setitem(search.__dict__, "_reader", None)
-    assert "of its attention" in search.look(state, "document", 5, "last")[1]
+    state = asked(search)
+    for side in ("document", "query"):
+        seen, _ = search.look(state, None, side, 0, "last")
+        with monkeypatch.context() as patch:
+            patch.setitem(search.__dict__, "_reader", None)
+            assert "of its attention" in search.look(state, seen, side, 3, "last")[1]
 
 
 def test_a_file_outside_of_the_sources_or_gone_is_neither_opened_nor_an_error(search, tmp_path):
@@ -130,7 +133,8 @@ def test_an_index_without_files_shows_ids_and_texts(search):
         plain = Search(index, search.encoder, Source(None))
         state = asked(plain)
         assert (
-            "&lt;a&gt;" in plain.cards(state) and "No attention to show" in plain.look(state, "document", 0, "last")[1]
+            "&lt;a&gt;" in plain.cards(state)
+            and "No attention to show" in plain.look(state, None, "document", 0, "last")[1]
         )
 
 
@@ -140,7 +144,7 @@ def test_visitors_at_the_same_time_get_their_own_answers(search):
 
     def visit(text):
         state, _, cards = events.ask(text, None, 4, 8)
-        state, _, looked = events.look_first(state, "query", "last")
+        looked = events.look_first(state, None, "query", "last")[2]
         return cards, looked
 
     alone = [visit(text) for text in words]
@@ -148,26 +152,28 @@ def test_visitors_at_the_same_time_get_their_own_answers(search):
         assert list(pool.map(visit, words * 2)) == alone * 2
 
 
+def test_a_slider_that_moved_while_a_query_was_encoded_counts(search):
+    events = Events(search)
+    state, _, _ = events.ask("red apple", None, 4, 8)
+    assert events.follow(state, 1, 4)[0].budget == (1, 4)
+    assert events.follow(state, 4, 7)[1] == page_module.gr.skip(), "it has not moved"
+
+
 def test_nothing_asked_is_a_hint_and_no_error(search):
     events = Events(search)
     assert events.ask("", None, 1, 1)[0] is None
-    assert "Nothing has been searched" in events.compare(None) + events.look(None, "query", 1, "last")[1]
+    assert "Nothing has been searched" in events.compare(None) + events.look(None, None, "query", 1, "last")[1]
     with pytest.raises(ValueError, match="no result 99"):
         search.choose(asked(search), 99)
 
 
 def test_a_model_without_meta_tokens_searches_and_says_why_it_has_no_attention(search):
     other = dataclasses.make_dataclass("Other", [("model", object, search.encoder.model)])
-    other.takes_images, other.ordered, other.query_vectors, other.document_vectors, other.dim = (
-        True,
-        False,
-        4,
-        8,
-        search.encoder.dim,
-    )
+    other.takes_images, other.ordered, other.dim = True, False, search.encoder.dim
+    other.query_vectors, other.document_vectors = 4, 8
     other.budgets, other.encode_queries = [(4, 1), (4, 8)], search.encoder.encode_queries
     plain = Search(search.index, other, search.source)
-    assert "no Meta Tokens" in plain.look(asked(plain), "document", 0, "last")[1]
+    assert "no Meta Tokens" in plain.look(asked(plain), None, "document", 0, "last")[1]
 
 
 def test_a_model_of_other_dimensions_is_refused(search):
