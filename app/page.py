@@ -268,9 +268,9 @@ def _show_attention(attention: Attention, item: Any, meta: int, layer: int | Non
     if picture is not None:
         large = shrink(picture, _LARGE, least=_LARGE // 2)
         marked = html.data_url(highlight(large, attention.over_picture(meta, layer)))
-        shown.append(html.attention_over_picture(marked, attention.share_of_picture(meta, layer)))
+        shown.append(html.attention_over_picture(marked, attention.share_of_picture(meta, layer), meta + 1))
     if attention.pieces:
-        shown.append(html.attention_over_text(attention.over_text(meta, layer)))
+        shown.append(html.attention_over_text(attention.over_text(meta, layer), meta + 1))
     return "".join(shown)
 
 

@@ -147,21 +147,22 @@ def note(text: str) -> str:
     return f'<p class="me-note">{escape(text)}</p>'
 
 
-def attention_over_picture(picture: str, share: float) -> str:
-    """Return a highlighted picture, and the share of the attention that is on it."""
-    alt = "The patches that this Meta Token looked at, highlighted"
-    caption = f"<b>{share:.0%}</b> of its attention is on the picture."
+def attention_over_picture(picture: str, share: float, meta: int) -> str:
+    """Return a highlighted picture, and the share of the attention of a Meta Token, 1 for the first, that is on it."""
+    alt = f"The patches that Meta Token {meta} looked at, highlighted"
+    caption = f"Meta Token {meta}: <b>{share:.0%}</b> of its attention is on the picture."
     return f'<figure class="me-look"><img src="{picture}" alt="{alt}"><figcaption>{caption}</figcaption></figure>'
 
 
-def attention_over_text(pieces: Sequence[tuple[str, float]]) -> str:
-    """Return a text whose pieces are the more highlighted, the more attention they got."""
+def attention_over_text(pieces: Sequence[tuple[str, float]], meta: int) -> str:
+    """Return a text whose pieces are the more highlighted, the more attention of a Meta Token they got."""
     most = max((share for _, share in pieces), default=0.0) or 1.0
     spans = "".join(
         f'<span style="--share:{100 * share / most:.0f}%" title="{share:.1%} of the attention">{escape(text)}</span>'
         for text, share in pieces
     )
-    caption = f"<b>{sum(share for _, share in pieces):.0%}</b> of its attention is on these words."
+    whole = sum(share for _, share in pieces)
+    caption = f"Meta Token {meta}: <b>{whole:.0%}</b> of its attention is on these words."
     return f'<figure class="me-look"><p class="me-tokens">{spans}</p><figcaption>{caption}</figcaption></figure>'
 
 
