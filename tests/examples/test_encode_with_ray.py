@@ -32,7 +32,7 @@ def cluster(monkeypatch):
 
 
 @pytest.mark.slow
-def test_two_nodes_and_a_killed_worker_give_what_a_single_process_gives(cluster, bert, tmp_path):
+def test_two_nodes_and_a_killed_worker_give_what_a_single_process_gives(cluster, qwen, tmp_path):
     import pyarrow as pa
     import pyarrow.parquet as pq
     from encode_with_ray import Encoder, Shards, parse, run
@@ -44,7 +44,7 @@ def test_two_nodes_and_a_killed_worker_give_what_a_single_process_gives(cluster,
     (tmp_path / "data").mkdir()
     for i in range(4):
         pq.write_table(table.slice(6 * i, 6), tmp_path / "data" / f"part-{i}.parquet")
-    bert.save_pretrained(tmp_path / "model")
+    qwen.save_pretrained(tmp_path / "model")
     marker, seen = tmp_path / "killed", tmp_path / "seen"
     seen.mkdir()
 
@@ -77,7 +77,7 @@ def test_two_nodes_and_a_killed_worker_give_what_a_single_process_gives(cluster,
     shards = Shards(str(tmp_path / "out"))
     assert len(shards) == 24 and sum(len(store) > 0 for store in shards.stores) == 3
     assert sorted(i for store in shards.stores for i in store.ids) == sorted(ids)
-    single = bert.encode_documents([{"text": text} for text in texts], num_meta=4)
+    single = qwen.encode_documents([{"text": text} for text in texts], num_meta=4)
     for i, embedding in zip(ids, single, strict=True):
         (document,) = next(store.get([i]) for store in shards.stores if i in store)
         torch.testing.assert_close(document.embedding, embedding.float(), atol=1e-5, rtol=0)
