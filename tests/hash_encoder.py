@@ -33,7 +33,7 @@ class HashEncoder(Encoder):
             for message in item.messages:
                 digest.update("".join(part.get("text", "") for part in message["content"]).encode())
             prepared.append((digest.digest(), str(item.messages)))
-        return num_meta or self.document_vectors, prepared
+        return num_meta or getattr(self, f"{side}_vectors"), prepared
 
     def encode_prepared(self, prepared):
         vectors, digests = prepared

@@ -16,7 +16,7 @@ from metaembed import MultiVectorIndex
 from metaembed.app import ingest as ingestion
 from metaembed.app.ingest import REPORT, begin, ingest
 from metaembed.app.pdf import PdfReader
-from metaembed.app.settings import Settings, read_settings
+from metaembed.app.settings import Settings, open_index, read_settings
 from metaembed.app.sources import Columns, split
 
 TESTS = Path(__file__).parent.parent
@@ -377,6 +377,27 @@ def test_text_is_split_at_paragraphs_and_nothing_is_lost():
     assert "".join(text.split()) == "".join("".join(parts).split())
     assert all(part.startswith("Paragraph") for part in parts[:-2])
     assert split("", 100) == [] and split("short", 100) == ["short"]
+
+
+def test_a_store_has_its_settings_in_a_folder_beside(source, tmp_path, monkeypatch):
+    pytest.importorskip("qdrant_edge")
+    monkeypatch.chdir(tmp_path)
+    address = "qdrant+edge:pages"
+
+    def again(**kwargs):
+        encoder = HashEncoder()
+        begin(address, encoder, Settings(model="hash", vectors=4))
+        return ingest(address, [str(source)], encoder, **kwargs)
+
+    assert again().encoded == 22
+    (source / "1.txt").unlink()
+    summary = again(sync=True)
+    assert (summary.encoded, summary.kept, summary.deleted) == (0, 21, 1)
+    assert read_settings(address) == read_settings("pages.metaembed")
+    for place in (address, "pages.metaembed"):
+        with open_index(place) as store:
+            query = HashEncoder().encode_queries(["text 2"])
+            assert len(store) == 21 and store.search(query, k=1).ids == [["2.txt"]]
 
 
 # Datasets
