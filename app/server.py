@@ -22,8 +22,10 @@ from fastapi.responses import JSONResponse
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel, ConfigDict, Field
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException as AnyHTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..inputs_metaembed import InputPolicy, check_text, read_image
 from ..retrieval.index import DamagedIndexError
@@ -224,7 +226,7 @@ class _Service:
         times.append(time.perf_counter())
         options = {name: getattr(wanted, name) for name in ("where", "include_ids", "exclude_ids")}
         find = partial(self._search, queries, wanted.k, (r_q, r_c), None if wanted.exact else "auto", **options)
-        found = await to_thread.run_sync(find, limiter=self._searchers)
+        found = await to_thread.run_sync(find, limiter=self._searchers, abandon_on_cancel=True)
         times.append(time.perf_counter())
         rows = zip(found.ids, found.scores.tolist(), found.metadata, strict=True)
         results = [[Hit(id=i, score=s, metadata=m) for i, s, m in zip(*row, strict=False)] for row in rows]
@@ -328,24 +330,7 @@ def create_app(
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=hosts, www_redirect=False)
     _handle_errors(app)
 
-    @app.middleware("http")
-    async def guard(request: Request, call_next: Any) -> Response:
-        """Ask for the key, keep the time, and count."""
-        start = time.perf_counter()
-        if api_key is not None and request.url.path not in _OPEN and not _has_key(request, api_key):
-            response: Response = _error(401, f"send the API key, as in 'Authorization: Bearer {API_KEY}'")
-        else:
-            try:
-                response = await asyncio.wait_for(call_next(request), limits.seconds)
-            except TimeoutError:
-                response = _error(504, f"there was no answer within {limits.seconds:g} seconds")
-            except Exception as error:
-                _log.error("%s %s failed", request.method, request.url.path, exc_info=error)
-                response = _error(500, "the server failed; its log says why")
-        path = getattr(request.scope.get("route"), "path", "other")  # not what a stranger made up
-        metrics.requests.labels(path, response.status_code).inc()
-        metrics.seconds.labels(path).observe(time.perf_counter() - start)
-        return response
+    app.add_middleware(_Guard, api_key=api_key, seconds=limits.seconds, metrics=metrics)
 
     @app.get("/health")
     async def health() -> Health:
@@ -388,8 +373,43 @@ def create_app(
     return app
 
 
-def _has_key(request: Request, api_key: str) -> bool:
-    scheme, _, given = request.headers.get("authorization", "").partition(" ")
+class _Guard:
+    """Asks for the key, keeps the time, and counts."""
+
+    def __init__(self, app: ASGIApp, api_key: str | None, seconds: float, metrics: _Metrics):
+        self.app, self.api_key, self.seconds, self.metrics = app, api_key, seconds, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        start, status = time.perf_counter(), 0
+
+        async def note(message: Message) -> None:
+            nonlocal status
+            status = message.get("status", status)
+            await send(message)
+
+        try:
+            if self.api_key is None or scope["path"] in _OPEN or _has_key(scope, self.api_key):
+                async with asyncio.timeout(self.seconds):
+                    await self.app(scope, receive, note)
+            else:
+                await _error(401, f"send the API key, as in 'Authorization: Bearer KEY' ({API_KEY})")(
+                    scope, receive, note
+                )
+        except TimeoutError:
+            if status:
+                raise
+            await _error(504, f"there was no answer within {self.seconds:g} seconds")(scope, receive, note)
+        finally:
+            path = getattr(scope.get("route"), "path", "other")  # not what a stranger made up
+            self.metrics.requests.labels(path, status or 500).inc()
+            self.metrics.seconds.labels(path).observe(time.perf_counter() - start)
+
+
+def _has_key(scope: Scope, api_key: str) -> bool:
+    scheme, _, given = Headers(scope=scope).get("authorization", "").partition(" ")
     return scheme.lower() == "bearer" and hmac.compare_digest(given.strip().encode(), api_key.encode())
 
 
@@ -418,6 +438,11 @@ def _handle_errors(app: FastAPI) -> None:
     @app.exception_handler(Busy)
     async def busy(request: Request, error: Exception) -> Response:
         return _error(503, str(error), {"Retry-After": "1"})
+
+    @app.exception_handler(Exception)
+    async def failed(request: Request, error: Exception) -> Response:
+        _log.error("%s %s failed", request.method, request.url.path, exc_info=error)
+        return _error(500, "the server failed; its log says why")
 
     @app.exception_handler(DamagedIndexError)
     async def damaged(request: Request, error: Exception) -> Response:
