@@ -10,10 +10,18 @@ test test-latest test-floor: export OMP_NUM_THREADS ?= 1
 # The lock takes torch and torchvision from here, as a pair: a new one is chosen by hand (docs/versions.md).
 TORCH := torch==2.14.1 torchvision==0.29.1
 
-.PHONY: quickstart test test-latest test-floor test-sanitize lint lock backbones benchmark benchmark-encode benchmark-training clean
+.PHONY: quickstart demo reproduce test test-latest test-floor test-sanitize lint lock backbones benchmark benchmark-encode benchmark-training benchmark-index benchmark-ingest benchmark-server benchmark-stores test-kills clean
 
 quickstart: $(VENV)/.ready
 	$(BIN)/python examples/quickstart.py $(ARGS)
+
+# A search page on the quickstart's model and scenes, after `make quickstart`.
+demo: $(VENV)/.ready
+	$(BIN)/python examples/demo.py $(ARGS)
+
+# The experiments of docs/reproduction.md: `ARGS=--full` for all of them, which takes hours and goes on where it was.
+reproduce: $(VENV)/.ready
+	$(BIN)/python benchmarks/reproduce.py $(ARGS)
 
 test: $(VENV)/.ready
 	$(BIN)/python $(PYTEST) $(ARGS)
@@ -30,6 +38,14 @@ benchmark-training: $(VENV)/.ready
 # After `make quickstart`, whose model it uses.
 benchmark: $(VENV)/.ready
 	$(BIN)/python benchmarks/scoring.py $(ARGS)
+
+# These need the quickstart's model too.
+benchmark-index benchmark-ingest benchmark-server benchmark-stores: benchmark-%: $(VENV)/.ready
+	$(BIN)/python benchmarks/$*.py $(ARGS)
+
+# Kills processes that write to an index; nothing may be lost.
+test-kills: $(VENV)/.ready
+	$(BIN)/python tests/retrieval/kill_index.py --kills 100 $(ARGS)
 
 # The tests on the newest versions that setup.py allows, whatever the lock says.
 test-latest: $(VENV)-latest/.ready

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 from transformers import AutoConfig, AutoModel, AutoProcessor
 
 from .configuration_metaembed import MetaEmbedConfig
-from .deprecated import OldModules
 from .inputs_metaembed import InputPolicy
 from .modeling_metaembed import MetaEmbedModel, MetaEmbedOutput
+from .old_names import OldModules
 from .processing_metaembed import MetaEmbedProcessor
 from .scoring_metaembed import maxsim
 

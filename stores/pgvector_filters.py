@@ -1,4 +1,4 @@
-"""Our filters as SQL on JSONB, with the answers of `compile_where`. Every value is a bound parameter."""
+"""Our filters as SQL on JSONB, with the answers of `parse_where`. Every value is a bound parameter."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from ..retrieval.metadata import compile_where
+from ..retrieval.filters import parse_where
 
 COLUMN_TYPES = {"text": 'text COLLATE "C"', "number": "numeric", "boolean": "boolean"}
 _CASTS = {"text": "text", "number": "numeric", "boolean": "boolean"}
@@ -49,10 +49,10 @@ def translate(sql: Any, where: Mapping[str, Any], columns: Mapping[str, str]) ->
     """Translate a filter into a condition and its values; `columns` are keys with a column and the kind of it.
 
     Raises:
-        TypeError: as `compile_where`.
-        ValueError: as `compile_where`.
+        TypeError: as `parse_where`.
+        ValueError: as `parse_where`.
     """
-    compile_where(where)
+    parse_where(where)
     return _Translation(sql, columns).run(where)
 
 

@@ -1,4 +1,4 @@
-"""Our filters in Qdrant's language, with the answers of `compile_where`.
+"""Our filters in Qdrant's language, with the answers of `parse_where`.
 
 Qdrant looks into lists, compares 1 with true when embedded, and has no order of text. So the payload of a document
 notes, beside its metadata, at which paths it holds lists and booleans: its marks.
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
-from ..retrieval.metadata import compile_where
+from ..retrieval.filters import parse_where
 
 METADATA, MARKS = "metadata", "marks"  # keys of the payload
 _EXACT = 1 << 53  # whole numbers from here on are not told apart by an engine that compares 64-bit floats
@@ -61,10 +61,10 @@ def translate(where: Mapping[str, Any], c: Conditions) -> Any:
     """Translate a filter.
 
     Raises:
-        TypeError: as `compile_where`.
-        ValueError: as `compile_where`, and if Qdrant cannot answer as our own index does.
+        TypeError: as `parse_where`.
+        ValueError: as `parse_where`, and if Qdrant cannot answer as our own index does.
     """
-    compile_where(where)
+    parse_where(where)
     return _all(where, c)
 
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 import metaembed
-from metaembed.deprecated import MOVED
+from metaembed.old_names import MOVED
 
 HEAVY = {"sentence_transformers", "peft", "datasets", "mteb"}
 

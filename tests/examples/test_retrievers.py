@@ -1,6 +1,5 @@
 """The retrievers for other libraries find what the store finds."""
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -21,12 +20,6 @@ def pages(qwen):
     return store
 
 
-@pytest.fixture
-def without_root(monkeypatch):
-    """`python -m pytest` puts the root first, whose `deprecated.py` would stand for the library of that name."""
-    monkeypatch.setattr(sys, "path", [p for p in sys.path if Path(p or ".").resolve() != ROOT])
-
-
 def expected(qwen, pages, k, budget, **search):
     return pages.search(qwen.encode_queries("a rocket", num_meta=budget[0]), k, budget, **search)
 
@@ -43,7 +36,7 @@ def test_langchain(qwen, pages):
     assert [d.id for d in retriever.invoke("a rocket", k=1, where={"page": 3})] == ["p3"]
 
 
-def test_llama_index(qwen, pages, without_root, pictures, tmp_path):
+def test_llama_index(qwen, pages, pictures, tmp_path):
     pytest.importorskip("llama_index.core", reason="llama-index-core is not installed")
     from llama_index.core.schema import QueryBundle
     from llama_index_retriever import MetaEmbedRetriever

@@ -1,7 +1,7 @@
 """Load and fuzz the HTTP server: 50 concurrent clients for a minute, then 1,000 bad requests.
 
-    python benchmarks/serve.py                  after `make quickstart`, whose model and scenes it serves
-    python benchmarks/serve.py --seconds 10
+    python benchmarks/server.py                  after `make quickstart`, whose model and scenes it serves
+    python benchmarks/server.py --seconds 10
 
 Prints a Markdown table, and fails if a request was lost, an answer was an error, or memory grew.
 """
@@ -39,8 +39,6 @@ import sys
 from metaembed.app.server import serve
 serve(sys.argv[1], port=int(sys.argv[2]), model=sys.argv[3])
 """
-    "import sys; from metaembed.app.server import serve; serve(sys.argv[1], port=int(sys.argv[2]), model=sys.argv[3])"
-)
 
 
 def memory(pid: int) -> float:
@@ -81,7 +79,9 @@ async def load(url: str, pid: int, texts: list[str], clients: int, seconds: floa
     name = 'metaembed_requests_total{path="/search",status="200"} '
     answered = next(float(line.removeprefix(name)) for line in counted.splitlines() if line.startswith(name))
     assert answered == len(times), f"the server answered {answered} requests, and clients got {len(times)} answers"
-    batches = {line.split()[0]: float(line.split()[1]) for line in counted.splitlines() if "batch_inputs_" in line}
+    batches = {
+        line.split()[0]: float(line.split()[1]) for line in counted.splitlines() if line.startswith("metaembed_batch")
+    }
     mean = batches["metaembed_batch_inputs_sum"] / batches["metaembed_batch_inputs_count"]
     middle = len(sizes) // 4
     growth = np.median(sizes[-middle:]) - np.median(sizes[middle : 2 * middle])
@@ -142,7 +142,7 @@ def bad_request(rng: random.Random) -> tuple[str, str, bytes, dict[str, str]]:
     wrong = damage(body, rng)
     required = next(iter(body))
     if isinstance(wrong, dict):
-        wrong = {**wrong, required: rng.choice([None, 3, {}, [3], "x" * 9, [{"image": 1}]])}
+        wrong = {**wrong, required: rng.choice([3, {}, [3], "x" * 9, [{"image": 1}]])}
     return "POST", path, json.dumps(wrong).encode(), headers
 
 
