@@ -89,6 +89,8 @@ class MetaEmbedModel(PreTrainedModel):
         super().__init__(config)
         self.backbone = AutoModel.from_config(config.backbone_config) if backbone is None else backbone
         self.projection = None if config.embedding_dim is None else nn.Linear(config.hidden_size, config.embedding_dim)
+        dim = config.embedding_dim or config.hidden_size
+        self.token_projection = nn.Linear(config.hidden_size, dim) if config.token_projection else None
         parameters = inspect.signature(self.backbone.forward).parameters
         takes_anything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
         self._takes_use_cache = takes_anything or "use_cache" in parameters
@@ -265,7 +267,13 @@ class MetaEmbedModel(PreTrainedModel):
         return to_multi_vector_encoder(self, **kwargs)
 
     def forward(
-        self, input_ids: Tensor, num_meta: int | None = None, return_dict: bool | None = None, **kwargs: Any
+        self,
+        input_ids: Tensor,
+        num_meta: int | None = None,
+        return_dict: bool | None = None,
+        *,
+        tokens: bool = False,
+        **kwargs: Any,
     ) -> MetaEmbedOutput | tuple[Tensor]:
         """Return the embeddings [N, r, D] of a batch of model inputs, whose side the input ids tell.
 
@@ -275,16 +283,18 @@ class MetaEmbedModel(PreTrainedModel):
             input_ids: Token ids [N, L], each row with the same number of Meta Tokens.
             num_meta: Return only the first `num_meta` vectors. None: all that the ids ask for.
             return_dict: False: return a tuple.
+            tokens: Also return the vectors of the input's own tokens, after the Meta Tokens': [N, r + T, D], with
+                rows of zeros where an input has fewer tokens. Only a model with a `token_projection` has them.
             **kwargs: Whatever else the processor returned (`attention_mask`, `pixel_values`, ...).
 
         Raises:
             TypeError: If `num_meta` is not a whole number.
             ValueError: If the rows hold no Meta Tokens, or different numbers of them, or fewer than `num_meta`.
         """
-        embeddings = self.embed(input_ids, num_meta, **kwargs)
+        embeddings = self.embed(input_ids, num_meta, tokens, **kwargs)
         return (embeddings,) if return_dict is False else MetaEmbedOutput(embeddings=embeddings)
 
-    def embed(self, input_ids: Tensor, num_meta: int | None = None, **kwargs: Any) -> Tensor:
+    def embed(self, input_ids: Tensor, num_meta: int | None = None, tokens: bool = False, **kwargs: Any) -> Tensor:
         """Return the unit vectors [N, r, D] of the Meta Tokens of the side that the ids show: see [`forward`]."""
         is_meta, num_meta = self._meta_tokens(input_ids, num_meta)
         # A stable sort puts the Meta Tokens first, in order: [N, r], and no shape depends on data.
@@ -293,14 +303,20 @@ class MetaEmbedModel(PreTrainedModel):
             if isinstance(value, Tensor) and value.is_floating_point():
                 kwargs[name] = value.to(self.backbone.dtype)
         hidden = self._last_hidden_state(input_ids, **kwargs)  # [N, L, hidden]
-        meta = hidden.gather(1, positions.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))  # [N, r, hidden]
-        if self.projection is not None:
-            meta = self.projection(meta.to(self.projection.weight.dtype))  # [N, r, D]
-        # At least float32: normalising and scoring in bfloat16 costs about 5% of nDCG.
-        meta = nn.functional.normalize(meta.to(torch.promote_types(meta.dtype, torch.float32)), dim=-1)
+        meta = unit_vectors(hidden, positions, self.projection)
         if torch.compiler.is_compiling():
-            return meta.masked_fill(~is_meta.gather(1, positions).unsqueeze(-1), torch.nan)
-        return meta
+            meta = meta.masked_fill(~is_meta.gather(1, positions).unsqueeze(-1), torch.nan)
+        if not tokens:
+            return meta
+        if self.token_projection is None:
+            raise ValueError("this model was not made for `tokens`: see `token_projection` of from_backbone.")
+        is_own = kwargs.get("attention_mask", torch.ones_like(input_ids)).bool()  # [N, L]
+        for ids in (self.config.query_token_ids, self.config.document_token_ids):
+            is_own = is_own & ((input_ids < ids[0]) | (input_ids > ids[-1]))
+        longest = None if torch.compiler.is_compiling() else int(is_own.sum(dim=1).max())
+        positions = is_own.int().argsort(dim=1, descending=True, stable=True)[:, :longest]
+        own = unit_vectors(hidden, positions, self.token_projection) * is_own.gather(1, positions).unsqueeze(-1)
+        return torch.cat([meta, own], dim=1)
 
     def _meta_tokens(self, input_ids: Tensor, num_meta: int | None) -> tuple[Tensor, int]:
         """Return where the Meta Tokens are [N, L], the document's if there are any, else the query's, and how many."""
@@ -430,6 +446,15 @@ class MetaEmbedModel(PreTrainedModel):
                 yield [chunk[i] for i in group]
 
     score = staticmethod(maxsim)
+
+
+def unit_vectors(hidden: Tensor, positions: Tensor, projection: nn.Module | None) -> Tensor:
+    """Return hidden states [N, L, hidden] at positions [N, r], projected, as unit vectors [N, r, D]."""
+    vectors = hidden.gather(1, positions.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
+    if projection is not None:
+        vectors = projection(vectors.to(projection.weight.dtype))
+    # At least float32: normalising and scoring in bfloat16 costs about 5% of nDCG.
+    return nn.functional.normalize(vectors.to(torch.promote_types(vectors.dtype, torch.float32)), dim=-1)
 
 
 def check_finite(embeddings: Tensor, indices: list[int]) -> Tensor:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from .configuration_metaembed import SIDES, of_package
@@ -42,7 +42,7 @@ class MetaEmbedTransformer(InputModule):
         >>> encoder[0].query_num_meta = 4  # what evaluators, which know no `num_meta`, will use; saved with the model
     """
 
-    forward_kwargs = {"task", "num_meta", "policy"}
+    forward_kwargs = {"task", "num_meta", "policy", "tokens"}
     save_in_root = True
 
     def __init__(self, model: MetaEmbedModel):
@@ -129,13 +129,18 @@ class MetaEmbedTransformer(InputModule):
         """
         device = features["input_ids"].device
         parts = features.get("groups", [features])
-        embeddings = torch.cat([self._embed(part, device) for part in parts])  # [N, r, D]
+        tokens = bool(kwargs.get("tokens", features.get("tokens")))
+        embeddings = [self._embed({**part, "tokens": tokens}, device) for part in parts]
+        longest = max(part.shape[1] for part in embeddings)
+        embeddings = torch.cat([nn.functional.pad(part, (0, 0, 0, longest - part.shape[1])) for part in embeddings])
         if "groups" in features:
             embeddings = embeddings[torch.cat([part["rows"] for part in parts]).to(device).argsort()]
         if not self.training:
             check_finite(embeddings, list(range(len(embeddings))))
         features["token_embeddings"] = embeddings
-        features["attention_mask"] = torch.ones(embeddings.shape[:2], dtype=torch.bool, device=embeddings.device)
+        features["attention_mask"] = (
+            (embeddings != 0).any(dim=-1) if tokens else torch.ones_like(embeddings[..., 0]).bool()
+        )
         return features
 
     def _embed(self, features: dict[str, Any], device: torch.device) -> Tensor:
