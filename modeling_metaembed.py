@@ -310,9 +310,7 @@ class MetaEmbedModel(PreTrainedModel):
             return meta
         if self.token_projection is None:
             raise ValueError("this model was not made for `tokens`: see `token_projection` of from_backbone.")
-        is_own = kwargs.get("attention_mask", torch.ones_like(input_ids)).bool()  # [N, L]
-        for ids in (self.config.query_token_ids, self.config.document_token_ids):
-            is_own = is_own & ((input_ids < ids[0]) | (input_ids > ids[-1]))
+        is_own = self._own_tokens(input_ids, kwargs.get("attention_mask"))
         longest = None if torch.compiler.is_compiling() else int(is_own.sum(dim=1).max())
         positions = is_own.int().argsort(dim=1, descending=True, stable=True)[:, :longest]
         own = unit_vectors(hidden, positions, self.token_projection) * is_own.gather(1, positions).unsqueeze(-1)
@@ -333,6 +331,13 @@ class MetaEmbedModel(PreTrainedModel):
             )
         most = int(counts[0])
         return is_meta, most if num_meta is None else check_count("num_meta", num_meta, most)
+
+    def _own_tokens(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """Return where tokens [N, L] are neither padding nor Meta Tokens."""
+        is_own = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+        for ids in (self.config.query_token_ids, self.config.document_token_ids):
+            is_own = is_own & ((input_ids < ids[0]) | (input_ids > ids[-1]))
+        return is_own
 
     def _last_hidden_state(self, input_ids: Tensor, **inputs: Any) -> Tensor:
         """Run the backbone, with or without a head, on ids [N, L]; return its last hidden states [N, L, hidden]."""
