@@ -36,7 +36,7 @@ from .loading_metaembed import (
     write_repository_files,
 )
 from .processing_metaembed import PROCESSOR_FILE, MetaEmbedProcessor, default_device_cpu
-from .scoring_metaembed import maxsim
+from .scoring_metaembed import Embeddings, maxsim
 
 logger = logging.get_logger(__name__)
 
@@ -272,7 +272,7 @@ class MetaEmbedModel(PreTrainedModel):
         num_meta: int | None = None,
         return_dict: bool | None = None,
         *,
-        tokens: bool = False,
+        tokens: int | bool = False,
         **kwargs: Any,
     ) -> MetaEmbedOutput | tuple[Tensor]:
         """Return the embeddings [N, r, D] of a batch of model inputs, whose side the input ids tell.
@@ -283,8 +283,8 @@ class MetaEmbedModel(PreTrainedModel):
             input_ids: Token ids [N, L], each row with the same number of Meta Tokens.
             num_meta: Return only the first `num_meta` vectors. None: all that the ids ask for.
             return_dict: False: return a tuple.
-            tokens: Also return the vectors of the input's own tokens, after the Meta Tokens': [N, r + T, D], with
-                rows of zeros where an input has fewer tokens. Only a model with a `token_projection` has them.
+            tokens: True: after the Meta Tokens' vectors also those of the input's own tokens, [N, r + T, D], with
+                rows of zeros where it has fewer; a number: pooled to so many, without gradients.
             **kwargs: Whatever else the processor returned (`attention_mask`, `pixel_values`, ...).
 
         Raises:
@@ -294,7 +294,9 @@ class MetaEmbedModel(PreTrainedModel):
         embeddings = self.embed(input_ids, num_meta, tokens, **kwargs)
         return (embeddings,) if return_dict is False else MetaEmbedOutput(embeddings=embeddings)
 
-    def embed(self, input_ids: Tensor, num_meta: int | None = None, tokens: bool = False, **kwargs: Any) -> Tensor:
+    def embed(
+        self, input_ids: Tensor, num_meta: int | None = None, tokens: int | bool = False, **kwargs: Any
+    ) -> Tensor:
         """Return the unit vectors [N, r, D] of the Meta Tokens of the side that the ids show: see [`forward`]."""
         is_meta, num_meta = self._meta_tokens(input_ids, num_meta)
         # A stable sort puts the Meta Tokens first, in order: [N, r], and no shape depends on data.
@@ -309,11 +311,13 @@ class MetaEmbedModel(PreTrainedModel):
         if not tokens:
             return meta
         if self.token_projection is None:
-            raise ValueError("this model was not made for `tokens`: see `token_projection` of from_backbone.")
+            raise ValueError("this model gives no vectors of tokens: from_backbone made it without token_projection.")
         is_own = self._own_tokens(input_ids, kwargs.get("attention_mask"))
-        longest = None if torch.compiler.is_compiling() else int(is_own.sum(dim=1).max())
+        longest = None if torch.compiler.is_compiling() else max(1, int(is_own.sum(dim=1).max()))
         positions = is_own.int().argsort(dim=1, descending=True, stable=True)[:, :longest]
         own = unit_vectors(hidden, positions, self.token_projection) * is_own.gather(1, positions).unsqueeze(-1)
+        if tokens is not True:
+            own = of_package("retrieval.pooling", "pool_padded", needed=True)(own, tokens)
         return torch.cat([meta, own], dim=1)
 
     def _meta_tokens(self, input_ids: Tensor, num_meta: int | None) -> tuple[Tensor, int]:
@@ -357,7 +361,7 @@ class MetaEmbedModel(PreTrainedModel):
             raise ValueError(f"{name} returned hidden states of shape {shapes}: none for some tokens.")
         return hidden
 
-    def encode_queries(self, inputs: Any, num_meta: int | None = None, **kwargs: Any) -> Tensor | np.ndarray:
+    def encode_queries(self, inputs: Any, num_meta: int | None = None, **kwargs: Any) -> Any:
         """Encode queries as `num_meta` vectors each. While any thread encodes, the whole model is in evaluation mode.
 
         Args:
@@ -372,6 +376,8 @@ class MetaEmbedModel(PreTrainedModel):
                 - `batch_size`: number of inputs in a forward pass, 32;
                 - `show_progress_bar`: None: if transformers' log level is INFO or lower;
                 - `convert_to_numpy`: return a numpy array instead of a tensor;
+                - `tokens`: return [`Embeddings`] `(meta, tokens)`, with the vectors of each input's own tokens too:
+                  all (True), or pooled to so many, of which the first ones summarize best (by the package);
                 - `max_length`: keep only so many tokens of each input's own text, from its start. None: all;
                 - `policy`, an [`InputPolicy`], and options of the backbone's processor (`max_pixels`, ...).
 
@@ -388,7 +394,7 @@ class MetaEmbedModel(PreTrainedModel):
         """
         return self._encode("query", inputs, num_meta, **kwargs)
 
-    def encode_documents(self, inputs: Any, num_meta: int | None = None, **kwargs: Any) -> Tensor | np.ndarray:
+    def encode_documents(self, inputs: Any, num_meta: int | None = None, **kwargs: Any) -> Any:
         """Encode documents as `num_meta` vectors each, 1..R_c: see [`encode_queries`], which takes the same inputs."""
         return self._encode("document", inputs, num_meta, **kwargs)
 
@@ -403,8 +409,9 @@ class MetaEmbedModel(PreTrainedModel):
         batch_size: int = 32,
         show_progress_bar: bool | None = None,
         convert_to_numpy: bool = False,
+        tokens: int | bool = False,
         **kwargs: Any,
-    ) -> Tensor | np.ndarray:
+    ) -> Tensor | np.ndarray | Embeddings:
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"batch_size must be a whole number of at least 1, got {batch_size!r}.")
         if show_progress_bar is None:
@@ -413,6 +420,7 @@ class MetaEmbedModel(PreTrainedModel):
         items = self.processor.parse(inputs)
         dim = self.config.embedding_dim or self.config.hidden_size
         embeddings = torch.empty(len(items), num_meta, dim, dtype=torch.float32, device="cpu")
+        own = [embeddings.new_empty(0, dim)] * len(items)  # the vectors of each input's tokens
         device = execution_device(self)
         with self._evaluating(), default_device_cpu():
             batches = list(self._batches(items, batch_size))
@@ -420,10 +428,15 @@ class MetaEmbedModel(PreTrainedModel):
                 features = self.processor.process(
                     [items[i] for i in indices], side, num_meta, instruction=instruction, indices=indices, **kwargs
                 )
-                output = self(**features.to(device)).embeddings  # [batch, r, D]
-                embeddings[indices] = check_finite(output.to("cpu", torch.float32), indices)
-        embeddings = embeddings[0] if is_single(inputs) else embeddings
-        return embeddings.numpy() if convert_to_numpy else embeddings
+                output = self(**features.to(device), tokens=tokens).embeddings  # [batch, r + T, D]
+                output = check_finite(output.to("cpu", torch.float32), indices)
+                embeddings[indices] = output[:, :num_meta]
+                for index, rows in zip(indices, output[:, num_meta:], strict=True):
+                    own[index] = rows[: max(1, int(rows.any(dim=1).sum()))]
+        parts = [embeddings] + ([stack_tokens(own, side)] if tokens else [])
+        parts = [part[0] for part in parts] if is_single(inputs) else parts
+        parts = [part.numpy() for part in parts] if convert_to_numpy else parts
+        return Embeddings(*parts) if tokens else parts[0]
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
@@ -460,6 +473,17 @@ def unit_vectors(hidden: Tensor, positions: Tensor, projection: nn.Module | None
         vectors = projection(vectors.to(projection.weight.dtype))
     # At least float32: normalising and scoring in bfloat16 costs about 5% of nDCG.
     return nn.functional.normalize(vectors.to(torch.promote_types(vectors.dtype, torch.float32)), dim=-1)
+
+
+def stack_tokens(own: list[Tensor], side: str) -> Tensor:
+    """Return the vectors [T, D] of each input's tokens as [N, T, D]: what fills up changes no score.
+
+    Queries get rows of zeros, which match nothing; documents their own vectors again, which match no better.
+    """
+    if side == "document":
+        longest = max(map(len, own), default=0)
+        own = [rows[torch.arange(longest) % len(rows)] for rows in own]
+    return nn.utils.rnn.pad_sequence(own, batch_first=True) if own else torch.empty(0, 0, 0)
 
 
 def check_finite(embeddings: Tensor, indices: list[int]) -> Tensor:

@@ -129,7 +129,7 @@ class MetaEmbedTransformer(InputModule):
         """
         device = features["input_ids"].device
         parts = features.get("groups", [features])
-        tokens = bool(kwargs.get("tokens", features.get("tokens")))
+        tokens = kwargs.get("tokens", features.get("tokens", False))
         embeddings = [self._embed({**part, "tokens": tokens}, device) for part in parts]
         longest = max(part.shape[1] for part in embeddings)
         embeddings = torch.cat([nn.functional.pad(part, (0, 0, 0, longest - part.shape[1])) for part in embeddings])
