@@ -267,13 +267,7 @@ class MetaEmbedModel(PreTrainedModel):
         return to_multi_vector_encoder(self, **kwargs)
 
     def forward(
-        self,
-        input_ids: Tensor,
-        num_meta: int | None = None,
-        return_dict: bool | None = None,
-        *,
-        tokens: int | bool = False,
-        **kwargs: Any,
+        self, input_ids: Tensor, num_meta: int | None = None, return_dict: bool | None = None, **kwargs: Any
     ) -> MetaEmbedOutput | tuple[Tensor]:
         """Return the embeddings [N, r, D] of a batch of model inputs, whose side the input ids tell.
 
@@ -283,22 +277,20 @@ class MetaEmbedModel(PreTrainedModel):
             input_ids: Token ids [N, L], each row with the same number of Meta Tokens.
             num_meta: Return only the first `num_meta` vectors. None: all that the ids ask for.
             return_dict: False: return a tuple.
-            tokens: True: after the Meta Tokens' vectors also those of the input's own tokens, [N, r + T, D], with
-                rows of zeros where it has fewer; a number: pooled to so many, without gradients.
-            **kwargs: Whatever else the processor returned (`attention_mask`, `pixel_values`, ...).
+            **kwargs: Whatever else the processor returned (`attention_mask`, `pixel_values`, ...), and `tokens`. True:
+                the vectors of the input's own tokens follow, [N, r + T, D], with rows of zeros where it has fewer; a
+                number: pooled to so many, without gradients.
 
         Raises:
             TypeError: If `num_meta` is not a whole number.
             ValueError: If the rows hold no Meta Tokens, or different numbers of them, or fewer than `num_meta`.
         """
-        embeddings = self.embed(input_ids, num_meta, tokens, **kwargs)
+        embeddings = self.embed(input_ids, num_meta, **kwargs)
         return (embeddings,) if return_dict is False else MetaEmbedOutput(embeddings=embeddings)
 
-    def embed(
-        self, input_ids: Tensor, num_meta: int | None = None, tokens: int | bool = False, **kwargs: Any
-    ) -> Tensor:
+    def embed(self, input_ids: Tensor, num_meta: int | None = None, **kwargs: Any) -> Tensor:
         """Return the unit vectors [N, r, D] of the Meta Tokens of the side that the ids show: see [`forward`]."""
-        is_meta, num_meta = self._meta_tokens(input_ids, num_meta)
+        tokens, (is_meta, num_meta) = kwargs.pop("tokens", False), self._meta_tokens(input_ids, num_meta)
         # A stable sort puts the Meta Tokens first, in order: [N, r], and no shape depends on data.
         positions = is_meta.int().argsort(dim=1, descending=True, stable=True)[:, :num_meta]
         for name, value in kwargs.items():
@@ -420,7 +412,7 @@ class MetaEmbedModel(PreTrainedModel):
         items = self.processor.parse(inputs)
         dim = self.config.embedding_dim or self.config.hidden_size
         embeddings = torch.empty(len(items), num_meta, dim, dtype=torch.float32, device="cpu")
-        own = [embeddings.new_empty(0, dim)] * len(items)  # the vectors of each input's tokens
+        own = [embeddings[:0, 0]] * len(items)  # the vectors [T, D] of each input's tokens
         device = execution_device(self)
         with self._evaluating(), default_device_cpu():
             batches = list(self._batches(items, batch_size))
@@ -433,7 +425,10 @@ class MetaEmbedModel(PreTrainedModel):
                 embeddings[indices] = output[:, :num_meta]
                 for index, rows in zip(indices, output[:, num_meta:], strict=True):
                     own[index] = rows[: max(1, int(rows.any(dim=1).sum()))]
-        parts = [embeddings] + ([stack_tokens(own, side)] if tokens else [])
+        # What fills up changes no score: a query's zeros match nothing, a document's own vectors again no better.
+        fill = torch.arange(max(map(len, own), default=0))
+        own = [rows[fill % len(rows)] for rows in own] if side == "document" and tokens else own
+        parts = [embeddings, nn.utils.rnn.pad_sequence([*own, embeddings[:0, 0]], batch_first=True)[:-1]]
         parts = [part[0] for part in parts] if is_single(inputs) else parts
         parts = [part.numpy() for part in parts] if convert_to_numpy else parts
         return Embeddings(*parts) if tokens else parts[0]
@@ -473,17 +468,6 @@ def unit_vectors(hidden: Tensor, positions: Tensor, projection: nn.Module | None
         vectors = projection(vectors.to(projection.weight.dtype))
     # At least float32: normalising and scoring in bfloat16 costs about 5% of nDCG.
     return nn.functional.normalize(vectors.to(torch.promote_types(vectors.dtype, torch.float32)), dim=-1)
-
-
-def stack_tokens(own: list[Tensor], side: str) -> Tensor:
-    """Return the vectors [T, D] of each input's tokens as [N, T, D]: what fills up changes no score.
-
-    Queries get rows of zeros, which match nothing; documents their own vectors again, which match no better.
-    """
-    if side == "document":
-        longest = max(map(len, own), default=0)
-        own = [rows[torch.arange(longest) % len(rows)] for rows in own]
-    return nn.utils.rnn.pad_sequence(own, batch_first=True) if own else torch.empty(0, 0, 0)
 
 
 def check_finite(embeddings: Tensor, indices: list[int]) -> Tensor:

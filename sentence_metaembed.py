@@ -124,23 +124,22 @@ class MetaEmbedTransformer(InputModule):
     def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         """Return the features with `token_embeddings` [N, r, D] and an `attention_mask` [N, r] that keeps them all.
 
+        With `tokens`, those of each input's own tokens follow, [N, r + T, D]: see [`MetaEmbedModel.forward`].
+
         Raises:
             ValueError: If, in evaluation mode, an embedding is not finite.
         """
         device = features["input_ids"].device
         parts = features.get("groups", [features])
         tokens = kwargs.get("tokens", features.get("tokens", False))
-        embeddings = [self._embed({**part, "tokens": tokens}, device) for part in parts]
-        longest = max(part.shape[1] for part in embeddings)
-        embeddings = torch.cat([nn.functional.pad(part, (0, 0, 0, longest - part.shape[1])) for part in embeddings])
+        rows = [row for part in parts for row in self._embed({**part, "tokens": tokens}, device)]  # [r + T, D] each
+        embeddings = nn.utils.rnn.pad_sequence(rows, batch_first=True)  # [N, r + T, D]
         if "groups" in features:
             embeddings = embeddings[torch.cat([part["rows"] for part in parts]).to(device).argsort()]
         if not self.training:
             check_finite(embeddings, list(range(len(embeddings))))
         features["token_embeddings"] = embeddings
-        features["attention_mask"] = (
-            (embeddings != 0).any(dim=-1) if tokens else torch.ones_like(embeddings[..., 0]).bool()
-        )
+        features["attention_mask"] = (embeddings if tokens else torch.ones_like(embeddings)).any(dim=-1)
         return features
 
     def _embed(self, features: dict[str, Any], device: torch.device) -> Tensor:
