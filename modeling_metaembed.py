@@ -329,11 +329,12 @@ class MetaEmbedModel(PreTrainedModel):
         return is_meta, most if num_meta is None else check_count("num_meta", num_meta, most)
 
     def _own_tokens(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """Return where tokens [N, L] are neither padding nor Meta Tokens."""
+        """Return where tokens [N, L] are the input's own: not padding, Meta Tokens or the ends of its template."""
         is_own = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
         for ids in (self.config.query_token_ids, self.config.document_token_ids):
             is_own = is_own & ((input_ids < ids[0]) | (input_ids > ids[-1]))
-        return is_own
+        (before, after), place = self.config.template_tokens, is_own.cumsum(dim=1)
+        return is_own & (place > before) & (place <= place[:, -1:] - after)
 
     def _last_hidden_state(self, input_ids: Tensor, **inputs: Any) -> Tensor:
         """Run the backbone, with or without a head, on ids [N, L]; return its last hidden states [N, L, hidden]."""

@@ -157,12 +157,11 @@ def assemble(cls: type[MetaEmbedModel], config: MetaEmbedConfig, source: Source,
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = cls(config, source.backbone)
-    if model.projection is not None:
-        if trained := matching_projection(source.whole, source.backbone, config.embedding_dim):
-            set_linear(model.projection, trained.weight, trained.bias)
-        model.projection.to(source.backbone.device, source.backbone.dtype)
-    if model.token_projection is not None:
-        model.token_projection.to(source.backbone.device, source.backbone.dtype)
+    trained = config.embedding_dim and matching_projection(source.whole, source.backbone, config.embedding_dim)
+    for projection in filter(None, (model.projection, model.token_projection)):
+        if trained:
+            set_linear(projection, trained.weight, trained.bias)
+        projection.to(source.backbone.device, source.backbone.dtype)
     config.dtype = source.backbone.dtype
     model.name_or_path = source.name or ""  # what peft writes into an adapter of its own
     model.adapter_base = (source.name, source.commit)
