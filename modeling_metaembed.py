@@ -370,7 +370,7 @@ class MetaEmbedModel(PreTrainedModel):
                 - `show_progress_bar`: None: if transformers' log level is INFO or lower;
                 - `convert_to_numpy`: return a numpy array instead of a tensor;
                 - `tokens`: return [`Embeddings`] `(meta, tokens)`, with the vectors of each input's own tokens too:
-                  all (True), or pooled to so many, of which the first ones summarize best (by the package);
+                  all (True), or pooled to so many, every first few of which are a summary (by the package);
                 - `max_length`: keep only so many tokens of each input's own text, from its start. None: all;
                 - `policy`, an [`InputPolicy`], and options of the backbone's processor (`max_pixels`, ...).
 
@@ -427,7 +427,7 @@ class MetaEmbedModel(PreTrainedModel):
                 for index, rows in zip(indices, output[:, num_meta:], strict=True):
                     own[index] = rows[: max(1, int(rows.any(dim=1).sum()))]
         # What fills up changes no score: a query's zeros match nothing, a document's own vectors again no better.
-        fill = torch.arange(max(map(len, own), default=0))
+        fill = torch.arange(max(map(len, own), default=0) if tokens is True else tokens)
         own = [rows[fill % len(rows)] for rows in own] if side == "document" and tokens else own
         parts = [embeddings, nn.utils.rnn.pad_sequence([*own, embeddings[:0, 0]], batch_first=True)[:-1]]
         parts = [part[0] for part in parts] if is_single(inputs) else parts

@@ -24,7 +24,7 @@ class Embeddings(NamedTuple):
 
 @torch.no_grad()
 def maxsim(
-    queries: Any, documents: Any, budget: Budget | None = None, *, tokens: int | None = None, backend: str = "auto"
+    queries: Any, documents: Any, budget: Budget | None = None, *, tokens: int | bool = True, backend: str = "auto"
 ) -> Tensor:
     """Score every query against every document by late interaction, `sum_i max_j <q_i, d_j>`.
 
@@ -33,7 +33,7 @@ def maxsim(
         documents: `[N, R_c, D]`, in the same forms, or an index of the package metaembed.
         budget: `(r_q, r_c)`: how many vectors of either side count, from the first. All of them by default.
             Of [`Embeddings`], a budget scores the Meta Tokens; without one, the tokens are scored.
-        tokens: Of [`Embeddings`]: score all tokens of a query against the first so many of a document.
+        tokens: Of [`Embeddings`]: score all tokens of a query against all of a document, or its first so many.
         backend: `"torch"`, or a kernel of the package: `"compiled"` (CPU, built when first used) or `"fused"` (CUDA,
             bfloat16, by late-interaction-kernels). `"auto"` takes the kernel for the device if it is available.
 
@@ -49,7 +49,7 @@ def maxsim(
     if isinstance(queries, tuple) and hasattr(queries, "tokens"):
         part = "meta" if budget else "tokens"
         queries, documents = getattr(queries, part), getattr(documents, part, documents)
-        budget = (queries.shape[-2], tokens) if tokens else budget
+        budget = (queries.shape[-2], tokens) if tokens and tokens is not True else budget
     if backend != "torch" or hasattr(documents, "stores"):
         try:
             from metaembed.retrieval.search import score_all
