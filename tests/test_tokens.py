@@ -113,7 +113,7 @@ def test_one_input_none_and_numpy_keep_their_forms(model):
 
 
 def test_off_by_default_and_then_nothing_has_changed(model, plain):
-    """A model with the projection embeds as one without, bit for bit; without it there is no weight and no field on."""
+    """A model with the projection embeds as one without, bit for bit; without it there is no new weight."""
     assert not plain.config.token_projection and plain.token_projection is None
     assert model.state_dict().keys() - plain.state_dict().keys() == {
         "token_projection.weight",
