@@ -192,13 +192,13 @@ def _drop_paths(content: Any) -> None:
 
 
 def of_package(module: str, name: str, needed: bool = False) -> Any:
-    """Return `metaembed.<module>.<name>` of the installed package.
+    """Return the function `metaembed.<module>.<name>` of the installed package.
 
-    Without the package (or with a version that lacks this): None, or an ImportError if it is `needed`.
+    Without the package (or with a version that lacks this): one that does nothing, or an ImportError if `needed`.
     """
     try:
         return getattr(importlib.import_module(f"metaembed.{module}"), name)
     except (ImportError, AttributeError) as error:
         if needed:
             raise ImportError(f"this needs {module} of the package: pip install metaembed ({error})") from error
-        return None
+        return lambda *args, **kwargs: None

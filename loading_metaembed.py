@@ -149,8 +149,7 @@ def load_with_adapter(
     options = {name: value for name, value in options.items() if name not in (*HUB_ARGUMENTS, "adapter_kwargs")}
     trusted, trusted_base = options.pop("trust_remote_code"), options.pop("trusted_base", None)
     is_trainable = options.pop("is_trainable", False)
-    if import_peft := of_package("training.lora", "import_peft"):
-        import_peft()  # before anything large is loaded
+    of_package("training.lora", "import_peft")()  # before anything large is loaded
     base, commit = adapter.get("base_model_name_or_path") or "", adapter.get("revision")
     lacks = [] if base else [f"no base_model_name_or_path in its {ADAPTER_CONFIG}"]
     lacks += [f"no {name}" for name in ("config.json", PROCESSOR_FILE) if find_file(source, name, **hub) is None]

@@ -154,15 +154,13 @@ class MetaEmbedModel(PreTrainedModel):
 
     def add_adapter(self, adapter_config: Any, adapter_name: str | None = None) -> None:
         """Add a new adapter to train, such as `lora_config(model)`. Its weights are in float32 at least."""
-        if import_peft := of_package("training.lora", "import_peft"):
-            import_peft()
+        of_package("training.lora", "import_peft")()
         super().add_adapter(adapter_config, adapter_name)
         upcast_adapter(self)
 
     def load_adapter(self, peft_model_id: Any = None, adapter_name: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Load an adapter, completely or not at all (else a `ValueError`): see transformers' `load_adapter`."""
-        if import_peft := of_package("training.lora", "import_peft"):
-            import_peft()
+        of_package("training.lora", "import_peft")()
         conversions = self.__dict__.get("_weight_conversions")
         info = super().load_adapter(peft_model_id, adapter_name, *args, **kwargs)
         self._weight_conversions = conversions  # else a model saved after merging would get the adapter's names
@@ -174,8 +172,8 @@ class MetaEmbedModel(PreTrainedModel):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         """Refuse a part of an adapter: peft's own `PeftModel.from_pretrained` would leave the rest random."""
-        if check_adapter_whole := of_package("training.lora", "check_adapter_whole"):
-            check_adapter_whole(self, {name.removeprefix(prefix) for name in state_dict if name.startswith(prefix)})
+        given = {name.removeprefix(prefix) for name in state_dict if name.startswith(prefix)}
+        of_package("training.lora", "check_adapter_whole")(self, given)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     @property
@@ -229,8 +227,8 @@ class MetaEmbedModel(PreTrainedModel):
         if first and kwargs.get("is_main_process", True):
             write_repository_files(folder, self)
             self.processor.save_pretrained(folder)
-            if model_card and (write_card := of_package("cards", "write_card")):
-                write_card(self, folder, name)
+            if model_card:
+                of_package("cards", "write_card")(self, folder, name)
         if push and first:
             self.push_to_hub(name, token=kwargs.get("token"), state_dict=state, **hub)
 
@@ -424,8 +422,8 @@ class MetaEmbedModel(PreTrainedModel):
                 output = self(**features.to(device), tokens=tokens).embeddings  # [batch, r + T, D]
                 output = check_finite(output.to("cpu", torch.float32), indices)
                 embeddings[indices] = output[:, :num_meta]
-                for index, rows in zip(indices, output[:, num_meta:], strict=True):
-                    own[index] = rows[: max(1, int(rows.any(dim=1).sum()))]
+                for index, rows in zip(indices, output[:, num_meta:], strict=True) if tokens else ():
+                    own[index] = rows[: max(1, int(rows.any(dim=1).sum()))].clone()  # or it keeps the whole batch
         # What fills up changes no score: a query's zeros match nothing, a document's own vectors again no better.
         fill = torch.arange(max(map(len, own), default=0) if tokens is True else tokens)
         own = [rows[fill % len(rows)] for rows in own] if side == "document" and tokens else own

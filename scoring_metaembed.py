@@ -46,10 +46,13 @@ def maxsim(
         ValueError: if shapes or the budget do not fit, or a value or score is NaN, infinite or beyond 1e15.
         RuntimeError: if the backend asked for by name is unavailable.
     """
-    if isinstance(queries, tuple) and hasattr(queries, "tokens"):
+    pairs = hasattr(queries, "tokens")
+    if hasattr(documents, "tokens") > pairs or (tokens is not True and (budget or not pairs)):
+        raise TypeError("to score tokens, pass Embeddings of both sides, of encode_*(..., tokens=...), and no budget")
+    if pairs:
         part = "meta" if budget else "tokens"
         queries, documents = getattr(queries, part), getattr(documents, part, documents)
-        budget = (queries.shape[-2], tokens) if tokens and tokens is not True else budget
+        budget = budget if tokens is True else (queries.shape[-2], tokens)
     if backend != "torch" or hasattr(documents, "stores"):
         try:
             from metaembed.retrieval.search import score_all

@@ -153,8 +153,7 @@ class MetaEmbedTransformer(InputModule):
 
     def on_model_ready(self, model: MultiVectorEncoder) -> None:
         """Let the encoder that this is a module of write our card, and take batches of any kind."""
-        if adopt_card := of_package("cards", "adopt_card"):  # else the card that is there is kept
-            adopt_card(model)
+        of_package("cards", "adopt_card")(model)  # without the package, the card that is there is kept
         model.is_singular_input, model._input_length = is_one_input, input_length
 
     def save(self, output_path: str, *args: Any, **kwargs: Any) -> None:
