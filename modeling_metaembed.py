@@ -275,9 +275,8 @@ class MetaEmbedModel(PreTrainedModel):
             input_ids: Token ids [N, L], each row with the same number of Meta Tokens.
             num_meta: Return only the first `num_meta` vectors. None: all that the ids ask for.
             return_dict: False: return a tuple.
-            **kwargs: Whatever else the processor returned (`attention_mask`, `pixel_values`, ...), and `tokens`. True:
-                the vectors of the input's own tokens follow, [N, r + T, D], with rows of zeros where it has fewer; a
-                number: pooled to so many, without gradients.
+            **kwargs: What else the processor returned (`attention_mask`, ...), and `tokens`. True: the vectors of own
+                tokens follow, [N, r + T, D], then zeros where an input has fewer; a number: pooled, without gradients.
 
         Raises:
             TypeError: If `num_meta` is not a whole number.

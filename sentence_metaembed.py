@@ -122,9 +122,7 @@ class MetaEmbedTransformer(InputModule):
         return {"input_ids": input_ids, "groups": parts}
 
     def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
-        """Return the features with `token_embeddings` [N, r, D] and an `attention_mask` [N, r] that keeps them all.
-
-        With `tokens`, those of each input's own tokens follow, [N, r + T, D]: see [`MetaEmbedModel.forward`].
+        """Return the features with `token_embeddings` [N, r, D] (with `tokens` r + T) and their `attention_mask`.
 
         Raises:
             ValueError: If, in evaluation mode, an embedding is not finite.

@@ -104,12 +104,12 @@ def test_a_score_is_by_matching_kinds_of_vectors(model):
     with pytest.raises(ValueError, match="asks for 9 document vectors; from 1 to 8"):
         model.score(queries, documents, tokens=9)
     for wrong in (
-        (queries.tokens, documents),
-        (queries.meta, documents.meta, None, 3),
-        (queries, documents, (2, 4), 3),
+        dict(queries=queries.tokens, documents=documents),
+        dict(queries=queries.meta, documents=documents.meta, tokens=3),
+        dict(queries=queries, documents=documents, budget=(2, 4), tokens=3),
     ):
         with pytest.raises(TypeError, match="pass Embeddings of both sides"):
-            model.score(*wrong[:3], tokens=[*wrong, True, True][3])
+            model.score(**wrong)
 
 
 def test_one_input_none_and_numpy_keep_their_forms(model):
