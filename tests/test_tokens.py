@@ -252,6 +252,7 @@ def test_a_hub_copy_without_the_package_gives_all_tokens(model, folder, tmp_path
 
 def test_a_saved_model_loads_the_same(model, folder):
     config = json.loads((folder / "config.json").read_text())
+    assert 'encode_queries(["a red apple"], tokens=True)' in (folder / "README.md").read_text()
     assert config["token_projection"] is True and config["template_tokens"] == model.config.template_tokens
     encoder = MultiVectorEncoder(str(folder), trust_remote_code=True, device="cpu")
     loaded, expected = MetaEmbedModel.from_pretrained(folder), model.encode_documents(DOCUMENTS, tokens=True)
