@@ -94,6 +94,8 @@ class MetaEmbedConfig(PreTrainedConfig):
     num_document_tokens: int = 64  # R_c
     budgets: Any = None  # [r_q, r_c] pairs that training covers; None: the paper's that fit
     embedding_dim: int | None = None  # D; None: the backbone's hidden size, with no projection
+    token_projection: bool = False  # the model also gives its tokens as vectors, through a projection of their own
+    template_tokens: Any = (0, 0)  # how many tokens every prompt begins and ends with, which are no input's own
     traits: Any = None  # BackboneTraits, or the dictionary that they are saved as
     document_sees_query_tokens: bool = False  # [input; M_q; M_c], as the paper's own code has it, not [input; M_c]
     query_token_ids: Any = None  # contiguous, in order
@@ -190,13 +192,13 @@ def _drop_paths(content: Any) -> None:
 
 
 def of_package(module: str, name: str, needed: bool = False) -> Any:
-    """Return `metaembed.<module>.<name>` of the installed package.
+    """Return the function `metaembed.<module>.<name>` of the installed package.
 
-    Without the package (or with a version that lacks this): None, or an ImportError if it is `needed`.
+    Without the package (or with a version that lacks this): one that does nothing, or an ImportError if `needed`.
     """
     try:
         return getattr(importlib.import_module(f"metaembed.{module}"), name)
     except (ImportError, AttributeError) as error:
         if needed:
             raise ImportError(f"this needs {module} of the package: pip install metaembed ({error})") from error
-        return None
+        return lambda *args, **kwargs: None

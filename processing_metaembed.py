@@ -433,10 +433,10 @@ def render(processor: Any, messages: list[Message]) -> str:
         return "\n".join(message["content"] for message in as_strings)
     # Templates for text alone expect strings, and render a list of parts as nothing, or as Python writes a list.
     # A checkpoint's own code runs for those who trust it; the package, which others use, does not trust its template.
-    apply = of_package("backbones.templates", "apply_in_time") or (lambda apply, form: apply(form, tokenize=False))
+    apply = of_package("backbones.templates", "apply_in_time")
     parts_first = owner is processor or len(texts) < len(parts)
     for form in (messages, as_strings) if parts_first else (as_strings, messages):
-        prompt = apply(owner.apply_chat_template, form)
+        prompt = apply(owner.apply_chat_template, form) or owner.apply_chat_template(form, tokenize=False)
         as_python = "[{'type':" in prompt and any(str(message["content"]) in prompt for message in messages)
         if not as_python and _holds(prompt, texts):
             return prompt

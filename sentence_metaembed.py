@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from .configuration_metaembed import SIDES, of_package
@@ -42,7 +42,7 @@ class MetaEmbedTransformer(InputModule):
         >>> encoder[0].query_num_meta = 4  # what evaluators, which know no `num_meta`, will use; saved with the model
     """
 
-    forward_kwargs = {"task", "num_meta", "policy"}
+    forward_kwargs = {"task", "num_meta", "policy", "tokens"}
     save_in_root = True
 
     def __init__(self, model: MetaEmbedModel):
@@ -122,20 +122,22 @@ class MetaEmbedTransformer(InputModule):
         return {"input_ids": input_ids, "groups": parts}
 
     def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
-        """Return the features with `token_embeddings` [N, r, D] and an `attention_mask` [N, r] that keeps them all.
+        """Return the features with `token_embeddings` [N, r, D] (with `tokens` r + T) and their `attention_mask`.
 
         Raises:
             ValueError: If, in evaluation mode, an embedding is not finite.
         """
         device = features["input_ids"].device
         parts = features.get("groups", [features])
-        embeddings = torch.cat([self._embed(part, device) for part in parts])  # [N, r, D]
+        tokens = kwargs.get("tokens", features.get("tokens", False))
+        rows = [row for part in parts for row in self._embed({**part, "tokens": tokens}, device)]  # [r + T, D] each
+        embeddings = nn.utils.rnn.pad_sequence(rows, batch_first=True)  # [N, r + T, D]
         if "groups" in features:
             embeddings = embeddings[torch.cat([part["rows"] for part in parts]).to(device).argsort()]
         if not self.training:
             check_finite(embeddings, list(range(len(embeddings))))
         features["token_embeddings"] = embeddings
-        features["attention_mask"] = torch.ones(embeddings.shape[:2], dtype=torch.bool, device=embeddings.device)
+        features["attention_mask"] = (embeddings if tokens else torch.ones_like(embeddings)).any(dim=-1)
         return features
 
     def _embed(self, features: dict[str, Any], device: torch.device) -> Tensor:
@@ -149,8 +151,7 @@ class MetaEmbedTransformer(InputModule):
 
     def on_model_ready(self, model: MultiVectorEncoder) -> None:
         """Let the encoder that this is a module of write our card, and take batches of any kind."""
-        if adopt_card := of_package("cards", "adopt_card"):  # else the card that is there is kept
-            adopt_card(model)
+        of_package("cards", "adopt_card")(model)  # without the package, the card that is there is kept
         model.is_singular_input, model._input_length = is_one_input, input_length
 
     def save(self, output_path: str, *args: Any, **kwargs: Any) -> None:

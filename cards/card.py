@@ -187,6 +187,7 @@ def card_fields(model: Any, quality: Quality | None = None, quality_of: str = ""
         dim=dim,
         num_query_tokens=config.num_query_tokens,
         num_document_tokens=config.num_document_tokens,
+        token_projection=config.token_projection,
         small_query=small_query,
         small_document=small_document,
         is_adapter=model._hf_peft_config_loaded,
