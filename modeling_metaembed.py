@@ -22,7 +22,7 @@ from transformers import AutoModel, PreTrainedModel
 from transformers.utils import ModelOutput, logging
 
 from .configuration_metaembed import MetaEmbedConfig, check_count, of_package
-from .inputs_metaembed import InputPolicy, Item, image_size, is_single
+from .inputs_metaembed import InputPolicy, Item, is_single
 from .loading_metaembed import (
     HUB_ARGUMENTS,
     check_loading,
@@ -450,12 +450,8 @@ class MetaEmbedModel(PreTrainedModel):
 
     def _batches(self, items: list[Item], batch_size: int, policy: InputPolicy) -> Iterator[list[int]]:
         """Yield index lists: most tokens first within each number of images, so that a batch pads little."""
-        sizes = [image_size(image, policy) for item in items for image in item.images]
-        try:  # inference engines ask this of transformers' processors
-            counts = iter(self.processor.backbone_processor._get_num_multimodal_tokens(sizes).num_image_tokens)
-        except Exception:  # not all of them answer
-            counts = (height * width / 28**2 for height, width in sizes)
-        tokens = [item.text_length / 4 + sum(next(counts) for _ in item.images) for item in items]
+        estimate = of_package("backbones.lengths", "estimate_tokens")
+        tokens = estimate(self.processor, items, policy) or [item.text_length for item in items]
         order = sorted(range(len(items)), key=lambda i: (items[i].num_images, tokens[i]), reverse=True)
         for start in range(0, len(order), batch_size):
             chunk = order[start : start + batch_size]

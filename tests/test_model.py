@@ -14,8 +14,9 @@ from torch.nn.functional import normalize
 from transformers import AutoModel, AutoProcessor
 
 from metaembed import MetaEmbedConfig, MetaEmbedModel
+from metaembed.backbones.lengths import image_size
 from metaembed.configuration_metaembed import BackboneTraits
-from metaembed.inputs_metaembed import InputPolicy, image_size
+from metaembed.inputs_metaembed import InputPolicy
 
 SIDES = ("query", "document")
 
