@@ -11,17 +11,20 @@ from .inputs_metaembed import InputPolicy
 from .modeling_metaembed import MetaEmbedModel, MetaEmbedOutput
 from .old_names import OldModules
 from .processing_metaembed import MetaEmbedProcessor
-from .scoring_metaembed import maxsim
+from .scoring_metaembed import Embeddings, maxsim
 
 if TYPE_CHECKING:
     from .evaluation.budgets import BudgetEvaluator
-    from .retrieval.cascade import cascade
+    from .retrieval.cascade import Stage, cascade
     from .retrieval.collection import EmbeddingCollection
+    from .retrieval.fit_budget import fit_budget
+    from .retrieval.full_dial import search_full_dial
     from .retrieval.index import MultiVectorIndex
     from .retrieval.pca import fit_pca, fit_rotation
     from .retrieval.search import search
     from .retrieval.tune_cascade import tune_cascade
     from .sentence_metaembed import to_multi_vector_encoder
+    from .stores import create_store, open_store
     from .training.lora import lora_config, merge_adapter
     from .training.losses import CachedMMRLoss, MMRLoss
 
@@ -34,12 +37,17 @@ _LAZY = {
     "EmbeddingCollection": ".retrieval.collection",
     "MMRLoss": ".training.losses",
     "MultiVectorIndex": ".retrieval.index",
+    "Stage": ".retrieval.cascade",
     "cascade": ".retrieval.cascade",
+    "create_store": ".stores",
+    "fit_budget": ".retrieval.fit_budget",
     "fit_pca": ".retrieval.pca",
     "fit_rotation": ".retrieval.pca",
     "lora_config": ".training.lora",
     "merge_adapter": ".training.lora",
+    "open_store": ".stores",
     "search": ".retrieval.search",
+    "search_full_dial": ".retrieval.full_dial",
     "to_multi_vector_encoder": ".sentence_metaembed",
     "tune_cascade": ".retrieval.tune_cascade",
 }
@@ -48,6 +56,7 @@ __all__ = [
     "BudgetEvaluator",
     "CachedMMRLoss",
     "EmbeddingCollection",
+    "Embeddings",
     "InputPolicy",
     "MMRLoss",
     "MetaEmbedConfig",
@@ -55,13 +64,18 @@ __all__ = [
     "MetaEmbedOutput",
     "MetaEmbedProcessor",
     "MultiVectorIndex",
+    "Stage",
     "cascade",
+    "create_store",
+    "fit_budget",
     "fit_pca",
     "fit_rotation",
     "lora_config",
     "maxsim",
     "merge_adapter",
+    "open_store",
     "search",
+    "search_full_dial",
     "to_multi_vector_encoder",
     "tune_cascade",
 ]
