@@ -46,11 +46,13 @@ def main(argv: list[str] | None = None) -> None:
     from reproduction.report import write_report
 
     write_report(results, arguments.docs)
+    print(f"wrote {arguments.docs / 'reproduction.md'}")
 
 
 def chosen(run, arguments: argparse.Namespace) -> bool:
     """Return whether the command line asks for a run."""
-    return arguments.task in (None, run.task) and (not arguments.method or run.method.name in arguments.method)
+    asked = arguments.task in (None, run.task) and (not arguments.method or run.method.name in arguments.method)
+    return asked and (not arguments.seeds or run.seed in arguments.seeds)
 
 
 def execute_all(runs: list, results: Results, arguments: argparse.Namespace) -> bool:
@@ -83,6 +85,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop after so long; the next call goes on")
     parser.add_argument("--task", choices=list(TASKS), help="only this task")
     parser.add_argument("--method", action="append", help="only this method, by name; may be given several times")
+    parser.add_argument("--seeds", type=int, nargs="+", help="only these seeds")
     parser.add_argument("--list", action="store_true", help="say what is done and what is left, and end")
     parser.add_argument("--report", action="store_true", help="only write the page from the kept results")
     parser.add_argument("--threads", type=int, default=int(os.environ.get("OMP_NUM_THREADS", 1)))

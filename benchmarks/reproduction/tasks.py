@@ -25,8 +25,8 @@ from .runs import Method, Run, Settings
 ROOT = Path(__file__).parent.parent.parent
 sys.path.append(str(ROOT / "examples"))
 
-from scenes import PICTOGRAMS, Scene, make_task
-from tiny_backbone import build_backbone, build_processor
+from scenes import PICTOGRAMS, Scene, make_task  # noqa: E402
+from tiny_backbone import build_backbone, build_processor  # noqa: E402
 
 FILES = ROOT / "outputs/reproduction/manuals"
 TEST_SEED = 123_456_789  # no training seed, and not the quickstart's test
@@ -164,7 +164,9 @@ def attend_both_ways(model: MetaEmbedModel) -> None:
         layer.self_attn.is_causal = False
 
     def drop_mask(module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        seen = kwargs["attention_mask"]  # causal and without the padding: [N, 1, L, L], or None where nothing is padded
+        seen = kwargs[
+            "attention_mask"
+        ]  # causal and without the padding: [N, 1, L, L], or None where nothing is padded
         if seen is not None and seen.ndim == 4:
             kwargs["attention_mask"] = seen[:, :, -1:, :].expand_as(seen)  # what the last token sees, all see
         return args, kwargs

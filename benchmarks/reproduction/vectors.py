@@ -64,7 +64,11 @@ class Encoder(nn.Module):
         output = model.backbone(**features, **options, **({"use_cache": False} if model._takes_use_cache else {}))
         hidden = output.last_hidden_state  # [N, L, hidden]
         ids, seen = features["input_ids"], features["attention_mask"].bool()
-        own = ids == self.image if self.image is not None and (ids == self.image).any() else ~torch.isin(ids, self.special)
+        own = (
+            ids == self.image
+            if self.image is not None and (ids == self.image).any()
+            else ~torch.isin(ids, self.special)
+        )
         own &= seen & ~is_meta
         meta = hidden[is_meta].view(len(ids), -1, hidden.shape[-1]) if count else hidden[:, :0]
         if model.projection is not None:
@@ -123,8 +127,8 @@ def pool_ward(vectors: Vectors, sizes: tuple[int, ...]) -> list[tuple[Tensor, Te
 def pool_agc(vectors: Vectors, sizes: tuple[int, ...]) -> list[tuple[Tensor, Tensor]]:
     """Return attention-guided clusters (arXiv 2602.21202) at each size: vectors [N, k, D] and whether there is one.
 
-    The `k` most salient tokens are the centres, every token joins its most similar centre, and a cluster is the mean of
-    its tokens weighted by saliency.
+    The `k` most salient tokens are the centres, every token joins its most similar centre, and a cluster is the mean
+    of its tokens weighted by saliency.
     """
     tokens, saliency = vectors.tokens, vectors.saliency
     pooled = []
