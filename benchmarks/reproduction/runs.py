@@ -92,7 +92,7 @@ class Settings:
 
 TASKS = {
     "pictures": Settings(steps=700),
-    "manuals": Settings(steps=80, learning_rate=2e-4, warmup=8, length=100, cell=0, hidden=0, layers=0),
+    "manuals": Settings(steps=160, batch=16, learning_rate=2e-4, warmup=16, length=64, cell=0, hidden=0, layers=0),
 }
 
 

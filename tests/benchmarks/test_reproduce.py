@@ -12,7 +12,7 @@ from conftest import build_bert
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 
 import reproduce
-from reproduction import execute, manuals, report, tasks
+from reproduction import execute, manuals, report, results, tasks
 from reproduction.objectives import objective
 from reproduction.report import Point, chosen_at, verdict
 from reproduction.results import interval, pack, unpack
@@ -32,6 +32,7 @@ def tidy(monkeypatch):
     """Small vocabularies and byte dials; the number of threads as it was."""
     threads = torch.get_num_threads()
     monkeypatch.setattr(tasks, "VOCABULARY", 20)
+    monkeypatch.setattr(results, "DRAWS", 50)
     monkeypatch.setattr(execute, "DIMENSIONS", {"pictures": (16,), "manuals": (16,)})
     yield
     torch.set_num_threads(threads)
@@ -214,7 +215,8 @@ def test_gradients_reach_everything_that_a_method_trains():
         assert reached[:16].all(), method.name  # the last of 64 may win no maximum
 
 
-def test_results_are_kept_to_a_250th_and_intervals_hold_the_mean():
+def test_results_are_kept_to_a_250th_and_intervals_hold_the_mean(monkeypatch):
+    monkeypatch.setattr(results, "DRAWS", 1000)
     values = np.random.default_rng(0).random(500)
     assert np.abs(unpack(pack(values)) - values).max() <= 0.002
     mean, low, high = interval(values[None])
