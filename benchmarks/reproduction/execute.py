@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -22,13 +22,14 @@ from metaembed.scoring_metaembed import maxsim
 
 from .objectives import objective
 from .results import pack
-from .runs import MMR, POOLED, Run
+from .runs import DIAL, MMR, POOLED, TOKENS, Run
 from .tasks import Batches, task_of
 from .vectors import Encoder, Vectors, pool_agc
 
 SAVE_EVERY = 60  # seconds
 ENCODED_AT_ONCE = 32
 DIMENSIONS = {"pictures": (16, 32, 64), "manuals": (64, 128, 384)}  # of the byte dial
+DIALLED = (MMR, TOKENS, DIAL)  # the methods that are also measured in fewer dimensions and bits
 BITS = ("float32", "int8", "int4", "binary")
 LARGEST = 16 * 1024  # bytes of a document that the byte dial is asked for
 
@@ -206,9 +207,10 @@ def measure(run: Run, queries: Vectors, documents: Vectors, relevant: Tensor, st
         most_q, most_c = method.meta_tokens
         for r_q, r_c in ((1, 1), (2, 4), (4, 8), (8, 16), (16, 64)):
             if r_q <= most_q and r_c <= most_c:
-                yield view(f"({r_q},{r_c})", queries.meta[:, :r_q], documents.meta[:, :r_c])
-    if method == MMR:
-        yield from byte_dial(run, queries, documents, view)
+                pair = (queries.meta[:, :r_q], documents.meta[:, :r_c])
+                yield view(f"({r_q},{r_c})", *pair)
+                if method in DIALLED:
+                    yield from byte_dial(run, f"({r_q},{r_c})", *pair, view)
     if method.kind in ("tokens", "agc", "dial"):
         every = [tokens[own] for tokens, own in zip(documents.tokens, documents.mask, strict=True)]
         longest = max(map(len, every))
@@ -224,15 +226,20 @@ def measure(run: Run, queries: Vectors, documents: Vectors, relevant: Tensor, st
             name = f"all {average:.0f} tokens" if size == longest else f"pooled to {size}"
             vectors = sum(min(len(one), size) for one in every) / len(every)
             yield view(name, queries.tokens, made, vectors=vectors)
+            if method in DIALLED:
+                yield from byte_dial(run, name, queries.tokens, made, view, vectors)
 
 
-def byte_dial(run: Run, queries: Vectors, documents: Vectors, view) -> Iterator[dict]:
-    """Yield the Meta Token vectors in fewer dimensions (PCA) and bits."""
-    for r_q, r_c in run.method.budgets:
-        for dim in DIMENSIONS[run.task]:
-            rotation = fit_pca(documents.meta[:, :r_c], min(dim, documents.meta.shape[-1]))
-            for stored in BITS:
-                if r_c * bytes_per_vector(stored, dim) > LARGEST:
-                    continue
-                cut = (queries.meta[:, :r_q] @ rotation, documents.meta[:, :r_c] @ rotation)
-                yield {**view(f"({r_q},{r_c}) {dim} dimensions {stored}", *cut, stored=stored), "dial": True}
+def byte_dial(
+    run: Run, name: str, queries: Tensor, documents: Tensor, view: Callable, vectors: float | None = None
+) -> Iterator[dict]:
+    """Yield a view of vectors in fewer dimensions (PCA) and bits, for each combination that is not too large."""
+    for dim in DIMENSIONS[run.task]:
+        rotation = fit_pca(documents, dim)
+        for stored in BITS:
+            if (vectors or documents.shape[1]) * bytes_per_vector(stored, dim) > LARGEST:
+                continue
+            if run.method != MMR and (stored not in BITS[1:3] or dim == DIMENSIONS[run.task][0]):
+                continue  # what never was the best for Meta Tokens
+            cut = (queries @ rotation, documents @ rotation)
+            yield {**view(f"{name} {dim} dimensions {stored}", *cut, stored=stored, vectors=vectors), "dial": True}

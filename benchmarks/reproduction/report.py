@@ -25,7 +25,6 @@ TITLES = {
 }
 COLOURS = {
     "mmr": "tab:blue",
-    "bytes": "tab:cyan",
     "dial": "tab:red",
     "tokens": "tab:green",
     "tokens-pooled": "tab:olive",
@@ -122,13 +121,15 @@ def curves(measured: Measured) -> dict[str, tuple[str, list[Point]]]:
     for name in ("mmr", "largest", "tokens", "tokens-pooled", "agc", "dimensions", "mean", "last", "untrained"):
         if measured.seeds(name):
             made[name] = (ALL[name].label, measured.points(name))
-    if measured.seeds("mmr"):
-        made["bytes"] = ("MMR, byte dial", chosen_at(measured.points("mmr", dial=True)))
     if measured.seeds("dial"):
         points = measured.points("dial")
         reached = max(point.size for point in points)
         sizes = [size for size in SIZES if size < reached] + [reached]
         made["dial"] = ("full dial", chosen_at(points, sizes))
+    for name in ("mmr", "dial", "tokens"):
+        if measured.seeds(name):
+            points = [*measured.points(name), *measured.points(name, dial=True)]
+            made[f"{name}-bytes"] = (f"{made[name][0].split(',')[0]}, byte dial", chosen_at(points))
     return made
 
 
@@ -200,7 +201,8 @@ def bytes_table(measured: Measured) -> str:
 def best_rival(measured: Measured) -> str:
     """Return, at each size, our best method against the best rival, paired."""
     made = curves(measured)
-    ours, rivals = ("mmr", "bytes", "dial"), ("tokens", "tokens-pooled", "agc", "dimensions", "mean", "last")
+    ours = ("mmr", "mmr-bytes", "dial", "dial-bytes")
+    rivals = ("tokens", "tokens-bytes", "tokens-pooled", "agc", "dimensions", "mean", "last")
     rows = []
     for size in SIZES:
         best = []
@@ -232,6 +234,8 @@ def best_rival(measured: Measured) -> str:
                 reading,
             ]
         )
+    if not rows:
+        return ""
     return markdown_table(
         ["bytes, at most", "our best", METRIC, "the best rival", METRIC, "difference", "seeds", "reading"], rows
     )
@@ -265,14 +269,15 @@ def draw(axes, measured: Measured, title: str) -> None:
         sizes = np.array([point.size for point in points])
         low, high = np.array([np.quantile(bootstrap(point.values), [0.025, 0.975]) for point in points]).T
         means = np.array([point.values.mean() for point in points])
-        thick = name in ("dial", "mmr", "bytes")
-        style = {"color": COLOURS[name], "linewidth": 2.4 if thick else 1.2, "zorder": 3 if thick else 2}
-        style["linestyle"] = "--" if name in ("bytes", "largest") else "-"
+        base = name.removesuffix("-bytes")
+        thick, colour = base in ("dial", "mmr"), COLOURS[base]
+        style = {"color": colour, "linewidth": 2.2 if thick else 1.2, "zorder": 3 if thick else 2}
+        style["linestyle"] = "--" if name != base else "-"
         axes.plot(sizes, means, marker="o", markersize=4, label=label, **style)
         if len(points) > 1:
-            axes.fill_between(sizes, low, high, color=COLOURS[name], alpha=0.13, linewidth=0)
+            axes.fill_between(sizes, low, high, color=colour, alpha=0.13, linewidth=0)
         else:
-            axes.errorbar(sizes, means, [means - low, high - means], color=COLOURS[name], capsize=3)
+            axes.errorbar(sizes, means, [means - low, high - means], color=colour, capsize=3)
     axes.set_xscale("log", base=2)
     ticks = [64 * 4**i for i in range(6)]
     axes.set_xticks(ticks, [f"{tick} B" if tick < 1024 else f"{tick // 1024} KB" for tick in ticks])
@@ -400,8 +405,8 @@ Methods:
 - **attention-guided clustering** (AGC, arXiv 2602.21202): 16 learned tokens after the document choose the most
   salient tokens by the attention of the last layer; these are the centres of clusters, whose means are weighted by
   saliency. Trained here at 1, 4, 8, 16 and 32 vectors at once; its authors train each size by itself.
-- **MMR, byte dial**: the vectors of MMR in fewer dimensions (PCA) and bits (int8, int4, binary). The combination
-  for a size is chosen on one half of the queries and measured on the other.
+- **byte dial**: the vectors of MMR, the full dial or the tokens in fewer dimensions (PCA) and bits (int8, int4). The
+  combination for a size is chosen on one half of the queries and measured on the other.
 - **full dial**: Meta Tokens at (1,1), (2,4), (4,8) and, from the same forward pass, the tokens through a projection
   of their own, pooled with Ward's clusters; trained with the three budgets, query tokens x document tokens, and
   both cross terms. What serves a size is chosen in the same way.
