@@ -110,10 +110,8 @@ class QueryDistillationLoss(nn.Module):
         self.budgets = [tuple(budget) for budget in config.budgets]
         dim = config.embedding_dim or config.hidden_size
         if documents is not None and (documents.ndim != 3 or documents.shape[1:] != (self.budgets[-1][1], dim)):
-            expected = f"[M, {self.budgets[-1][1]}, {dim}]"
-            raise ValueError(
-                f"documents must be {expected}, as the teacher encodes them, got {list(documents.shape)}."
-            )
+            wanted, got = f"[M, {self.budgets[-1][1]}, {dim}]", list(documents.shape)
+            raise ValueError(f"documents must be {wanted}, as the teacher encodes them, got {got}.")
         check_count("sample", sample, 1_000_000)
         if not temperature > 0:
             raise ValueError(f"temperature must be above 0, got {temperature}.")
