@@ -94,6 +94,8 @@ class MetaEmbedConfig(PreTrainedConfig):
     num_document_tokens: int = 64  # R_c
     budgets: Any = None  # [r_q, r_c] pairs that training covers; None: the paper's that fit
     embedding_dim: int | None = None  # D; None: the backbone's hidden size, with no projection
+    token_projection: bool = False  # the model also gives its tokens as vectors, through a projection of their own
+    template_tokens: Any = (0, 0)  # how many tokens every prompt begins and ends with, which are no input's own
     traits: Any = None  # BackboneTraits, or the dictionary that they are saved as
     document_sees_query_tokens: bool = False  # [input; M_q; M_c], as the paper's own code has it, not [input; M_c]
     query_token_ids: Any = None  # contiguous, in order

@@ -80,9 +80,7 @@ def load_plain_model(source: Any, **kwargs: Any) -> tuple[PreTrainedModel, set[s
     kind = type(AutoConfig.from_pretrained(source, **hub))
     retriever = kind not in MODEL_MAPPING and kind in transformers.MODEL_FOR_PRETRAINING_MAPPING
     autos = [transformers.AutoModelForPreTraining if retriever else AutoModel]
-    if (
-        not retriever and kind in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-    ):  # whose weights the base class may miss
+    if kind in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and not retriever:  # the base class may miss weights
         autos.append(transformers.AutoModelForImageTextToText)
     candidates = []
     for auto in autos:
@@ -183,8 +181,8 @@ def load_with_adapter(
         resize_embedding(backbone, config.document_token_ids[-1])  # the adapter brings the values
         config.backbone_config = backbone.config
         model = cls(config, backbone).eval()
-        if model.projection is not None:
-            model.projection.to(backbone.device, backbone.dtype)
+        for projection in filter(None, (model.projection, model.token_projection)):
+            projection.to(backbone.device, backbone.dtype)
     trust = {"trust_remote_code": trusted, "trusted_base": trusted_base}
     model.processor = MetaEmbedProcessor.from_pretrained(source, **trust, **hub)
     model.adapter_base = (base, commit)
@@ -234,32 +232,24 @@ def check_saves_whole(model: Any, folder: Path | None, publish: bool) -> None:
     dim = getattr(model.projection, "out_features", None)
     kinds = [("an adapter", ADAPTER_CONFIG), ("a whole model", "model.safetensors")]
     (what, _), (held, file) = kinds if adapter else reversed(kinds)
+    holds_other = folder is not None and (folder / file).is_file()
     local = f"the adapter names a folder of this machine as its base ({base}): nobody else can load it. "
     local += "Set model.adapter_base = (Hub id, None) before saving."
     is_local = adapter and base is not None and hub_id(base) is None
-    for wrong, problem in (
-        (None in ids, "query_token_ids and document_token_ids must be set."),
-        (
-            config.embedding_dim != dim or (rows is not None and last >= rows),
-            f"model.config does not fit the weights: embedding_dim is {config.embedding_dim} for a projection to "
-            f"{dim}, and the last Meta Token is {last} of {rows} rows.",
-        ),
-        (
-            not adapter and any("lora_A" in name for name, _ in model.named_parameters()),
-            "this model was wrapped with get_peft_model. Save what peft_model.merge_and_unload() returns; or use "
-            "model.add_adapter(lora_config(model)) instead of get_peft_model.",
-        ),
-        (
-            folder and (folder / file).is_file(),
-            f"{folder} holds {held} ({file}); {what} saved beside it would not load. Save elsewhere.",
-        ),
-        (
-            adapter and base is None,
-            "an adapter must name the model it belongs to, which is unknown for a backbone that was passed loaded. "
-            "Pass its Hub id to from_backbone instead, or set model.adapter_base = (id, None).",
-        ),
-        (is_local and publish, local),
-    ):
+    is_wrapped = not adapter and any("lora_A" in name for name, _ in model.named_parameters())
+    differs = (config.embedding_dim, config.token_projection) != (dim, model.token_projection is not None)
+    for problem, wrong in {
+        "query_token_ids and document_token_ids must be set.": None in ids,
+        f"model.config does not fit the weights: embedding_dim is {config.embedding_dim} for a projection to {dim}, "
+        f"token_projection is {config.token_projection} for a {type(model.token_projection).__name__}, and the "
+        f"last Meta Token is {last} of {rows} rows.": differs or (rows is not None and last >= rows),
+        "this model was wrapped with get_peft_model. Save what peft_model.merge_and_unload() returns; or use "
+        "model.add_adapter(lora_config(model)) instead of get_peft_model.": is_wrapped,
+        f"{folder} holds {held} ({file}); {what} saved beside it would not load. Save elsewhere.": holds_other,
+        "an adapter must name the model it belongs to, which is unknown for a backbone that was passed loaded. Pass "
+        "its Hub id to from_backbone instead, or set model.adapter_base = (id, None).": adapter and base is None,
+        local: is_local and publish,
+    }.items():
         if wrong:
             raise ValueError(problem)
     if model._processor is not None:

@@ -36,7 +36,7 @@ from .loading_metaembed import (
     write_repository_files,
 )
 from .processing_metaembed import PROCESSOR_FILE, MetaEmbedProcessor, default_device_cpu
-from .scoring_metaembed import maxsim
+from .scoring_metaembed import Embeddings, maxsim
 
 logger = logging.get_logger(__name__)
 
@@ -89,6 +89,8 @@ class MetaEmbedModel(PreTrainedModel):
         super().__init__(config)
         self.backbone = AutoModel.from_config(config.backbone_config) if backbone is None else backbone
         self.projection = None if config.embedding_dim is None else nn.Linear(config.hidden_size, config.embedding_dim)
+        dim = config.embedding_dim or config.hidden_size
+        self.token_projection = nn.Linear(config.hidden_size, dim) if config.token_projection else None
         parameters = inspect.signature(self.backbone.forward).parameters
         takes_anything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
         self._takes_use_cache = takes_anything or "use_cache" in parameters
@@ -275,7 +277,9 @@ class MetaEmbedModel(PreTrainedModel):
             input_ids: Token ids [N, L], each row with the same number of Meta Tokens.
             num_meta: Return only the first `num_meta` vectors. None: all that the ids ask for.
             return_dict: False: return a tuple.
-            **kwargs: Whatever else the processor returned (`attention_mask`, `pixel_values`, ...).
+            **kwargs: Whatever else the processor returned (`attention_mask`, `pixel_values`, ...), and `tokens`. True:
+                the vectors of the input's own tokens follow, [N, r + T, D], with rows of zeros where it has fewer; a
+                number: pooled to so many, without gradients.
 
         Raises:
             TypeError: If `num_meta` is not a whole number.
@@ -286,21 +290,27 @@ class MetaEmbedModel(PreTrainedModel):
 
     def embed(self, input_ids: Tensor, num_meta: int | None = None, **kwargs: Any) -> Tensor:
         """Return the unit vectors [N, r, D] of the Meta Tokens of the side that the ids show: see [`forward`]."""
-        is_meta, num_meta = self._meta_tokens(input_ids, num_meta)
+        tokens, (is_meta, num_meta) = kwargs.pop("tokens", False), self._meta_tokens(input_ids, num_meta)
         # A stable sort puts the Meta Tokens first, in order: [N, r], and no shape depends on data.
         positions = is_meta.int().argsort(dim=1, descending=True, stable=True)[:, :num_meta]
         for name, value in kwargs.items():
             if isinstance(value, Tensor) and value.is_floating_point():
                 kwargs[name] = value.to(self.backbone.dtype)
         hidden = self._last_hidden_state(input_ids, **kwargs)  # [N, L, hidden]
-        meta = hidden.gather(1, positions.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))  # [N, r, hidden]
-        if self.projection is not None:
-            meta = self.projection(meta.to(self.projection.weight.dtype))  # [N, r, D]
-        # At least float32: normalising and scoring in bfloat16 costs about 5% of nDCG.
-        meta = nn.functional.normalize(meta.to(torch.promote_types(meta.dtype, torch.float32)), dim=-1)
+        meta = unit_vectors(hidden, positions, self.projection)
         if torch.compiler.is_compiling():
-            return meta.masked_fill(~is_meta.gather(1, positions).unsqueeze(-1), torch.nan)
-        return meta
+            meta = meta.masked_fill(~is_meta.gather(1, positions).unsqueeze(-1), torch.nan)
+        if not tokens:
+            return meta
+        if self.token_projection is None:
+            raise ValueError("this model gives no vectors of tokens: from_backbone made it without token_projection.")
+        is_own = self._own_tokens(input_ids, kwargs.get("attention_mask"))
+        longest = None if torch.compiler.is_compiling() else max(1, int(is_own.sum(dim=1).max()))
+        positions = is_own.int().argsort(dim=1, descending=True, stable=True)[:, :longest]
+        own = unit_vectors(hidden, positions, self.token_projection) * is_own.gather(1, positions).unsqueeze(-1)
+        if tokens is not True:
+            own = of_package("retrieval.pooling", "pool_padded", needed=True)(own, tokens)
+        return torch.cat([meta, own], dim=1)
 
     def _meta_tokens(self, input_ids: Tensor, num_meta: int | None) -> tuple[Tensor, int]:
         """Return where the Meta Tokens are [N, L], the document's if there are any, else the query's, and how many."""
@@ -317,6 +327,14 @@ class MetaEmbedModel(PreTrainedModel):
             )
         most = int(counts[0])
         return is_meta, most if num_meta is None else check_count("num_meta", num_meta, most)
+
+    def _own_tokens(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """Return where tokens [N, L] are the input's own: not padding, Meta Tokens or the ends of its template."""
+        is_own = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+        for ids in (self.config.query_token_ids, self.config.document_token_ids):
+            is_own = is_own & ((input_ids < ids[0]) | (input_ids > ids[-1]))
+        (before, after), place = self.config.template_tokens, is_own.cumsum(dim=1)
+        return is_own & (place > before) & (place <= place[:, -1:] - after)
 
     def _last_hidden_state(self, input_ids: Tensor, **inputs: Any) -> Tensor:
         """Run the backbone, with or without a head, on ids [N, L]; return its last hidden states [N, L, hidden]."""
@@ -336,7 +354,7 @@ class MetaEmbedModel(PreTrainedModel):
             raise ValueError(f"{name} returned hidden states of shape {shapes}: none for some tokens.")
         return hidden
 
-    def encode_queries(self, inputs: Any, num_meta: int | None = None, **kwargs: Any) -> Tensor | np.ndarray:
+    def encode_queries(self, inputs: Any, num_meta: int | None = None, **kwargs: Any) -> Any:
         """Encode queries as `num_meta` vectors each. While any thread encodes, the whole model is in evaluation mode.
 
         Args:
@@ -351,6 +369,8 @@ class MetaEmbedModel(PreTrainedModel):
                 - `batch_size`: number of inputs in a forward pass, 32;
                 - `show_progress_bar`: None: if transformers' log level is INFO or lower;
                 - `convert_to_numpy`: return a numpy array instead of a tensor;
+                - `tokens`: return [`Embeddings`] `(meta, tokens)`, with the vectors of each input's own tokens too:
+                  all (True), or pooled to so many, every first few of which are a summary (by the package);
                 - `max_length`: keep only so many tokens of each input's own text, from its start. None: all;
                 - `policy`, an [`InputPolicy`], and options of the backbone's processor (`max_pixels`, ...).
 
@@ -367,7 +387,7 @@ class MetaEmbedModel(PreTrainedModel):
         """
         return self._encode("query", inputs, num_meta, **kwargs)
 
-    def encode_documents(self, inputs: Any, num_meta: int | None = None, **kwargs: Any) -> Tensor | np.ndarray:
+    def encode_documents(self, inputs: Any, num_meta: int | None = None, **kwargs: Any) -> Any:
         """Encode documents as `num_meta` vectors each, 1..R_c: see [`encode_queries`], which takes the same inputs."""
         return self._encode("document", inputs, num_meta, **kwargs)
 
@@ -382,8 +402,9 @@ class MetaEmbedModel(PreTrainedModel):
         batch_size: int = 32,
         show_progress_bar: bool | None = None,
         convert_to_numpy: bool = False,
+        tokens: int | bool = False,
         **kwargs: Any,
-    ) -> Tensor | np.ndarray:
+    ) -> Tensor | np.ndarray | Embeddings:
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"batch_size must be a whole number of at least 1, got {batch_size!r}.")
         if show_progress_bar is None:
@@ -392,6 +413,7 @@ class MetaEmbedModel(PreTrainedModel):
         items = self.processor.parse(inputs)
         dim = self.config.embedding_dim or self.config.hidden_size
         embeddings = torch.empty(len(items), num_meta, dim, dtype=torch.float32, device="cpu")
+        own = [embeddings[:0, 0]] * len(items)  # the vectors [T, D] of each input's tokens
         device = execution_device(self)
         with self._evaluating(), default_device_cpu():
             batches = list(self._batches(items, batch_size))
@@ -399,10 +421,18 @@ class MetaEmbedModel(PreTrainedModel):
                 features = self.processor.process(
                     [items[i] for i in indices], side, num_meta, instruction=instruction, indices=indices, **kwargs
                 )
-                output = self(**features.to(device)).embeddings  # [batch, r, D]
-                embeddings[indices] = check_finite(output.to("cpu", torch.float32), indices)
-        embeddings = embeddings[0] if is_single(inputs) else embeddings
-        return embeddings.numpy() if convert_to_numpy else embeddings
+                output = self(**features.to(device), tokens=tokens).embeddings  # [batch, r + T, D]
+                output = check_finite(output.to("cpu", torch.float32), indices)
+                embeddings[indices] = output[:, :num_meta]
+                for index, rows in zip(indices, output[:, num_meta:], strict=True):
+                    own[index] = rows[: max(1, int(rows.any(dim=1).sum()))]
+        # What fills up changes no score: a query's zeros match nothing, a document's own vectors again no better.
+        fill = torch.arange(max(map(len, own), default=0) if tokens is True else tokens)
+        own = [rows[fill % len(rows)] for rows in own] if side == "document" and tokens else own
+        parts = [embeddings, nn.utils.rnn.pad_sequence([*own, embeddings[:0, 0]], batch_first=True)[:-1]]
+        parts = [part[0] for part in parts] if is_single(inputs) else parts
+        parts = [part.numpy() for part in parts] if convert_to_numpy else parts
+        return Embeddings(*parts) if tokens else parts[0]
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
@@ -430,6 +460,15 @@ class MetaEmbedModel(PreTrainedModel):
                 yield [chunk[i] for i in group]
 
     score = staticmethod(maxsim)
+
+
+def unit_vectors(hidden: Tensor, positions: Tensor, projection: nn.Module | None) -> Tensor:
+    """Return hidden states [N, L, hidden] at positions [N, r], projected, as unit vectors [N, r, D]."""
+    vectors = hidden.gather(1, positions.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
+    if projection is not None:
+        vectors = projection(vectors.to(projection.weight.dtype))
+    # At least float32: normalising and scoring in bfloat16 costs about 5% of nDCG.
+    return nn.functional.normalize(vectors.to(torch.promote_types(vectors.dtype, torch.float32)), dim=-1)
 
 
 def check_finite(embeddings: Tensor, indices: list[int]) -> Tensor:

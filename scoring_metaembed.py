@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,14 +15,25 @@ _WIDENED = 1 << 22  # numbers of documents that are converted to float32 at a ti
 Reader = Callable[[slice], Iterable[Tensor]]  # of some documents, in groups of their vectors: `[m, r, D]` float32
 
 
+class Embeddings(NamedTuple):
+    """What a model returns for `tokens`: the vectors of Meta Tokens [N, r, D], and of tokens [N, T, D]."""
+
+    meta: Any
+    tokens: Any
+
+
 @torch.no_grad()
-def maxsim(queries: Any, documents: Any, budget: Budget | None = None, *, backend: str = "auto") -> Tensor:
+def maxsim(
+    queries: Any, documents: Any, budget: Budget | None = None, *, tokens: int | bool = True, backend: str = "auto"
+) -> Tensor:
     """Score every query against every document by late interaction, `sum_i max_j <q_i, d_j>`.
 
     Args:
         queries: `[Q, R_q, D]`, or one query `[R_q, D]`, or a list of equal `[R_q, D]`; tensors or numpy arrays.
         documents: `[N, R_c, D]`, in the same forms, or an index of the package metaembed.
         budget: `(r_q, r_c)`: how many vectors of either side count, from the first. All of them by default.
+            Of [`Embeddings`], a budget scores the Meta Tokens; without one, the tokens are scored.
+        tokens: Of [`Embeddings`]: score all tokens of a query against all of a document, or its first so many.
         backend: `"torch"`, or a kernel of the package: `"compiled"` (CPU, built when first used) or `"fused"` (CUDA,
             bfloat16, by late-interaction-kernels). `"auto"` takes the kernel for the device if it is available.
 
@@ -35,6 +46,10 @@ def maxsim(queries: Any, documents: Any, budget: Budget | None = None, *, backen
         ValueError: if shapes or the budget do not fit, or a value or score is NaN, infinite or beyond 1e15.
         RuntimeError: if the backend asked for by name is unavailable.
     """
+    if isinstance(queries, tuple) and hasattr(queries, "tokens"):
+        part = "meta" if budget else "tokens"
+        queries, documents = getattr(queries, part), getattr(documents, part, documents)
+        budget = (queries.shape[-2], tokens) if tokens and tokens is not True else budget
     if backend != "torch" or hasattr(documents, "stores"):
         try:
             from metaembed.retrieval.search import score_all

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from .configuration_metaembed import SIDES, of_package
@@ -42,7 +42,7 @@ class MetaEmbedTransformer(InputModule):
         >>> encoder[0].query_num_meta = 4  # what evaluators, which know no `num_meta`, will use; saved with the model
     """
 
-    forward_kwargs = {"task", "num_meta", "policy"}
+    forward_kwargs = {"task", "num_meta", "policy", "tokens"}
     save_in_root = True
 
     def __init__(self, model: MetaEmbedModel):
@@ -124,18 +124,22 @@ class MetaEmbedTransformer(InputModule):
     def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         """Return the features with `token_embeddings` [N, r, D] and an `attention_mask` [N, r] that keeps them all.
 
+        With `tokens`, those of each input's own tokens follow, [N, r + T, D]: see [`MetaEmbedModel.forward`].
+
         Raises:
             ValueError: If, in evaluation mode, an embedding is not finite.
         """
         device = features["input_ids"].device
         parts = features.get("groups", [features])
-        embeddings = torch.cat([self._embed(part, device) for part in parts])  # [N, r, D]
+        tokens = kwargs.get("tokens", features.get("tokens", False))
+        rows = [row for part in parts for row in self._embed({**part, "tokens": tokens}, device)]  # [r + T, D] each
+        embeddings = nn.utils.rnn.pad_sequence(rows, batch_first=True)  # [N, r + T, D]
         if "groups" in features:
             embeddings = embeddings[torch.cat([part["rows"] for part in parts]).to(device).argsort()]
         if not self.training:
             check_finite(embeddings, list(range(len(embeddings))))
         features["token_embeddings"] = embeddings
-        features["attention_mask"] = torch.ones(embeddings.shape[:2], dtype=torch.bool, device=embeddings.device)
+        features["attention_mask"] = (embeddings if tokens else torch.ones_like(embeddings)).any(dim=-1)
         return features
 
     def _embed(self, features: dict[str, Any], device: torch.device) -> Tensor:

@@ -56,6 +56,7 @@ SETTINGS = (
     "num_query_tokens",
     "num_document_tokens",
     "embedding_dim",
+    "token_projection",
     "budgets",
     "document_sees_query_tokens",
     "query_instruction",
@@ -79,9 +80,10 @@ def from_backbone(
         processor: The backbone's processor (or tokenizer). None: the one loaded with it.
         seed: Seed of the first values of the Meta Tokens and the projection.
         **kwargs: Fields of [`MetaEmbedConfig`]: `num_query_tokens`, `num_document_tokens`, `embedding_dim` (None: the
-            backbone's hidden size, with no projection), `budgets`, `document_sees_query_tokens`, `query_instruction`,
-            `document_instruction`. All others are for `AutoModel.from_pretrained` (`dtype`, `revision`,
-            `attn_implementation`, `device_map`, `trust_remote_code`, ...).
+            backbone's hidden size, with no projection), `token_projection` (True: the model can also return the
+            vectors of its tokens, which `token_terms` of [`MMRLoss`] train), `budgets`, `document_sees_query_tokens`,
+            `query_instruction`, `document_instruction`. All others are for `AutoModel.from_pretrained` (`dtype`,
+            `revision`, `attn_implementation`, `device_map`, `trust_remote_code`, ...).
 
     Returns:
         The model, in evaluation mode, with its processor as `model.processor`.
@@ -155,10 +157,11 @@ def assemble(cls: type[MetaEmbedModel], config: MetaEmbedConfig, source: Source,
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = cls(config, source.backbone)
-    if model.projection is not None:
-        if trained := matching_projection(source.whole, source.backbone, config.embedding_dim):
-            set_linear(model.projection, trained.weight, trained.bias)
-        model.projection.to(source.backbone.device, source.backbone.dtype)
+    trained = config.embedding_dim and matching_projection(source.whole, source.backbone, config.embedding_dim)
+    for projection in filter(None, (model.projection, model.token_projection)):
+        if trained:
+            set_linear(projection, trained.weight, trained.bias)
+        projection.to(source.backbone.device, source.backbone.dtype)
     config.dtype = source.backbone.dtype
     model.name_or_path = source.name or ""  # what peft writes into an adapter of its own
     model.adapter_base = (source.name, source.commit)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -24,7 +25,7 @@ def picture(seed: int) -> Image.Image:
 
 @torch.no_grad()
 def measure(model: MetaEmbedModel) -> None:
-    """Set every trait in `model.config.traits` to what the backbone does: see [`BackboneTraits`].
+    """Set every trait in `model.config.traits` to what the backbone does, and `template_tokens`.
 
     The order matters: each question uses the processor, which heeds the answers to those before it.
 
@@ -42,6 +43,7 @@ def measure(model: MetaEmbedModel) -> None:
     traits.mixes_images = mixes_images(probe)
     traits.batches_images = traits.mixes_images or batches_images(probe)
     traits.pads_left = pads_left(probe)
+    model.config.template_tokens = template_tokens(probe)
 
 
 def probe_rows(model: MetaEmbedModel) -> torch.Tensor:
@@ -207,3 +209,17 @@ def pads_left(probe: Probe) -> bool:
     """Whether a text keeps its rows when there is padding before it."""
     with probe.assuming(pads_left=True):
         return probe.keeps_rows([TEXT, LONGER], probe.embed([TEXT]), padding_side="left")
+
+
+def template_tokens(probe: Probe) -> list[int]:
+    """Return how many tokens all prompts begin with, and how many they end with before the Meta Tokens."""
+    config, count = probe.model.config, probe.model.config.num_document_tokens
+    count += config.num_query_tokens if config.document_sees_query_tokens else 0
+    items = [{"text": "9"}, *probe.items.values()]  # texts that share no token, and an image
+    prompts = [probe.inputs([item])["input_ids"][0, :-count].tolist() for item in items]
+    return [common_start(prompts), common_start([prompt[::-1] for prompt in prompts])]
+
+
+def common_start(rows: list[list[int]]) -> int:
+    """Return how many first entries all rows share."""
+    return sum(1 for _ in itertools.takewhile(lambda entries: len(set(entries)) == 1, zip(*rows, strict=False)))

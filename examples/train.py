@@ -91,7 +91,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     trainer.accelerator.unwrap_model(encoder, keep_fp32_wrapper=False)
     if arguments.merge and arguments.lora:
         merge_adapter(model)
-    quality = evaluator.budget_metrics(evaluator(encoder)) if evaluator is not None else {}
+    results = evaluator(encoder) if evaluator is not None else {}
+    quality = evaluator.budget_metrics(results) if results else {}
 
     # 7. Save and publish.
     model.config.query_num_meta, model.config.document_num_meta = defaults
@@ -100,7 +101,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not trainer.is_world_process_zero():
         return
     if quality:
-        print(budget_table(quality, ["ndcg@10", "recall@1", "recall@5", "mrr@10"]))
+        print(
+            budget_table(
+                {**quality, **evaluator.token_metrics(results)}, ["ndcg@10", "recall@1", "recall@5", "mrr@10"]
+            )
+        )
         if not Path(arguments.dataset).exists():  # a Hub dataset, whose page can show the results
             task = f"{arguments.dataset_config or 'default'} {arguments.eval_split or arguments.train_split}"
             notes = "" if arguments.eval_split else f"on {len(held_out)} rows held out of the split"

@@ -9,7 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
+from torch.nn.utils.rnn import pad_sequence
 
+from ..configuration_metaembed import check_count
 from ..scoring_metaembed import check_finite
 
 
@@ -55,6 +57,22 @@ def pool(embeddings: Any, vectors: int, method: str = "nested") -> Tensor:
     if len({document.shape[1] for document in pooled}) > 1:
         raise ValueError("all documents must have the same number of dimensions")
     return torch.stack(pooled)
+
+
+@torch.no_grad()
+def pool_padded(embeddings: Tensor, vectors: int) -> Tensor:
+    """Pool each of `[n, r, dim]`, in which rows of zeros at the end are padding, to at most `vectors`, nested.
+
+    What has fewer vectors keeps as many, in the nested order: `[n, <= vectors, dim]`, padded with rows of zeros.
+
+    Raises:
+        TypeError: if `vectors` is not a whole number.
+        ValueError: if it is less than 1.
+    """
+    vectors = check_count("tokens", vectors, 1_000_000)
+    rows = (document[: max(1, int(document.any(dim=1).sum()))] for document in embeddings.detach().cpu())
+    pooled = [pool([document], min(vectors, len(document)))[0] for document in rows]
+    return pad_sequence(pooled, batch_first=True).to(embeddings)
 
 
 def check_pooling(method: str) -> str:

@@ -46,9 +46,10 @@ class Arguments:
     meta_token_learning_rate: float | None = option(
         None, "of the Meta Tokens; with --no_lora, of the whole input embedding"
     )
-    projection_learning_rate: float | None = option(None, "of the projection")
+    projection_learning_rate: float | None = option(None, "of the projections")
     temperature: float = option(0.03, "tau")
     normalize: str = option("sum", "scores as the sum over query vectors (as in the paper), the mean, or sqrt")
+    token_terms: bool = option(False, "also train the vectors of tokens, for sizes beyond num_document_tokens")
     mini_batch_size: int = option(0, "GradCache: number of inputs in memory at a time; 0: all, without GradCache")
     gather_across_devices: bool = option(False, "use the documents of all GPUs as negatives")
     resume: bool = option(False, "continue from the last checkpoint in output_dir")
@@ -69,7 +70,7 @@ GROUPS = {  # of --help, in this order; all other options come last
     "model": "num_query_tokens num_document_tokens embedding_dim query_instruction document_instruction dtype "
     "attn_implementation",
     "LoRA": "lora lora_r lora_alpha lora_dropout merge",
-    "loss and learning rates": "temperature normalize gather_across_devices meta_token_learning_rate "
+    "loss and learning rates": "temperature normalize token_terms gather_across_devices meta_token_learning_rate "
     "projection_learning_rate",
     "checkpoints and publishing": "save_strategy save_steps save_total_limit logging_steps report_to seed license "
     "push_to_hub hub_model_id hub_private_repo",

@@ -57,6 +57,7 @@ class Pairs:
             corpus.update((identity(document), document) for document in documents)
             relevant[f"q{index}"] = {identity(documents[0])}
         cuts = dict(ndcg_at_k=[5, 10], mrr_at_k=[10], accuracy_at_k=[1], precision_recall_at_k=[1, 5], map_at_k=[100])
+        cuts |= {"tokens": [16, True]} if model.config.token_projection else {}
         return BudgetEvaluator(
             queries, corpus, relevant, model.config.budgets, name=name, batch_size=batch_size, **cuts
         )

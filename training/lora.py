@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from ..loading_metaembed import adapter_parameters
 
+PROJECTIONS = ("projection", "token_projection")
 COMPILED = "_orig_mod."  # torch.compile inserts it into the names of all parts of a module
 
 
@@ -35,8 +36,8 @@ def import_peft() -> Any:
 def lora_config(model: Any, r: int = 32, lora_alpha: int = 32, lora_dropout: float = 0.1, **kwargs: Any) -> Any:
     """Return the paper's LoRA recipe for `model`.
 
-    LoRA on all linear layers of the language model; the rows of the Meta Tokens, and the projection where there is
-    one, trained in full. The recipe does not depend on whether the model has an adapter already, is compiled, or is
+    LoRA on all linear layers of the language model; the rows of the Meta Tokens, and the projections where there are
+    any, trained in full. The recipe does not depend on whether the model has an adapter already, is compiled, or is
     wrapped (`get_peft_model`, `DistributedDataParallel`).
 
     Args:
@@ -64,7 +65,7 @@ def lora_config(model: Any, r: int = 32, lora_alpha: int = 32, lora_dropout: flo
         lora_alpha=lora_alpha,
         lora_dropout=lora_dropout,
         trainable_token_indices={embedding: [*model.config.query_token_ids, *model.config.document_token_ids]},
-        modules_to_save=None if model.projection is None else ["projection"],
+        modules_to_save=[name for name in PROJECTIONS if getattr(model, name) is not None] or None,
     )
     if "target_modules" not in kwargs:
         options["target_modules"] = language_model_layers(model)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 Normalize = Literal["sum", "mean", "sqrt"]
 MAX_BATCH = 1_000_000
+TOKEN_TERMS = ("tokens_tokens", "meta_tokens", "tokens_meta")  # which query vectors x which document vectors
 
 
 def mmr_scores(queries: Tensor, documents: Tensor, budget: tuple[int, int], normalize: Normalize) -> Tensor:
@@ -42,24 +43,49 @@ def mmr_scores(queries: Tensor, documents: Tensor, budget: tuple[int, int], norm
     return summed / {"sum": 1, "mean": r_q, "sqrt": r_q**0.5}[normalize]
 
 
+def padded_scores(queries: Tensor, documents: Tensor) -> Tensor:
+    """Return late interaction scores over the root of each query's number of vectors: rows of zeros are padding.
+
+    Args:
+        queries: Query vectors [Q, r, D].
+        documents: Document vectors [M, n, D].
+
+    Returns:
+        Scores [Q, M].
+    """
+    is_query, is_document = (vectors.detach().any(dim=-1) for vectors in (queries, documents))  # [Q, r], [M, n]
+    sims = torch.einsum("qid,mjd->qimj", queries, documents)  # [Q, r, M, n]
+    best = sims.masked_fill(~is_document, -1).max(dim=-1).values  # of unit vectors, no product is below -1
+    summed = (best * is_query.unsqueeze(-1)).sum(dim=1)  # [Q, M]
+    return summed / is_query.sum(dim=1, keepdim=True).clamp(min=1).sqrt()
+
+
+def cat_padded(parts: Sequence[Tensor]) -> Tensor:
+    """Return the rows of all parts [n, r, D], whose numbers of vectors may differ: rows of zeros fill up."""
+    longest = max(part.shape[1] for part in parts)
+    return torch.cat([nn.functional.pad(part, (0, 0, 0, longest - part.shape[1])) for part in parts])
+
+
 def gather_documents(documents: Tensor) -> tuple[Tensor, int]:
     """Gather the documents of all ranks, with gradients.
 
     Args:
-        documents: This rank's vectors [M, R_c, D].
+        documents: This rank's vectors [M, r, D]. Ranks may have different r: rows of zeros fill up.
 
     Returns:
-        The vectors [ranks * M, R_c, D] of all ranks in order, and the index of this rank's first.
+        The vectors [ranks * M, r, D] of all ranks in order, and the index of this rank's first.
 
     Raises:
         ValueError: If the ranks have different numbers of documents.
     """
-    counts = all_gather(torch.tensor([len(documents)], device=documents.device)).tolist()
+    shapes = all_gather(torch.tensor([documents.shape[:2]], device=documents.device))  # [ranks, 2]
+    counts, longest = shapes[:, 0].tolist(), int(shapes[:, 1].max())
     if len(set(counts)) > 1:
         raise ValueError(
             f"gathering needs as many documents on every rank, got {counts}. Set dataloader_drop_last=True, and give "
             "every query the same number of negatives."
         )
+    documents = nn.functional.pad(documents, (0, 0, 0, longest - documents.shape[1]))
     gathered = all_gather(documents, with_grad=True)
     if gathered.requires_grad:  # torch's gather writes gradients of any other layout into the wrong places
         gathered.register_hook(Tensor.contiguous)
@@ -77,6 +103,8 @@ class MMRSettings:
         normalize: "sum", "mean" or "sqrt": see [`MMRLoss`].
         gather_across_devices: Whether the documents of all ranks are negatives.
         score_mini_batch_size: Number of queries scored at a time. None: all.
+        token_terms: Names of `TOKEN_TERMS` and their weights.
+        num_meta: Numbers of Meta Tokens of a query and of a document: where an embedding's token vectors begin.
 
     Raises:
         TypeError: If `score_mini_batch_size` is not a whole number.
@@ -89,6 +117,8 @@ class MMRSettings:
     normalize: Normalize = "sum"
     gather_across_devices: bool = False
     score_mini_batch_size: int | None = None
+    token_terms: tuple[tuple[str, float], ...] = ()
+    num_meta: tuple[int, int] = (0, 0)
 
     def __post_init__(self) -> None:
         weights = self.weights
@@ -102,6 +132,10 @@ class MMRSettings:
             raise ValueError(f'normalize must be "sum", "mean" or "sqrt", got {self.normalize!r}.')
         if self.score_mini_batch_size is not None:
             check_count("score_mini_batch_size", self.score_mini_batch_size, MAX_BATCH)
+        if any(name not in TOKEN_TERMS or not weight >= 0 for name, weight in self.token_terms):
+            raise ValueError(
+                f"token_terms must map some of {', '.join(TOKEN_TERMS)} to weights >= 0, got {dict(self.token_terms)}."
+            )
 
     @classmethod
     def for_encoder(
@@ -109,6 +143,7 @@ class MMRSettings:
         encoder: MultiVectorEncoder,
         budgets: Sequence[tuple[int, int]] | None,
         weights: Sequence[float] | None,
+        token_terms: bool | Mapping[str, float] = False,
         **settings: Any,
     ) -> MMRSettings:
         """Return the settings with what is None taken from the model: all its budgets, each with weight 1.
@@ -119,10 +154,20 @@ class MMRSettings:
         """
         config = encoder_config(encoder)
         sizes = (config.num_query_tokens, config.num_document_tokens)
+        terms = (
+            token_terms if isinstance(token_terms, Mapping) else dict.fromkeys(TOKEN_TERMS if token_terms else (), 1.0)
+        )
+        if terms and not config.token_projection:
+            raise ValueError(
+                "token_terms train the vectors of tokens, and this model was made without: create it with "
+                "MetaEmbedModel.from_backbone(..., token_projection=True)."
+            )
         pairs = check_budgets(config.budgets if budgets is None else budgets, *sizes, complete=False)
         return cls(
             budgets=tuple((r_q, r_c) for r_q, r_c in pairs),
             weights=(1.0,) * len(pairs) if weights is None else tuple(weights),
+            token_terms=tuple(terms.items()),
+            num_meta=sizes,
             **settings,
         )
 
@@ -147,6 +192,12 @@ def encoder_config(encoder: Any) -> MetaEmbedConfig:
             "load one with MultiVectorEncoder(...)."
         )
     return model.config
+
+
+def count_meta_tokens(features: Mapping[str, Any], ids: Sequence[int]) -> int:
+    """Return how many vectors of Meta Tokens, of these ids, each input in `features` gets."""
+    found = ((features["input_ids"] >= ids[0]) & (features["input_ids"] <= ids[-1])).sum(dim=1)
+    return min(int(found.min()), features.get("num_meta") or len(ids))
 
 
 def is_metaembed(model: Any) -> bool:
@@ -176,14 +227,36 @@ class MMRObjective:
 
     def get_config_dict(self) -> dict[str, Any]:
         """Return the settings, for the model card."""
-        return {name: value for name, value in asdict(self.settings).items() if name != "score_mini_batch_size"}
+        unsaid = ("score_mini_batch_size", "num_meta", *(() if self.settings.token_terms else ("token_terms",)))
+        return {name: value for name, value in asdict(self.settings).items() if name not in unsaid}
+
+    def columns(self, sentence_features: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Return copies of the columns of a batch, which ask for token vectors if a term needs them.
+
+        Raises:
+            ValueError: If a term needs them, and a column does not ask for all vectors of Meta Tokens.
+        """
+        columns = [dict(features) for features in sentence_features]
+        if self.settings.token_terms:
+            config = encoder_config(getattr(self.model, "module", self.model))
+            for i, column in enumerate(columns):
+                column["tokens"] = True
+                side = "document" if i else "query"
+                for part in column.get("groups", [column]):
+                    size = count_meta_tokens(part, config.token_ids(side))
+                    if size < config.num_tokens(side):
+                        raise ValueError(
+                            f"token_terms need all {config.num_tokens(side)} vectors of a {side}, got {size}. Set "
+                            f"{side}_num_meta of encoder[0] to None."
+                        )
+        return columns
 
     def losses(self, queries: Tensor, documents: Tensor, targets: Tensor) -> dict[str, Tensor]:
         """Return the weighted loss of each budget.
 
         Args:
-            queries: Query vectors [Q, R_q, D].
-            documents: Document vectors [M, R_c, D], of all queries.
+            queries: Query vectors [Q, R_q, D], or [Q, R_q + T, D] with those of tokens, as the terms need them.
+            documents: Document vectors [M, R_c, D], or with those of tokens, of all queries.
             targets: Index [Q] of each query's own document.
 
         Returns:
@@ -214,6 +287,11 @@ class MMRObjective:
                     scores = mmr_scores(chunk, documents, budget, settings.normalize)  # [step, M]
                     summed = nn.functional.cross_entropy(scores / settings.temperature, chunk_targets, reduction="sum")
                     part[f"loss_{budget[0]}x{budget[1]}"] = weight * summed / len(queries)
+                for name, weight in settings.token_terms:
+                    pair = zip(name.split("_"), (chunk, documents), settings.num_meta, strict=True)
+                    scores = padded_scores(*(both[:, :r] if kind == "meta" else both[:, r:] for kind, both, r in pair))
+                    summed = nn.functional.cross_entropy(scores / settings.temperature, chunk_targets, reduction="sum")
+                    part[f"loss_{name}"] = weight * summed / len(queries)
             yield part
 
     def gather(self, documents: Tensor) -> tuple[Tensor, int]:
@@ -236,6 +314,11 @@ class MMRLoss(MMRObjective, nn.Module):
             the number of query vectors r_q; "sqrt": by its square root. A sum over 16 vectors gives logits 16 times
             as large as one vector does, the root 4 times: on the task of `examples/quickstart.py`, with a model
             trained from random weights, "sqrt" did best over six seeds.
+        token_terms: Also train the vectors of the tokens (the full dial), from the same forward pass. True: by three
+            more InfoNCE terms: "tokens_tokens" (query tokens x document tokens), "meta_tokens" (query Meta Tokens x
+            document tokens) and "tokens_meta"; or a dict of some of these and their weights. Their scores are
+            divided by the root of the number of the query's vectors, whatever `normalize` says. The model must have
+            a `token_projection`.
         gather_across_devices: Use the documents of all ranks as negatives, not only those of this rank.
         score_mini_batch_size: Number of queries scored at a time, to bound the memory. None: all.
 
@@ -262,6 +345,7 @@ class MMRLoss(MMRObjective, nn.Module):
         temperature: float = 0.03,
         normalize: Normalize = "sum",
         *,
+        token_terms: bool | Mapping[str, float] = False,
         gather_across_devices: bool = False,
         score_mini_batch_size: int | None = None,
     ):
@@ -270,6 +354,7 @@ class MMRLoss(MMRObjective, nn.Module):
             model,
             budgets,
             weights,
+            token_terms,
             temperature=temperature,
             normalize=normalize,
             gather_across_devices=gather_across_devices,
@@ -288,9 +373,11 @@ class MMRLoss(MMRObjective, nn.Module):
         Returns:
             `{"loss_1x1": w_1 * InfoNCE_1, ...}`, scalars.
         """
-        columns = [dict(features) for features in sentence_features]
+        columns = self.columns(sentence_features)
         queries = self.model(columns[0], task="query")["token_embeddings"]  # [B, R_q, D]
-        documents = torch.cat(embed_columns_padded(self.model, columns[1:], task_default="document")[0])  # [M, R_c, D]
+        documents = cat_padded(
+            embed_columns_padded(self.model, columns[1:], task_default="document")[0]
+        )  # [M, R_c, D]
         documents, first = self.gather(documents)
         return self.losses(queries, documents, first + torch.arange(len(queries), device=queries.device))
 
@@ -308,6 +395,7 @@ class CachedMMRLoss(MMRObjective, CachedMultiVectorMultipleNegativesRankingLoss)
         weights: See [`MMRLoss`].
         temperature: See [`MMRLoss`].
         normalize: See [`MMRLoss`].
+        token_terms: See [`MMRLoss`].
         mini_batch_size: Number of inputs of a column encoded at a time.
         mini_batch_num_tokens: Instead, the number of tokens of a column encoded at a time.
         score_mini_batch_size: Number of queries scored at a time. None: `mini_batch_size`.
@@ -332,6 +420,7 @@ class CachedMMRLoss(MMRObjective, CachedMultiVectorMultipleNegativesRankingLoss)
         temperature: float = 0.03,
         normalize: Normalize = "sum",
         *,
+        token_terms: bool | Mapping[str, float] = False,
         mini_batch_size: int = 32,
         mini_batch_num_tokens: int | None = None,
         score_mini_batch_size: int | None = None,
@@ -343,6 +432,7 @@ class CachedMMRLoss(MMRObjective, CachedMultiVectorMultipleNegativesRankingLoss)
             model,
             budgets,
             weights,
+            token_terms,
             temperature=temperature,
             normalize=normalize,
             gather_across_devices=gather_across_devices,
@@ -367,7 +457,7 @@ class CachedMMRLoss(MMRObjective, CachedMultiVectorMultipleNegativesRankingLoss)
 
         The gradient of all of them is attached to the last one: sum them before going backward.
         """
-        total = super().forward(sentence_features, labels)
+        total = super().forward(self.columns(sentence_features), labels)
         *others, last = self._latest
         parts = {name: self._latest[name] for name in others}
         return {**parts, last: total - sum(parts.values())}
@@ -385,8 +475,8 @@ class CachedMMRLoss(MMRObjective, CachedMultiVectorMultipleNegativesRankingLoss)
         Returns:
             A scalar.
         """
-        queries, *columns = (torch.cat(chunks) for chunks in reps)  # [B, R_q, D], [B, R_c, D] each
-        gathered, first = self.gather(torch.cat(columns))
+        queries, *columns = (cat_padded(chunks) for chunks in reps)  # [B, R_q, D], [B, R_c, D] each
+        gathered, first = self.gather(cat_padded(columns))
         targets = first + torch.arange(len(queries), device=queries.device)
         # Leaves, so that the chunks' backward passes stop here and the ranks communicate only once.
         leaves = [tensor.detach().requires_grad_(with_backward) for tensor in (queries, gathered)]
@@ -428,7 +518,7 @@ class CachedMMRLoss(MMRObjective, CachedMultiVectorMultipleNegativesRankingLoss)
             if first == last:
                 continue
             part = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in group.items()}
-            part["task"] = sentence_feature.get("task")
+            part |= {name: sentence_feature.get(name) for name in ("task", "tokens")}
             embedded, mask, new_states[-1] = super().embed_minibatch(
                 part, first, last, with_grad, copy_random_state, state
             )
@@ -436,4 +526,5 @@ class CachedMMRLoss(MMRObjective, CachedMultiVectorMultipleNegativesRankingLoss)
             vectors.append(embedded)
             masks.append(mask)
         order = torch.cat(every_row).argsort()
-        return torch.cat(vectors)[order], torch.cat(masks)[order], new_states
+        together = cat_padded(vectors)[order]
+        return together, cat_padded([mask.unsqueeze(-1) for mask in masks])[order].squeeze(-1), new_states

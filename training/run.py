@@ -89,6 +89,7 @@ def make_model(arguments: Arguments, training: TrainingArguments) -> MetaEmbedMo
     if arguments.attn_implementation:
         options["attn_implementation"] = arguments.attn_implementation
     sizes, recipe = given(arguments, MODEL_OPTIONS), given(arguments, LORA_OPTIONS)
+    sizes |= {"token_projection": True} if arguments.token_terms else {}
     source = arguments.backbone
     adapter = find_adapter(source) is not None
     if not adapter and AutoConfig.from_pretrained(source).model_type != "metaembed":
@@ -96,7 +97,7 @@ def make_model(arguments: Arguments, training: TrainingArguments) -> MetaEmbedMo
     else:
         trainable = {"is_trainable": arguments.lora} if adapter else {}
         model = MetaEmbedModel.from_pretrained(source, **options, **trainable)
-        check_equal(source, {name: getattr(model.config, name) for name in MODEL_OPTIONS}, sizes)
+        check_equal(source, {name: getattr(model.config, name) for name in sizes}, sizes)
 
     if adapter and arguments.lora:
         lora = model.peft_config[model.active_adapters()[0]]
@@ -129,6 +130,7 @@ def make_loss(encoder: MultiVectorEncoder, arguments: Arguments) -> MMRLoss | Ca
         temperature=arguments.temperature,
         normalize=arguments.normalize,
         gather_across_devices=arguments.gather_across_devices,
+        token_terms=bool(arguments.token_terms),
     )
     if arguments.mini_batch_size:
         return CachedMMRLoss(encoder, mini_batch_size=arguments.mini_batch_size, **options)
@@ -142,7 +144,7 @@ def learning_rates(arguments: Arguments, model: MetaEmbedModel) -> dict[str, flo
         name = module_name(model, model.get_input_embeddings()).split(".token_adapter")[0]
         rates[rf"{re.escape(name)}\."] = arguments.meta_token_learning_rate
     if arguments.projection_learning_rate is not None:
-        rates[r"\.projection\."] = arguments.projection_learning_rate
+        rates[r"\.(token_)?projection\."] = arguments.projection_learning_rate
     return rates
 
 

@@ -56,6 +56,12 @@ def encoder():
     return tiny_encoder(double=True).train()
 
 
+@pytest.fixture(scope="module")
+def dial():
+    """An encoder whose tokens are trained too."""
+    return tiny_encoder(double=True, token_projection=True).train()
+
+
 @pytest.mark.parametrize("normalize", ["sum", "mean", "sqrt"])
 @pytest.mark.parametrize("negatives", [0, 2])
 def test_the_loss_is_the_formula_written_out(encoder, normalize, negatives):
@@ -73,6 +79,80 @@ def test_the_loss_is_the_formula_written_out(encoder, normalize, negatives):
                 logits[q, d] = similarity.max(dim=1).values.sum() / divisor / 0.03
         expected = weight * cross_entropy(logits, torch.arange(len(queries)))
         torch.testing.assert_close(actual[f"loss_{r_q}x{r_c}"], expected, atol=1e-10, rtol=1e-10)
+
+
+@pytest.mark.parametrize("weights", [{"tokens_tokens": 1, "meta_tokens": 0.5, "tokens_meta": 2}, {"meta_tokens": 3}])
+def test_the_token_terms_are_the_formula_written_out(dial, weights):
+    """Each document's own tokens and no others count, and the root of the query's own number of vectors divides."""
+    batch = features(dial, negatives=1)
+    loss = MMRLoss(dial, token_terms=weights)
+    actual, _ = loss_and_gradients(loss, [dict(column) for column in batch])
+    kinds = {}
+    for side, inputs in (("query", columns()[0]), ("document", [*columns()[1], *columns()[2]])):
+        for_each = [dial.preprocess([x], task=side) for x in inputs]
+        with torch.no_grad():
+            rows = [dial(each, task=side, tokens=True)["token_embeddings"][0] for each in for_each]
+        r = {"query": 4, "document": 8}[side]
+        kinds[side] = {"meta": [each[:r] for each in rows], "tokens": [each[r:] for each in rows]}
+    assert len({len(rows) for rows in kinds["query"]["tokens"]}) > 1 < len({*map(len, kinds["document"]["tokens"])})
+    assert set(actual) == {"loss_1x1", "loss_2x4", "loss_4x8", *(f"loss_{name}" for name in weights)}
+    for name, weight in weights.items():
+        queries, documents = (kinds[side][kind] for side, kind in zip(kinds, name.split("_"), strict=True))
+        logits = [[(q @ d.T).max(dim=1).values.sum() / len(q) ** 0.5 / 0.03 for d in documents] for q in queries]
+        expected = weight * cross_entropy(torch.tensor(logits, dtype=torch.float64), torch.arange(len(queries)))
+        torch.testing.assert_close(actual[f"loss_{name}"], expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("negatives", [0, 2])
+@pytest.mark.parametrize("mixes_images", [True, False])
+def test_cached_equals_plain_with_token_terms(dial, negatives, mixes_images):
+    traits = dial[0].model.config.traits
+    traits.mixes_images = mixes_images
+    try:
+        batch = features(dial, negatives=negatives)
+    finally:
+        traits.mixes_images = True
+    expected = loss_and_gradients(MMRLoss(dial, token_terms=True), batch)
+    assert any("token_projection" in name for name in expected[1])
+    for kind, options in (
+        *((CachedMMRLoss, {"mini_batch_size": size}) for size in (1, 4)),
+        (MMRLoss, {"score_mini_batch_size": 4}),
+    ):
+        actual = loss_and_gradients(kind(dial, token_terms=True, **options), batch)
+        assert_equal_parts(actual[0], expected[0])
+        assert_same_gradients(actual[1], expected[1])
+
+
+def test_without_token_terms_a_loss_is_as_it_was(encoder, dial):
+    """Bit for bit: the projection of the tokens changes nothing, and gets no gradient."""
+    expected, actual = (loss_and_gradients(MMRLoss(each), features(each)) for each in (encoder, dial))
+    assert expected[0] == actual[0]
+    assert expected[1].keys() == actual[1].keys() and all(expected[1][n].equal(actual[1][n]) for n in expected[1])
+
+
+@pytest.mark.parametrize("terms", [True, {"tokens_meta": 1}])
+def test_token_terms_need_a_model_that_gives_tokens(encoder, terms):
+    for kind in (MMRLoss, CachedMMRLoss):
+        with pytest.raises(ValueError, match=r"from_backbone\(..., token_projection=True\)"):
+            kind(encoder, token_terms=terms)
+
+
+@pytest.mark.parametrize("terms", [{"tokens": 1}, {"tokens_meta": -1}])
+def test_bad_token_terms_are_named(dial, terms):
+    with pytest.raises(ValueError, match="token_terms must map some of tokens_tokens, meta_tokens, tokens_meta"):
+        MMRLoss(dial, token_terms=terms)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_token_terms_need_all_meta_tokens(dial, causal):
+    dial[0].model.config.traits.causal = causal
+    try:
+        batch = [dial.preprocess(["a"], task="query", num_meta=2), dial.preprocess(["b"], task="document")]
+    finally:
+        dial[0].model.config.traits.causal = True
+    for kind in (MMRLoss, CachedMMRLoss):
+        with pytest.raises(ValueError, match="token_terms need all 4 vectors of a query, got 2"):
+            kind(dial, budgets=[(1, 1)], token_terms=True)(batch)
 
 
 @pytest.mark.parametrize("mini_batch_size", [1, 4, 100])
@@ -271,6 +351,15 @@ for kind, options in ((MMRLoss, {}), (CachedMMRLoss, dict(mini_batch_size=2))):
     loss.model = wrapped
     parts, grads = loss_and_gradients(loss, batch)
     results[kind.__name__] = parts, {name.removeprefix("module."): value for name, value in grads.items()}
+# The same with the terms of the tokens: the longest document of a rank is not that of the other.
+encoder = tiny_encoder(double=True, token_projection=True).train()
+batch = features(encoder, **half)
+wrapped = DistributedDataParallel(encoder, find_unused_parameters=old)
+for kind, options in ((MMRLoss, {}), (CachedMMRLoss, dict(mini_batch_size=2))):
+    loss = kind(encoder, gather_across_devices=True, token_terms=True, **options)
+    loss.model = wrapped
+    parts, grads = loss_and_gradients(loss, batch)
+    results["dial", kind.__name__] = parts, {name.removeprefix("module."): value for name, value in grads.items()}
 try:
     MMRLoss(encoder, gather_across_devices=True)(features(encoder, count=2 + rank))
 except ValueError as error:
@@ -309,11 +398,14 @@ def two_ranks(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_two_ranks_equal_one(encoder, two_ranks):
+@pytest.mark.parametrize("tokens", [False, True])
+def test_two_ranks_equal_one(encoder, dial, two_ranks, tokens):
     """Under DDP: the mean loss and the gradients of one process with the whole batch."""
-    expected = loss_and_gradients(MMRLoss(encoder), features(encoder))
+    whole = dial if tokens else encoder
+    expected = loss_and_gradients(MMRLoss(whole, token_terms=tokens), features(whole))
     ranks = [torch.load(two_ranks / f"rank{rank}.pt") for rank in range(2)]
     for kind in ("MMRLoss", "CachedMMRLoss"):
+        kind = ("dial", kind) if tokens else kind
         parts = [rank[kind][0] for rank in ranks]
         assert_equal_parts({name: (parts[0][name] + parts[1][name]) / 2 for name in parts[0]}, expected[0])
         for rank in ranks:
