@@ -142,6 +142,7 @@ def make_model(backbone: Any, method: Method, seed: int, **options: Any) -> Meta
         backbone,
         seed=seed,
         embedding_dim=method.embedding_dim,
+        token_projection=method.projection,
         document_sees_query_tokens=method.sees_query_tokens,
         **options,
     )

@@ -46,12 +46,6 @@ class Encoder(nn.Module):
         self.meta_ids = {"query": config.query_token_ids, "document": config.document_token_ids}
         self.special = torch.tensor(sorted(model.processor.tokenizer.all_special_ids))
         self.image = getattr(model.backbone.config, "image_token_id", None)
-        dim = config.hidden_size
-        self.own = nn.ModuleDict()
-        if method.projection:  # near the identity, so that training begins where it would without
-            for side in self.meta_ids:
-                self.own[side] = nn.Linear(dim, dim, bias=False)
-                nn.init.eye_(self.own[side].weight)
         if method.kind == "agc":
             model.backbone.set_attn_implementation("eager")  # which alone returns its attention
 
@@ -74,7 +68,7 @@ class Encoder(nn.Module):
         if model.projection is not None:
             meta, tokens = model.projection(meta), model.projection(hidden)
         else:
-            tokens = self.own[side](hidden) if self.own else hidden
+            tokens = hidden if model.token_projection is None else model.token_projection(hidden)
         one, saliency = None, None
         if method.kind == "mean":
             one = ((hidden * seen[..., None]).sum(1) / seen.sum(1, keepdim=True)).float()

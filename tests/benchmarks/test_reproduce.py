@@ -20,6 +20,7 @@ from reproduction.runs import ALL, CHOICES, DIAL, MMR, PAPER, RIVALS, TASKS, Run
 from reproduction.vectors import Encoder, Vectors, keep_meta, pool_agc, pool_ward
 
 from metaembed.retrieval.pooling import pool
+from metaembed.training.losses import MMRLoss
 
 TINY = {
     "pictures": replace(TASKS["pictures"], steps=3, batch=4, warmup=1, test=12),
@@ -213,6 +214,16 @@ def test_gradients_reach_everything_that_a_method_trains():
         ids = encoder.model.config.document_token_ids[: method.meta_tokens[1]]
         reached = weight[ids].abs().sum(dim=1) > 0
         assert reached[:16].all(), method.name  # the last of 64 may win no maximum
+
+
+def test_the_dial_is_trained_with_the_loss_of_the_package():
+    (run,) = tiny(replace(DIAL, budgets=MMR.budgets))
+    encoder = Encoder(tasks.task_of(run).task.model(run.method), run.method)
+    features = tasks.task_of(run).get(0, encoder.model.processor, 0, False)
+    sides = [encoder(column, side) for column, side in zip(features, ("query", "document"), strict=True)]
+    loss = MMRLoss(encoder.model.to_sentence_transformers(device="cpu"), normalize="sqrt", token_terms=True)
+    parts = loss.losses(*(torch.cat([side.meta, side.tokens], dim=1) for side in sides), torch.arange(4))
+    torch.testing.assert_close(objective(run.method, *sides), sum(parts.values()))
 
 
 def test_results_are_kept_to_a_250th_and_intervals_hold_the_mean(monkeypatch):
