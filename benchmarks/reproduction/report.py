@@ -129,7 +129,8 @@ def curves(measured: Measured) -> dict[str, tuple[str, list[Point]]]:
     for name in ("mmr", "dial", "tokens"):
         if measured.seeds(name):
             points = [*measured.points(name), *measured.points(name, dial=True)]
-            made[f"{name}-bytes"] = (f"{made[name][0].split(',')[0]}, byte dial", chosen_at(points))
+            chosen = chosen_at(points, (64, 128, *SIZES))
+            made[f"{name}-bytes"] = (f"{made[name][0].split(',')[0]}, byte dial", chosen)
     return made
 
 
@@ -181,7 +182,7 @@ def claims(measured: Measured) -> str:
         if (found := measured.difference(one, other)) is not None:
             mean, low, high, seeds = found
             rows.append([claim, f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]", seeds, verdict(low, high, least)])
-    return markdown_table(["claim", f"difference in {METRIC}", "seeds", "reading"], rows)
+    return markdown_table(["claim", "difference in nDCG@10", "seeds", "reading"], rows)
 
 
 def bytes_table(measured: Measured) -> str:
@@ -198,8 +199,8 @@ def bytes_table(measured: Measured) -> str:
     return markdown_table(["method", "seeds", *(f"to {size:,} B" for size in SIZES)], rows)
 
 
-def best_rival(measured: Measured) -> str:
-    """Return, at each size, our best method against the best rival, paired."""
+def best_rival(measured: Measured) -> tuple[str, str]:
+    """Return, at each size, our best method against the best rival, paired: a table, and what it says."""
     made = curves(measured)
     ours = ("mmr", "mmr-bytes", "dial", "dial-bytes")
     rivals = ("tokens", "tokens-bytes", "tokens-pooled", "agc", "dimensions", "mean", "last")
@@ -235,10 +236,12 @@ def best_rival(measured: Measured) -> str:
             ]
         )
     if not rows:
-        return ""
-    return markdown_table(
-        ["bytes, at most", "our best", METRIC, "the best rival", METRIC, "difference", "seeds", "reading"], rows
-    )
+        return "", ""
+    said = []
+    for reading in dict.fromkeys(row[-1] for row in rows):
+        said.append(f"{reading} at {', '.join(row[0] for row in rows if row[-1] == reading)} bytes")
+    head = ["bytes, at most", "our best", "nDCG@10", "the best rival", "nDCG@10", "difference", "seeds", "reading"]
+    return markdown_table(head, rows), f"In short: {'; '.join(said)}."
 
 
 def variants_table(measured: Measured, methods: Sequence) -> str:
@@ -333,7 +336,8 @@ def section(results: Results, task: str) -> list[str]:
     lines = [f"## {TITLES[task]}", "", ABOUT[task], ""]
     lines += [
         f"{settings.steps} steps of {settings.batch} pairs, learning rate {settings.learning_rate:g}, warm-up "
-        f"{settings.warmup}, cosine to 0, temperature 0.03, logits by the root of the number of query vectors. "
+        f"{settings.warmup}, cosine to 0, temperature 0.03,",
+        "logits by the root of the number of query vectors. "
         f"{used}. Command: `make reproduce ARGS='--full --task {task}'`.",
         "",
     ]
@@ -344,16 +348,15 @@ def section(results: Results, task: str) -> list[str]:
         "",
         f"![Quality against bytes](images/reproduction-{task}.png)",
         "",
+        "nDCG@10 of the largest size that fits:",
+        "",
         bytes_table(measured),
         "",
     ]
-    if comparison := best_rival(measured):
-        lines += [
-            "Our best method at each size against the best rival, on the same queries and seeds:",
-            "",
-            comparison,
-            "",
-        ]
+    comparison, reading = best_rival(measured)
+    if comparison:
+        lines += ["Our best method at each size against the best rival, on the same queries:", "", comparison, ""]
+        lines += [reading, ""]
     for title, methods in (("### Choices", CHOICES), ("### Forms of the full dial", (ALL["dial"], *DIALS))):
         if any(measured.seeds(method.name) for method in methods):
             lines += [title, "", variants_table(measured, methods), ""]
@@ -371,7 +374,12 @@ def progress(results: Results) -> str:
             cells.append(f"{sum(map(results.has, planned))} of {len(planned)}" if planned else "")
         rows.append([ALL[name].label, *cells])
     seconds = [result["cpu_seconds"] for run in runs if (result := results.read(run)) is not None]
-    total = f"The finished runs took {sum(seconds) / 3600:.1f} hours of one core."
+    quick = [result["cpu_seconds"] for run in plan("quick") if (result := results.read(run)) is not None]
+    total = (
+        f"The finished runs took {sum(seconds) / 60:.0f} minutes of one core, those {len(quick)} of the quick form's "
+        f"{len(plan('quick'))} that are done {sum(quick) / 60:.0f}. A method without a row in the tables above was "
+        "not run yet."
+    )
     return f"{total}\n\n{markdown_table(['runs', *TASKS], rows)}"
 
 

@@ -174,7 +174,7 @@ def plan(form: str) -> list[Run]:
     A seed's runs of both tasks stand together, so that the full form, cut off anywhere, has whole comparisons.
     """
     if form == "quick":
-        quick = {"pictures": (*PAPER[:2], TOKENS, DIAL, PAPER[3]), "manuals": (UNTRAINED, TOKENS, DIAL)}
+        quick = {"pictures": (*PAPER[:2], TOKENS, DIAL, PAPER[3]), "manuals": (UNTRAINED, DIAL)}
         return [Run(task, method, 0, TASKS[task]) for task, methods in quick.items() for method in methods]
     seeds = range(6)
     dimensions = replace(RIVALS[3], dims=(64, 128, 192))
