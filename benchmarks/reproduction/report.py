@@ -75,11 +75,12 @@ class Measured:
             dial: Those of the byte dial instead.
         """
         chosen = [self.found[method][seed] for seed in (self.seeds(method) if seeds is None else seeds)]
+        named = [{view["view"]: view for view in result["views"]} for result in chosen]
         points = []
-        for views in zip(*(result["views"] for result in chosen), strict=True):
-            if views[0].get("dial", False) == dial:
-                values = np.stack([unpack(view["per_query"][self.metric]) for view in views])
-                points.append(Point(views[0]["view"], views[0]["bytes"], values))
+        for name, first in named[0].items():
+            if first.get("dial", False) == dial:
+                values = np.stack([unpack(views[name]["per_query"][self.metric]) for views in named])
+                points.append(Point(name, first["bytes"], values))
         return sorted(points, key=lambda point: point.size)
 
     def values(self, method: str, view: str, seeds: Iterable[int] | None = None) -> np.ndarray:
