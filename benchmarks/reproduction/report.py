@@ -402,6 +402,9 @@ test queries, and over the seeds where there are several: **an interval of one s
 between trainings**, which is larger than that between queries, so that differences of one seed are a hint and no
 more.
 
+Bytes are not all of the cost: Meta Tokens are scored with r_q vectors of a query, tokens with as many as the query has
+tokens.
+
 Methods:
 
 - **MMR**: Meta Tokens at the paper's five budgets, trained together. **only (16,64) trained**: the paper's
