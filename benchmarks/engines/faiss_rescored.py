@@ -15,9 +15,7 @@ from metaembed.retrieval.collection import EmbeddingCollection
 class Engine:
     """See `runner.py`."""
 
-    settings = [
-        {"ef": ef, "keep": keep} for keep in (300, 600, 1000, 2000) for ef in (keep, 2 * keep)
-    ]
+    settings = [{"ef": ef, "keep": keep} for keep in (300, 600, 1000, 2000) for ef in (keep, 2 * keep)]
 
     def build(self, folder, parts, count):
         """Build the graph, and keep the documents in int8 beside it."""
@@ -27,7 +25,9 @@ class Engine:
         for part in parts():
             if graph is None:
                 graph = faiss.IndexHNSWFlat(part.shape[2], 32, faiss.METRIC_INNER_PRODUCT)
-                documents = EmbeddingCollection(*part.shape[1:], folder=Path(folder) / "documents", quantization="int8")
+                documents = EmbeddingCollection(
+                    *part.shape[1:], folder=Path(folder) / "documents", quantization="int8"
+                )
             graph.add(np.ascontiguousarray(part[:, 0]))
             documents.append(torch.from_numpy(part))
         faiss.write_index(graph, str(Path(folder) / "graph"))

@@ -17,7 +17,7 @@ def vector(vectors: int, dim: int) -> q.EdgeVectorParams:
         distance=q.Distance.Dot,
         datatype=q.VectorStorageDatatype.Float16,
         multivector_config=None if vectors == 1 else q.MultiVectorConfig(q.MultiVectorComparator.MaxSim),
-        hnsw_config=q.HnswIndexConfig(m=16 if vectors == 1 else 0, ef_construct=100, full_scan_threshold=10_000),
+        hnsw_config=q.HnswIndexConfig(m=16 if vectors == 1 else 0, ef_construct=100, full_scan_threshold=1000),
     )
 
 

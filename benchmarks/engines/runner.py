@@ -3,7 +3,7 @@
     python runner.py build faiss_rescored FOLDER EMBEDDINGS... COUNT
     python runner.py search faiss_rescored FOLDER QUERIES TRUTH TARGET
 
-An engine is a module beside this file with an `Engine` class: see `qdrant.py`. Everything runs on one core.
+An engine is a module beside this file with an `Engine` class: see `qdrant.py`. Searches run on one core.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 K = 10
-TURNS = 2  # over all queries; the faster time of each query counts
+TURNS = 2  # over all queries; the faster time of each query counts, in processor time
 
 
 def read(parts: list[str], count: int):
@@ -30,11 +30,11 @@ def read(parts: list[str], count: int):
 
 
 def build(engine, folder: str, *rest: str) -> dict:
-    """Build the index and return the seconds and the bytes on disk."""
+    """Build the index and return the seconds of processor time and the bytes on disk."""
     *parts, count = rest
-    start = time.monotonic()
+    start = time.process_time()
     engine.build(folder, lambda: read(parts, int(count)), int(count))
-    seconds = time.monotonic() - start
+    seconds = time.process_time() - start
     blocks = sum(path.stat().st_blocks for path in Path(folder).rglob("*") if path.is_file())
     return {"seconds": seconds, "bytes": blocks * 512}
 
@@ -42,11 +42,12 @@ def build(engine, folder: str, *rest: str) -> dict:
 def search(engine, folder: str, queries: str, truth: str, target: str) -> dict:
     """Try every setting on half of the queries, and measure on the other half the fastest that reaches the target."""
     queries, truth = np.load(queries), np.load(truth)
+    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     engine.open(folder)
     curve = []
     for setting in engine.settings:
         curve.append({"setting": setting, **measure(engine, setting, queries[::2], truth[::2], turns=1)})
-        print(setting, curve[-1], file=sys.stderr, flush=True)
+        print(*(f"{k}: {v:.3g}" for k, v in (setting | curve[-1]).items() if k != "setting"), file=sys.stderr)
     good = [tried for tried in curve if tried["recall"] >= float(target)]
     chosen = min(good, key=lambda tried: tried["p50"]) if good else max(curve, key=lambda tried: tried["recall"])
     verified = measure(engine, chosen["setting"], queries[1::2], truth[1::2], turns=TURNS)
@@ -60,16 +61,15 @@ def measure(engine, setting: dict, queries: np.ndarray, truth: np.ndarray, turns
     for _ in range(turns):
         found = []
         for i, query in enumerate(queries):
-            start = time.perf_counter()
+            start = time.process_time()
             found.append(engine.search(query, setting, K))
-            best[i] = min(best[i], time.perf_counter() - start)
-    recall = np.mean([len(set(map(int, f)) & set(t.tolist())) / K for f, t in zip(found, truth)])
+            best[i] = min(best[i], time.process_time() - start)
+    recall = np.mean([len(set(map(int, f)) & set(t.tolist())) / K for f, t in zip(found, truth, strict=True)])
     p50, p95 = np.percentile(best * 1e3, [50, 95])
     return {"recall": float(recall), "p50": float(p50), "p95": float(p95)}
 
 
 if __name__ == "__main__":
-    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     action, name, *arguments = sys.argv[1:]
     engine = importlib.import_module(name).Engine()
     print(json.dumps({"build": build, "search": search}[action](engine, *arguments)))

@@ -12,10 +12,10 @@ class Engine:
     settings = [{"probe": probe, "bound": bound} for probe in (8, 32, 64, 128) for bound in (128, 512)]
 
     def build(self, folder, parts, count):
-        """Build with the defaults."""
+        """Build with the defaults, but for a smaller sample to find the centroids."""
         torch.set_num_threads(1)
         documents = torch.cat([torch.from_numpy(part).half() for part in parts()])
-        XTRWarp(folder).create(documents, device="cpu", show_progress=False)
+        XTRWarp(folder).create(documents, device="cpu", n_samples_kmeans=10_000, show_progress=False)
 
     def open(self, folder):
         """Open it."""
