@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,11 +10,60 @@ import torch
 from torch import Tensor
 
 from ..scoring_metaembed import Budget
-from .search import SearchResult, check_k, choose_backend, prepare, search, select_candidates
+from .kernels import Step
+from .search import SearchResult, check_k, prepare, run
 
-Stage = tuple[Budget, int]  # (budget, how many documents it keeps)
 
-DEFAULT_STAGES: tuple[Stage, ...] = (((1, 1), 1000), ((4, 8), 200))  # docs/performance.md has their quality and speed
+@dataclass(frozen=True)
+class Stage:
+    """A stage of a cascade: score documents with a budget, and keep the best.
+
+    Attributes:
+        budget: `(query vectors, document vectors)`.
+        keep: How many documents go on to the next stage.
+        quantization: Of a `MultiVectorIndex` that keeps several copies of the vectors, the one to score: `"first"`,
+            `"main"`, `"exact"`, or the name of a quantization that one of these has.
+    """
+
+    budget: Budget
+    keep: int
+    quantization: str = "main"
+
+    @classmethod
+    def of(cls, given: Any) -> Stage:
+        """Make a stage of what a caller may give: a `Stage`, `(budget, keep)`, or `(budget, quantization, keep)`.
+
+        Raises:
+            TypeError: if it is none of these.
+        """
+        if isinstance(given, tuple | list) and len(given) == 2:
+            given = cls(given[0], given[1])
+        elif isinstance(given, tuple | list) and len(given) == 3:
+            given = cls(given[0], given[2], "main" if given[1] is None else given[1])
+        if not isinstance(given, cls):
+            raise TypeError(f"a stage must be a Stage, or (budget, keep) such as ((1, 1), 1000), not {given!r}")
+        if isinstance(given.keep, bool) or not isinstance(given.keep, int):
+            raise TypeError(f"{given}: the number of documents to keep must be an int")
+        return given
+
+
+DEFAULT_STAGES = (Stage((1, 1), 1000), Stage((4, 8), 200))  # docs/performance.md has their quality and speed
+
+
+def check_stages(stages: Iterable[Any], k: int) -> list[Stage]:
+    """Return stages, or raise unless each keeps at least `k` documents, and no more than the one before.
+
+    Raises:
+        TypeError: if one is not a stage.
+        ValueError: if it keeps too few or too many.
+    """
+    check_k(k)
+    checked: list[Stage] = []
+    for stage in map(Stage.of, stages):
+        if stage.keep < k or (checked and stage.keep > checked[-1].keep):
+            raise ValueError(f"{stage} must keep at least k = {k} documents, and no more than the stage before")
+        checked.append(stage)
+    return checked
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -39,7 +88,7 @@ def cascade(
     k: int,
     budget: Budget | None = None,
     *,
-    stages: Sequence[Stage] = DEFAULT_STAGES,
+    stages: Iterable[Any] = DEFAULT_STAGES,
     margin: float | None = None,
     exact: Any = None,
     backend: str = "auto",
@@ -51,8 +100,8 @@ def cascade(
         documents: As in `maxsim`.
         k: How many documents to return for a query.
         budget: The budget of the final scores: all vectors by default.
-        stages: `(budget, keep)`: the first scores all documents and keeps its best, the next scores those, and so on.
-            Without stages this equals `search`.
+        stages: Of `Stage` or `(budget, keep)`: the first scores all documents and keeps its best, the next scores
+            those, and so on. Without stages this equals `search`.
         margin: Adaptive. After each stage a query keeps, of `keep` at most, only documents whose mean similarity (the
             score divided by the query vectors of the stage) is within the margin of its `k`-th best. An easy query is
             left with `k` and skips the other stages, a hard one goes through all. `None` keeps `keep`.
@@ -74,31 +123,17 @@ def cascade(
         >>> indices
         tensor([[0]])
     """
-    _check_stages(stages, k, margin)
+    checked = check_stages(stages, k)
+    if margin is not None and not margin >= 0:
+        raise ValueError(f"margin must be 0 or more, not {margin!r}")
+    for stage in checked:
+        if stage.quantization != "main":
+            raise ValueError(f"{stage}: only a MultiVectorIndex keeps several copies; give less rounded ones as exact")
     exact = documents if exact is None else exact
-    q, last = prepare(queries, exact, budget)
-    n = check_same_documents(queries, documents, exact)
-    if not stages:
-        found = search(queries, exact, k, budget, backend=backend)
-        return CascadeResult(found.scores, found.indices, found.backend, torch.full((len(q), 1), n))
-    (first, keep), *others = stages
-    found = search(queries, documents, keep, first, backend=backend)
-    kernel, name = choose_backend(backend, last, q)
-    later = [(*prepare(queries, documents, at), keep) for at, keep in others] + [(q, last, k)]
-    values, candidates, r_q = found.scores, found.indices, first[0]
-    counts = torch.full((len(q),), candidates.shape[1], device=q.device)  # how many of a row are left
-    scored = [torch.full_like(counts, n)]
-    for vectors, stores, keep in later:
-        counts = _near(values, counts, k, margin, r_q)
-        waits = (counts <= k) & (stores is not last)  # there is nothing to choose, so these wait for the last stage
-        scored.append(counts.masked_fill(waits, 0))
-        values, candidates = values[:, :keep].clone(), candidates[:, : counts.max()] if len(q) else candidates
-        at = (~waits).nonzero()[:, 0]
-        best = select_candidates(vectors[at], stores, kernel, keep, _ascending(candidates[at], counts[at]), counts[at])
-        candidates = candidates[:, :keep].clone()
-        values[at, : best[0].shape[1]], candidates[at, : best[1].shape[1]] = best
-        counts, r_q = counts.clamp(max=keep), vectors.shape[1]
-    return CascadeResult(values, candidates, name, torch.stack(scored, dim=1))
+    check_same_documents(queries, documents, exact)
+    steps = [Step(*prepare(queries, documents, stage.budget), stage.keep) for stage in checked]
+    scores, indices, scored, name = run([*steps, Step(*prepare(queries, exact, budget), k)], None, margin, backend)
+    return CascadeResult(scores, indices, name, scored)
 
 
 def check_same_documents(queries: Any, documents: Any, exact: Any) -> int:
@@ -107,35 +142,3 @@ def check_same_documents(queries: Any, documents: Any, exact: Any) -> int:
     if n != others:
         raise ValueError(f"exact must hold the same documents, but has {others} of them where there are {n}")
     return n
-
-
-def _near(scores: Tensor, counts: Tensor, k: int, margin: float | None, r_q: int) -> Tensor:
-    """How many of every row of scores, best first, are within the margin of the `k`-th best."""
-    if margin is None or scores.shape[1] <= k:
-        return counts
-    near = (scores >= scores[:, k - 1 : k] - margin * r_q).sum(dim=1)
-    return torch.minimum(counts, near.clamp(min=k))
-
-
-def _ascending(candidates: Tensor, counts: Tensor) -> Tensor:
-    """The first `counts` of every row sorted, and the others behind them."""
-    left_out = torch.arange(candidates.shape[1], device=counts.device) >= counts[:, None]
-    return candidates.masked_fill(left_out, torch.iinfo(torch.int64).max).sort(dim=1).values
-
-
-def _check_stages(stages: Sequence[Stage], k: int, margin: float | None) -> None:
-    check_k(k)
-    before = None
-    for stage in stages:
-        if not isinstance(stage, Sequence) or len(stage) != 2:
-            raise TypeError(f"a stage must be (budget, keep) such as ((1, 1), 1000), not {stage!r}")
-        keep = stage[1]
-        if isinstance(keep, bool) or not isinstance(keep, int):
-            raise TypeError(f"stage {stage!r}: the number of documents to keep must be an int")
-        if keep < k or (before is not None and keep > before):
-            raise ValueError(
-                f"stage {stage!r} must keep at least k = {k} documents, and no more than the stage before"
-            )
-        before = keep
-    if margin is not None and not margin >= 0:
-        raise ValueError(f"margin must be 0 or more, not {margin!r}")

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from ..scoring_metaembed import Budget, as_stack, check_finite
+from .cascade import Stage
 from .format_1 import MANIFEST, FormatOne, read_format_1
 from .metadata import DATABASE, Catalog, to_json
 from .pooling import check_pooling, pool
-from .snapshot import Document, Manifest, Snapshot, Stage, check_ids
+from .snapshot import Document, Manifest, Snapshot, check_ids
 from .storage import (
     HOLDER,
     LOCK,

@@ -7,60 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias, TypeGuard, runtime_checkable
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from ..scoring_metaembed import Budget, as_stack, check_finite, cut_queries, torch_scores
-from .kernels import Kernel, SelectingKernel, Slabs, choose_kernel, kernel_name
+from .kernels import Kernel, SelectingKernel, Slab, Step, Store, choose_kernel, kernel_name
 from .quantization import decode, round_queries
 
 Positions: TypeAlias = "Tensor | Sequence[int]"  # of documents: whole numbers, or a bool for every document
 
 _BLOCK_SCORES = 1 << 22  # the approximate number of scores in memory at a time
-
-
-@dataclass(frozen=True)
-class Slab:
-    """Some consecutive vectors of every document: `stored` `[n, vectors, ...]`, `scales` `[n, vectors]` or `None`."""
-
-    stored: Tensor
-    scales: Tensor | None
-
-
-@dataclass(frozen=True)
-class Store:
-    """Documents of one quantization, as slabs of their first vectors, their next ones, and so on."""
-
-    slabs: Sequence[Slab]
-    quantization: str
-    dim: int
-    checked: bool  # no value is NaN, infinite or so large that scores overflow
-
-    def __len__(self) -> int:
-        return len(self.slabs[0].stored)
-
-    @property
-    def vectors(self) -> int:
-        """How many vectors a document has."""
-        return sum(slab.stored.shape[1] for slab in self.slabs)
-
-    def prefix(self, r_c: int) -> Store:
-        """Return the first `r_c` vectors of every document, without a copy."""
-        slabs = []
-        for slab in self.slabs:
-            used = min(r_c, slab.stored.shape[1])
-            slabs.append(Slab(slab.stored[:, :used], None if slab.scales is None else slab.scales[:, :used]))
-            r_c -= used
-            if not r_c:
-                break
-        return Store(slabs, self.quantization, self.dim, self.checked)
-
-    def pick(self, which: slice | Tensor) -> Store:
-        """Return some of the documents. A slice copies nothing."""
-        slabs = [Slab(s.stored[which], None if s.scales is None else s.scales[which]) for s in self.slabs]
-        return Store(slabs, self.quantization, self.dim, self.checked)
 
 
 @runtime_checkable
@@ -154,10 +112,9 @@ def search(
     """
     check_k(k)
     q, stores = prepare(queries, documents, budget)
-    kernel, name = choose_backend(backend, stores, q)
     allowed = _allowed(include, exclude, sum(map(len, stores)))
-    best = select(q, stores, kernel, k, allowed)
-    return SearchResult(*best, backend=name)
+    scores, indices, _, name = run([Step(q, stores, k)], allowed, backend=backend)
+    return SearchResult(scores, indices, name)
 
 
 @torch.no_grad()
@@ -209,50 +166,72 @@ def score_some(query: Tensor, stores: Sequence[Store], which: Tensor, kernel: Ke
     return out
 
 
-def select(
-    queries: Tensor, stores: Sequence[Store], kernel: Kernel | None, k: int, index: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Return scores and positions of the `k` best documents, or of those of the index (ascending), as `top_k` does."""
-    if selects(kernel, stores):
-        values, found = kernel.top_k(*_arguments(queries, stores), k, index, check=not stores[0].checked)
-        return values, found if index is None else index[found]
-    best = top_k(queries.new_empty(len(queries), 0), k)
+def run(
+    steps: Sequence[Step], allowed: Tensor | None = None, margin: float | None = None, backend: str = "auto"
+) -> tuple[Tensor, Tensor, Tensor, str]:
+    """Score all documents, keep the best, score those again, and so on: every search is this.
+
+    Args:
+        steps: Of the same documents; the last one keeps `k`.
+        allowed: `[N]` bool: the documents that may be found, or `None` for all.
+        margin: As in `cascade`.
+        backend: As in `maxsim`.
+
+    Returns:
+        Scores and positions, each `[Q, min(k, allowed documents)]`, best first, equal scores by position;
+        how many documents each step scored `[Q, steps]`; and the name of the backend.
+    """
+    chosen = [choose_backend(backend, step.stores, step.queries) for step in steps]
+    kernels, name = [kernel for kernel, _ in chosen], chosen[-1][1]
+    kernel = kernels[0]
+    if isinstance(kernel, SelectingKernel) and all(one is kernel for one in kernels) and all(map(_alike, steps)):
+        return *kernel.cascade(steps, allowed, margin), name
+    return *_run_with_torch(steps, kernels, allowed, margin), name
+
+
+def _alike(step: Step) -> bool:
+    return len({(store.quantization, len(store.slabs)) for store in step.stores}) == 1
+
+
+def _run_with_torch(
+    steps: Sequence[Step], kernels: Sequence[Kernel | None], allowed: Tensor | None, margin: float | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `SelectingKernel.cascade`: the reference, and the way for all other kernels."""
+    first, k = steps[0], steps[-1].keep
+    values, places = _select(first, kernels[0], allowed)
+    n = sum(map(len, first.stores)) if allowed is None else int(allowed.sum())
+    scored = torch.zeros(len(values), len(steps), dtype=torch.int64, device=values.device)
+    scored[:, 0] = n
+    best = []
+    for q, (scores, kept) in enumerate(zip(values, places, strict=True)):
+        for i, step in enumerate(steps[1:], start=1):
+            if margin is not None and len(kept) > k:
+                kept = kept[scores >= scores[k - 1] - margin * steps[i - 1].queries.shape[1]]
+            if len(kept) <= k and i + 1 < len(steps):
+                continue  # there is nothing to choose, only to score at last
+            scored[q, i] = len(kept)
+            kept = kept.sort().values
+            again = score_some(step.queries[q : q + 1], step.stores, kept, kernels[i])
+            scores, order = (x[0] for x in top_k(again[None], step.keep))
+            kept = kept[order]
+        best.append((scores, kept))
+    if len(steps) > 1 and best:
+        values, places = (torch.stack(parts) for parts in zip(*best, strict=True))
+    return values[:, :k], places[:, :k], scored
+
+
+def _select(step: Step, kernel: Kernel | None, allowed: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Scores and positions of the best documents of every query, of those that are allowed."""
+    best = top_k(step.queries.new_empty(len(step.queries), 0), step.keep)
     start = 0
-    for store in stores:
-        here = None if index is None else index[(index >= start) & (index < start + len(store))] - start
-        for part, scores in _blocks(queries, store, kernel, here):
-            values, found = top_k(scores, k)
-            found = found + part.start if here is None else here.to(queries.device)[part][found]
-            best = merge_top_k(best, (values, found + start), k)
+    for store in step.stores:
+        here = None if allowed is None else allowed[start : start + len(store)].nonzero()[:, 0]
+        for part, scores in _blocks(step.queries, store, kernel, here):
+            values, found = top_k(scores, step.keep)
+            found = found + part.start if here is None else here.to(found.device)[part][found]
+            best = merge_top_k(best, (values, found + start), step.keep)
         start += len(store)
     return best
-
-
-def select_candidates(
-    queries: Tensor, stores: Sequence[Store], kernel: Kernel | None, k: int, candidates: Tensor, counts: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return the `k` best of every query's own candidates: see `SelectingKernel.rescore`."""
-    if selects(kernel, stores):
-        check = not stores[0].checked
-        return kernel.rescore(*_arguments(queries, stores), candidates, counts, k, check)
-    k = min(k, candidates.shape[1])
-    values, positions = queries.new_full((len(queries), k), -torch.inf), candidates.new_full((len(queries), k), -1)
-    for i, count in enumerate(counts.tolist()):
-        some = candidates[i, :count]
-        best, order = top_k(score_some(queries[i : i + 1], stores, some, kernel)[None], k)
-        values[i, : best.shape[1]], positions[i, : best.shape[1]] = best[0], some[order[0]]
-    return values, positions
-
-
-def selects(kernel: Kernel | None, stores: Sequence[Store]) -> TypeGuard[SelectingKernel]:
-    """Return whether the kernel can select from all stores in one call, for which they must be alike."""
-    kinds = {(store.quantization, store.checked, len(store.slabs)) for store in stores}
-    return isinstance(kernel, SelectingKernel) and len(kinds) == 1
-
-
-def _arguments(queries: Tensor, stores: Sequence[Store]) -> tuple[list[Slabs], Tensor, str]:
-    segments: list[Slabs] = [[(slab.stored, slab.scales) for slab in store.slabs] for store in stores]
-    return segments, queries, stores[0].quantization
 
 
 def top_k(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -306,8 +285,8 @@ def choose_backend(backend: str, stores: Sequence[Store], queries: Tensor) -> tu
         return None, f"torch ({device.type})"
     choice: Kernel | str = f"it is not for documents on {device.type}"
     if backend in ("auto", name):
-        slabs = [slab.stored for store in stores for slab in store.slabs]
-        choice = choose_kernel(device, slabs, queries.shape[1], queries.shape[2])
+        stored = (tensor for store in stores for tensor in store.kinds)
+        choice = choose_kernel(device, stored, queries.shape[1], queries.shape[2])
     if not isinstance(choice, str):
         used = ", ".join(dict.fromkeys(choice.instructions[store.quantization] for store in stores))
         return choice, f"{name} ({used})" if used else name
@@ -346,13 +325,13 @@ def _torch_scores(queries: Tensor, store: Store, index: Tensor | None) -> Tensor
 
 
 def _allowed(include: Positions | None, exclude: Positions | None, n: int) -> Tensor | None:
-    """The positions to search, in order, or `None` for all."""
+    """A bool for every document, whether to search it, or `None` for all."""
     if include is None and exclude is None:
         return None
     mask = torch.ones(n, dtype=torch.bool) if include is None else _mask(include, n, "include")
     if exclude is not None:
         mask = mask & ~_mask(exclude, n, "exclude")
-    return mask.nonzero()[:, 0]
+    return mask
 
 
 def _mask(positions: Positions, n: int, name: str) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,15 +15,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..scoring_metaembed import Budget, as_stack
+from ..scoring_metaembed import Budget, cut_queries
+from .cascade import Stage, check_stages
+from .kernels import Step, Store
 from .metadata import Catalog
 from .quantization import decode
-from .search import Store, check_k, choose_backend, prepare, search, select_candidates
+from .search import check_k, prepare, run
 from .storage import ROLES, Buffers, DamagedIndexError, Layout, check_kept, check_rows, is_segment, map_rows
 
 _MOST_FILTERS = 32  # masks of filters that a snapshot remembers
 _FEW_DOCUMENTS = 4096  # are scored in full, which is faster than a cascade
-_MOST_HIDDEN = 512  # documents that are left out after scoring; more of them are left out before
+_MOST_PLANS = 64  # prepared stages that a snapshot remembers
 _BLOCK_BYTES = 1 << 26  # that are copied at a time
 
 
@@ -102,21 +104,6 @@ def _layout(kept: tuple[tuple[str, tuple[str, int]], ...], dim: int) -> Layout:
 
 
 @dataclass(frozen=True)
-class Stage:
-    """A stage of a cascade: score with a budget, on one of the index's copies of the vectors, and keep the best.
-
-    Attributes:
-        budget: `(query vectors, document vectors)`.
-        keep: How many documents go on to the next stage.
-        quantization: `"first"`, `"main"` or `"exact"`, or the name of a quantization that one of these has.
-    """
-
-    budget: Budget
-    keep: int
-    quantization: str = "main"
-
-
-@dataclass(frozen=True)
 class Document:
     """A document of an index.
 
@@ -170,7 +157,9 @@ class Snapshot:
             self._find_dead(before)
         stores = [self.layout.stores(piece) for piece in self.pieces]
         self.stores: dict[str, list[Store]] = {role: [of[role] for of in stores] for role in self.manifest.kept}
+        self._alive = None if self.dead is None else ~self.dead
         self._masks: dict[str, Tensor] = {}
+        self._plans: dict[Any, list[tuple[int, list[Store], int]]] = {}
 
     def __len__(self) -> int:
         return self.manifest.rows - self.dead_count
@@ -223,11 +212,12 @@ class Snapshot:
         self, where: Mapping[str, Any] | None, include: Sequence[str] | None, exclude: Sequence[str] | None
     ) -> Tensor | None:
         """A bool for every slot, whether a search may find it, or `None` if it may find all."""
-        mask = None if self.dead is None else ~self.dead
+        mask = self._alive
+        if where is include is exclude is None:
+            return mask
         with self._lock, self.catalog.errors():
             if where is not None:
-                selected = self._selected(where)
-                mask = selected if mask is None else mask & selected
+                mask = self._selected(where)  # none of which is dead
             for ids, wanted in ((include, True), (exclude, False)):
                 if ids is not None:
                     slots = torch.tensor(list(self.catalog.slots(check_ids(ids)).values()), dtype=torch.int64)
@@ -350,49 +340,51 @@ class Snapshot:
         """Scores and slots `[Q, k]`, best first, equal scores by lower slot."""
         check_k(k)
         allowed = self.allowed(where, include, exclude)
-        stack = as_stack(queries, "queries")
-        available = self.manifest.rows if allowed is None else int(allowed.sum())
+        q, _ = cut_queries(queries, None, (self.manifest.vectors, self.manifest.dim), "cpu")
+        rows = self.manifest.rows
+        narrows = rows > _FEW_DOCUMENTS and (allowed is None or np.count_nonzero(allowed.numpy()) > _FEW_DOCUMENTS)
+        plan = self._plan(q, k, budget, stages, narrows)
+        q = self.project(q)
+        steps = [Step(q[:, :r_q], stores, keep) for r_q, stores, keep in plan]
+        scores, slots, _, _ = run(steps, allowed, backend=backend)
+        return scores, slots
+
+    def _plan(
+        self, queries: Tensor, k: int, budget: Budget | None, stages: Any, narrows: bool
+    ) -> list[tuple[int, list[Store], int]]:
+        """For every stage, the final one included: query vectors, stores and documents to keep."""
+        stages = tuple(stages) if isinstance(stages, list) else stages
+        key = (queries.shape[1], k, budget, stages, narrows)
+        try:
+            known = self._plans.get(key)
+        except TypeError:  # a list within a stage
+            known, key = None, None
+        if known is None:
+            checked = self._stages(queries.shape[1], k, budget, stages, narrows)
+            last = Stage(budget or (queries.shape[1], self.manifest.vectors), k, self.best_role)
+            known, sides = [], self.copies()
+            for stage in (*checked, last):
+                q, stores = prepare(queries[:1], sides[stage.quantization], stage.budget)
+                known.append((q.shape[1], stores, stage.keep))
+            if key is not None:
+                if len(self._plans) >= _MOST_PLANS:
+                    self._plans.clear()
+                self._plans[key] = known
+        return known
+
+    def _stages(self, r_q: int, k: int, budget: Budget | None, stages: Any, narrows: bool) -> list[Stage]:
+        """Check stages, or choose them."""
         if isinstance(stages, str):
             if stages != "auto":
                 raise ValueError(f"stages must be 'auto', None, or a list of Stage, not {stages!r}")
-            stages = self._auto_stages(stack.shape[1], budget, k) if available > _FEW_DOCUMENTS else ()
-        stages = self._check_stages(stages or (), k)
-        last = Stage(budget or (stack.shape[1], self.manifest.vectors), k, self.best_role)
-        every: list[Stage] = [*stages, last]
-        scores, slots = self._scan(stack, every[0], allowed, available, backend)
-        for stage in every[1:]:
-            q, stores = prepare(stack, self._side(stage.quantization), stage.budget)
-            kernel, _ = choose_backend(backend, stores, q)
-            counts = torch.full((len(q),), slots.shape[1])
-            scores, slots = select_candidates(q, stores, kernel, stage.keep, slots.sort(dim=1).values, counts)
-        return scores, slots
-
-    def _scan(
-        self, queries: Tensor, stage: Stage, allowed: Tensor | None, available: int, backend: str
-    ) -> tuple[Tensor, Tensor]:
-        """The first stage: of all documents that are allowed."""
-        side, hidden = self._side(stage.quantization), self.manifest.rows - available
-        if allowed is None or hidden > _MOST_HIDDEN:
-            found = search(queries, side, stage.keep, stage.budget, include=allowed, backend=backend)
-            return found.scores, found.indices
-        found = search(queries, side, stage.keep + hidden, stage.budget, backend=backend)
-        # The best `keep + hidden` of all hold the best `keep` of those that are allowed; these go to the front.
-        order = (~allowed[found.indices]).int().sort(dim=1, stable=True).indices[:, : min(stage.keep, available)]
-        return found.scores.gather(1, order), found.indices.gather(1, order)
-
-    def _side(self, role: str) -> Any:
-        """One copy of the documents, as `search` and `rescore` take documents."""
-        return SimpleNamespace(
-            stores=self.stores[role],
-            project=self.project,
-            vectors=self.manifest.kept[role][1],
-            input_dim=self.manifest.dim,
-            device=torch.device("cpu"),
-        )
-
-    def project(self, x: Tensor) -> Tensor:
-        """Do to queries what was done to the documents."""
-        return x if self.pca is None else x @ self.pca
+            stages = self._auto_stages(r_q, budget, k) if narrows else ()
+        kept, checked = self.manifest.kept, list[Stage]()
+        for stage in check_stages(stages or (), k):
+            role = next((r for r in ROLES if r in kept and stage.quantization in (r, kept[r][0])), None)
+            if role is None:
+                raise ValueError(f"{stage}: the index keeps {dict(kept)}, not {stage.quantization!r}")
+            checked.append(replace(stage, quantization=role))
+        return checked
 
     def _auto_stages(self, r_q: int, budget: Budget | None, k: int) -> list[Stage]:
         r_q, r_c = budget or (r_q, self.manifest.vectors)
@@ -407,26 +399,22 @@ class Snapshot:
             stages.append(Stage((r_q, r_c), max(50, 4 * k), "main"))
         return stages
 
-    def _check_stages(self, stages: Iterable[Any], k: int) -> list[Stage]:
-        kept, checked = self.manifest.kept, list[Stage]()
-        for given in stages:
-            stage = given
-            if isinstance(given, tuple | list) and len(given) == 2:
-                stage = Stage(given[0], given[1])
-            elif isinstance(given, tuple | list) and len(given) == 3:
-                stage = Stage(given[0], given[2], given[1])
-            if not hasattr(stage, "budget"):
-                raise TypeError(f"a stage must be a Stage, or (budget, keep) such as ((1, 1), 1000), not {given!r}")
-            if isinstance(stage.keep, bool) or not isinstance(stage.keep, int):
-                raise TypeError(f"{stage}: the number of documents to keep must be an int")
-            if stage.keep < k or (checked and stage.keep > checked[-1].keep):
-                raise ValueError(f"{stage} must keep at least k = {k} documents, and no more than the stage before")
-            roles = [r for r in ROLES if r in kept and stage.quantization in (r, kept[r][0], None)]
-            role = "main" if stage.quantization is None else next(iter(roles), None)
-            if role is None:
-                raise ValueError(f"{stage}: the index keeps {dict(kept)}, not {stage.quantization!r}")
-            checked.append(Stage(stage.budget, stage.keep, role))
-        return checked
+    def copies(self) -> dict[str, Any]:
+        """The copies of the documents, for every role, as `search` and `cascade` take documents."""
+        return {
+            role: SimpleNamespace(
+                stores=self.stores[role],
+                project=self.project,
+                vectors=self.manifest.kept[role][1],
+                input_dim=self.manifest.dim,
+                device=torch.device("cpu"),
+            )
+            for role in self.manifest.kept
+        }
+
+    def project(self, x: Tensor) -> Tensor:
+        """Do to queries what was done to the documents."""
+        return x if self.pca is None else x @ self.pca
 
 
 def check_ids(ids: Any) -> list[str]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -12,8 +14,66 @@ from torch import Tensor
 
 _KERNELS = {"cpu": ("compiled", ".cpu"), "cuda": ("fused", ".cuda")}  # the backend's name, and the module
 
-
 Slabs = Sequence[tuple[Tensor, Tensor | None]]  # stored vectors and their scales
+
+
+@dataclass(frozen=True)
+class Slab:
+    """Some consecutive vectors of every document: `stored` `[n, vectors, ...]`, `scales` `[n, vectors]` or `None`."""
+
+    stored: Tensor
+    scales: Tensor | None
+
+
+@dataclass(frozen=True, eq=False)
+class Store:
+    """Documents of one quantization, as slabs of their first vectors, their next ones, and so on."""
+
+    slabs: Sequence[Slab]
+    quantization: str
+    dim: int
+    checked: bool  # no value is NaN, infinite or so large that scores overflow
+    _prefixes: dict[int, Store] = field(default_factory=dict, repr=False)
+
+    def __len__(self) -> int:
+        return len(self.slabs[0].stored)
+
+    @cached_property
+    def vectors(self) -> int:
+        """How many vectors a document has."""
+        return sum(slab.stored.shape[1] for slab in self.slabs)
+
+    @cached_property
+    def kinds(self) -> list[Tensor]:
+        """One of the stored tensors for every way in which they are stored."""
+        return list({(slab.stored.dtype, slab.stored.stride(-1)): slab.stored for slab in self.slabs}.values())
+
+    def prefix(self, r_c: int) -> Store:
+        """Return the first `r_c` vectors of every document, without a copy. The result is kept for the next call."""
+        if r_c not in self._prefixes:
+            slabs, left = [], r_c
+            for slab in self.slabs:
+                used = min(left, slab.stored.shape[1])
+                slabs.append(Slab(slab.stored[:, :used], None if slab.scales is None else slab.scales[:, :used]))
+                left -= used
+                if not left:
+                    break
+            self._prefixes[r_c] = Store(slabs, self.quantization, self.dim, self.checked)
+        return self._prefixes[r_c]
+
+    def pick(self, which: slice | Tensor) -> Store:
+        """Return some of the documents. A slice copies nothing."""
+        slabs = [Slab(s.stored[which], None if s.scales is None else s.scales[which]) for s in self.slabs]
+        return Store(slabs, self.quantization, self.dim, self.checked)
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """A stage of a cascade, prepared: score queries `[Q, r_q, D]` with documents, and keep the best so many."""
+
+    queries: Tensor
+    stores: Sequence[Store]
+    keep: int
 
 
 class Kernel(Protocol):
@@ -49,56 +109,24 @@ class Kernel(Protocol):
 
 @runtime_checkable
 class SelectingKernel(Kernel, Protocol):
-    """A kernel that also selects the best documents while it scores them."""
+    """A kernel that also selects the best documents while it scores them, in one call for all stages of a cascade."""
 
-    def top_k(
-        self,
-        segments: Sequence[Slabs],
-        queries: Tensor,
-        quantization: str,
-        k: int,
-        index: Tensor | None = None,
-        check: bool = False,
-    ) -> tuple[Tensor, Tensor]:
-        """Find the `k` best documents of every query.
+    def cascade(
+        self, steps: Sequence[Step], allowed: Tensor | None = None, margin: float | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Score all documents, keep the best, score those again, and so on.
 
         Args:
-            segments: Documents, as the slabs of some, the slabs of the next ones, and so on.
-            queries: As in `scores`.
-            quantization: As in `scores`.
-            k: How many to find.
-            index: `[m]` int64, ascending: score only these documents.
-            check: As in `scores`.
+            steps: What to score, and how many documents to keep each time; the last one keeps `k`.
+            allowed: `[N]` bool: the documents that may be found, or `None` for all.
+            margin: As in `cascade.cascade`.
 
         Returns:
-            Scores and places among the documents (with an index: places in the index), each `[Q, min(k, n)]`, best
-            first, equal scores by place.
-        """
+            Scores and positions of documents, each `[Q, min(k, allowed documents)]`, best first, equal scores by
+            position; and `[Q, steps]`, how many documents each step scored.
 
-    def rescore(
-        self,
-        segments: Sequence[Slabs],
-        queries: Tensor,
-        quantization: str,
-        candidates: Tensor,
-        counts: Tensor,
-        k: int,
-        check: bool = False,
-    ) -> tuple[Tensor, Tensor]:
-        """Find the `k` best of every query's own candidates.
-
-        Args:
-            segments: As in `top_k`.
-            queries: As in `scores`.
-            quantization: As in `scores`.
-            candidates: `[Q, m]` int64, positions of documents; the first `counts[q]` of a row are ascending.
-            counts: `[Q]` int64, how many of a row to score, from the first.
-            k: How many to find.
-            check: As in `scores`.
-
-        Returns:
-            Scores and positions, each `[Q, min(k, m)]`, best first, equal scores by position; a query with fewer
-            candidates has -inf and -1 after them.
+        Raises:
+            ValueError: if a step's documents were not checked and hold NaN or infinity, or a score overflows.
         """
 
 
@@ -107,7 +135,7 @@ def kernel_name(device: torch.device) -> str:
     return _KERNELS.get(device.type, ("", ""))[0]
 
 
-def choose_kernel(device: torch.device, stored: Sequence[Tensor], r_q: int, dim: int) -> Kernel | str:
+def choose_kernel(device: torch.device, stored: Iterable[Tensor], r_q: int, dim: int) -> Kernel | str:
     """Return the kernel for these documents, or the reason why there is none. Never raises.
 
     Args:

@@ -12,7 +12,7 @@ import contextlib
 import ctypes
 import functools
 import hashlib
-import itertools
+import math
 import os
 import platform
 import shlex
@@ -24,15 +24,16 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Sequence
+import weakref
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..quantization import QUANTIZATIONS, decode, encode, query_levels, round_queries
-from . import Slabs
+from ..quantization import QUANTIZATIONS, decode, encode, round_queries
+from . import Slab, Slabs, Step, Store
 
 _MOST_QUERY_VECTORS = 512
 _MOST_INTEGER_DIMENSIONS = 1 << 16  # 255 * 127 * this fits the 32 bits in which integers are summed
@@ -44,7 +45,7 @@ _SOURCE, _HEADER = Path(__file__).with_name("maxsim.cpp"), Path(__file__).with_n
 _PATIENCE = 180  # seconds that a compiler may take
 _BUILDING = "building-"  # prefix of the folders in which libraries are built
 _LOCK = threading.Lock()  # threads that search for the first time build one library
-_MOST_HITS = 1 << 22  # that each thread of `top_k` collects at most
+_MOST_DOCUMENTS = (1 << 32) - 1  # positions are kept in 32 bits
 
 
 def takes(stored: Tensor, r_q: int, dim: int) -> bool:
@@ -74,6 +75,15 @@ class _Slab(ctypes.Structure):
     ]
 
 
+class _Stage(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("slabs", "sizes")),
+        *((name, ctypes.c_int64) for name in ("slab_count", "segment_count", "dim", "kind", "check")),
+        ("queries", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("query_stride", "r_q", "keep")),
+    ]
+
+
 class CpuKernel:
     """A loaded kernel.
 
@@ -91,17 +101,13 @@ class CpuKernel:
         p, i64, i32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
         try:
             loaded = ctypes.CDLL(str(library))
-            self._scores, self._rescore = loaded.metaembed_scores, loaded.metaembed_rescore
+            self._scores, self._cascade = loaded.metaembed_scores, loaded.metaembed_cascade
             instructions = loaded.metaembed_instructions
         except (OSError, AttributeError) as error:
             hint = "set XDG_CACHE_HOME to a folder of a file system from which programs may be run (not noexec)"
             raise KernelUnavailable(f"{library} cannot be loaded ({error}); {hint}") from error
-        documents: list[Any]
-        queries: list[Any]
-        end: list[Any]
-        documents, queries, end = [p, i64, p, i64], [i64, i32, p, p, i64, i64], [i32, i32, i64, p]
-        self._scores.argtypes = [*documents, p, i64, *queries, p, i64, *end]
-        self._rescore.argtypes = [*documents, p, p, i64, *queries, p, *end]
+        self._scores.argtypes = [p, i64, p, i64, i32, p, i64]
+        self._cascade.argtypes = [p, i64, i64, p, ctypes.c_float, i32, p, p, i64, p]
         instructions.restype = ctypes.c_char_p
         self.instructions = {name: instructions(kind).decode() for kind, name in enumerate(QUANTIZATIONS)}
 
@@ -117,76 +123,87 @@ class CpuKernel:
         n = len(slabs[0][0]) if index is None else len(index)
         out = torch.empty(len(queries), n)
         if out.numel():
-            call = _Call([slabs], queries, quantization, check)
-            index = None if index is None else index.contiguous()
-            _raise(self._scores(*call.documents, _address(index), n, *call.queries, *_to(out), *call.options, 0, None))
+            queries, index = _rows(queries), None if index is None else index.contiguous()
+            stage = _Stages(1)
+            stage.describe(0, queries, [_describe_all(slabs)], [len(slabs[0][0])], quantization, check, n)
+            options = torch.get_num_threads(), out.data_ptr(), n
+            _raise(self._scores(stage.stages, len(queries), _address(index), n, *options))
         return out
 
-    def top_k(
+    def cascade(
+        self, steps: Sequence[Step], allowed: Tensor | None = None, margin: float | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See `SelectingKernel.cascade`."""
+        count, n = len(steps[0].queries), sum(map(len, steps[0].stores))
+        if n > _MOST_DOCUMENTS:
+            raise ValueError(f"the compiled kernel takes at most {_MOST_DOCUMENTS} documents, not {n}: split them")
+        width = min(steps[-1].keep, n)
+        values, positions = torch.empty(count, width), torch.empty(count, width, dtype=torch.int64)
+        scored = torch.zeros(count, len(steps), dtype=torch.int64)
+        if not values.numel():
+            return values, positions, scored
+        stages = _Stages(len(steps))
+        for i, step in enumerate(steps):
+            stores = step.stores
+            sizes = [len(store) for store in stores]
+            check = not all(store.checked for store in stores)
+            stages.describe(i, step.queries, map(_described, stores), sizes, stores[0].quantization, check, step.keep)
+        options = math.nan if margin is None else margin, torch.get_num_threads()
+        into = values.data_ptr(), positions.data_ptr(), width, scored.data_ptr()
+        _raise(self._cascade(stages.stages, len(steps), count, _address(allowed), *options, *into))
+        found = int(scored[0, 0])  # fewer may be allowed than are asked for
+        return (values, positions, scored) if found >= width else (values[:, :found], positions[:, :found], scored)
+
+
+class _Stages:
+    """Descriptions of stages, with the memory that they point to."""
+
+    def __init__(self, count: int):
+        self.stages = (_Stage * count)()
+        self._alive: list[Any] = []
+
+    def describe(
         self,
-        segments: Sequence[Slabs],
+        at: int,
         queries: Tensor,
+        slabs: Iterable[ctypes.Array[_Slab]],
+        sizes: list[int],
         quantization: str,
-        k: int,
-        index: Tensor | None = None,
-        check: bool = False,
-    ) -> tuple[Tensor, Tensor]:
-        """See `SelectingKernel.top_k`."""
-        n = sum(len(slabs[0][0]) for slabs in segments) if index is None else len(index)
-        k = min(k, n)
-        values, places = torch.empty(len(queries), k), torch.empty(len(queries), k, dtype=torch.int64)
-        index = None if index is None else index.contiguous()
-        step = max(1, _MOST_HITS // max(1, k))
-        for start in range(0, len(queries) if k else 0, step):
-            part = slice(start, start + step)
-            call = _Call(segments, queries[part], quantization, check)
-            into = _to(values[part]), call.options, (k, places[part].data_ptr())
-            _raise(self._scores(*call.documents, _address(index), n, *call.queries, *itertools.chain(*into)))
-        return values, places
-
-    def rescore(
-        self,
-        segments: Sequence[Slabs],
-        queries: Tensor,
-        quantization: str,
-        candidates: Tensor,
-        counts: Tensor,
-        k: int,
-        check: bool = False,
-    ) -> tuple[Tensor, Tensor]:
-        """See `SelectingKernel.rescore`."""
-        k = min(k, candidates.shape[1])
-        values = torch.full((len(queries), k), -torch.inf)
-        positions = torch.full((len(queries), k), -1)
-        if values.numel():
-            call = _Call(segments, queries, quantization, check)
-            candidates, counts = candidates.contiguous(), counts.contiguous()
-            of = candidates.data_ptr(), counts.data_ptr(), candidates.shape[1]
-            into = values.data_ptr(), *call.options, k, positions.data_ptr()
-            _raise(self._rescore(*call.documents, *of, *call.queries, *into))
-        return values, positions
+        check: bool,
+        keep: int,
+    ) -> None:
+        """Fill in one of them: queries `[Q, r_q, D]`, and the slabs and the number of documents of every segment."""
+        queries, segments = _rows(queries), list(slabs)
+        of_segments = (ctypes.c_void_p * len(segments))(*map(ctypes.addressof, segments))
+        all_sizes = (ctypes.c_int64 * len(sizes))(*sizes)
+        self._alive.append((queries, segments, of_segments, all_sizes))
+        self.stages[at] = (
+            *(ctypes.addressof(of_segments), ctypes.addressof(all_sizes), len(segments[0]), len(segments)),
+            *(queries.shape[2], QUANTIZATIONS.index(quantization), check),
+            *(queries.data_ptr(), queries.stride(0), queries.shape[1], keep),
+        )
 
 
-class _Call:
-    """Arguments that the functions of the library share, with the memory that they point to."""
-
-    def __init__(self, segments: Sequence[Slabs], queries: Tensor, quantization: str, check: bool):
-        count, r_q, dim = queries.shape
-        self._scales = None
-        if quantization in ("float32", "bfloat16"):
-            self._values = round_queries(queries, quantization).contiguous()
-        else:
-            self._values, self._scales = (x.contiguous() for x in query_levels(queries))
-        described = [_describe(stored, scales) for slabs in segments for stored, scales in slabs]
-        self._sizes = (ctypes.c_int64 * len(segments))(*(len(slabs[0][0]) for slabs in segments))
-        self.documents = (_Slab * len(described))(*described), len(segments[0]), self._sizes, len(segments)
-        of_queries = self._values.data_ptr(), _address(self._scales), count, r_q
-        self.queries = dim, QUANTIZATIONS.index(quantization), *of_queries
-        self.options = check, torch.get_num_threads()
+_DESCRIBED: weakref.WeakKeyDictionary[Store, ctypes.Array[_Slab]] = weakref.WeakKeyDictionary()
 
 
-def _to(out: Tensor) -> tuple[int, int]:
-    return out.data_ptr(), out.shape[1]
+def _described(store: Store) -> ctypes.Array[_Slab]:
+    """The slabs of a store, which are described once."""
+    found = _DESCRIBED.get(store)
+    if found is None:
+        found = _DESCRIBED[store] = _describe_all([(slab.stored, slab.scales) for slab in store.slabs])
+    return found
+
+
+def _describe_all(slabs: Slabs) -> ctypes.Array[_Slab]:
+    return (_Slab * len(slabs))(*(_describe(stored, scales) for stored, scales in slabs))
+
+
+def _rows(queries: Tensor) -> Tensor:
+    """Queries `[Q, r_q, D]` whose vectors lie together; a prefix of more of them is not copied."""
+    _, r_q, dim = queries.shape
+    together = queries.stride(2) == 1 and (r_q == 1 or queries.stride(1) == dim)
+    return queries if together and queries.dtype == torch.float32 else queries.float().contiguous()
 
 
 def _raise(status: int) -> None:
@@ -239,26 +256,42 @@ def _find() -> CpuKernel | str:
 def _disagreement(kernel: CpuKernel, quantization: str) -> float:
     """Return the largest difference from the formula in float64, on small examples of everything the kernel does."""
     generator = torch.Generator().manual_seed(0)
-    worst = 0.0
-    shapes = ((1, 1, 61, 3, 70), (2, 4, 30, 3, 600), (1, 16, 100, 5, 128), (1, 9, 20, 3, 2048), (40, 16, 7, 20, 64))
+    errors = [0.0]
+
+    def compare(got: Tensor, expected: Tensor) -> None:
+        if got.numel():
+            errors.append((got - expected).abs().max().nan_to_num(torch.inf).item())
+
+    shapes = ((1, 1, 61, 3, 70), (2, 4, 130, 3, 600), (1, 16, 100, 5, 128), (1, 9, 20, 3, 2048), (40, 16, 7, 20, 64))
     for count, r_q, n, r_c, dim in shapes:
         queries, documents = (torch.randn(*s, generator=generator) for s in ((count, r_q, dim), (n, r_c, dim)))
-        queries, documents = (
-            queries / queries.norm(dim=-1, keepdim=True),
-            documents / documents.norm(dim=-1, keepdim=True),
+        queries, documents = (x / x.norm(dim=-1, keepdim=True) for x in (queries, documents))
+        store = Store(
+            [Slab(*encode(x, quantization)) for x in documents.split([1, r_c - 1], 1)], quantization, dim, True
         )
-        stored, scales = encode(documents, quantization)
         index = torch.randperm(n, generator=generator)[: n // 2]
-        q, d = round_queries(queries, quantization).double(), decode(stored, scales, quantization, dim).double()
-        expected = torch.einsum("qid,njd->qnij", q, d).amax(dim=3).sum(dim=2)
-        for at in (None, index):
-            got = kernel.scores([(stored, scales)], queries, quantization, at)
-            wanted = expected if at is None else expected[:, at]
-            values, places = kernel.top_k([[(stored, scales)]], queries, quantization, 3, at)
-            error = (got - wanted).abs().max() + (got.gather(1, places) - values).abs().max()
-            error += (values - got.topk(min(3, got.shape[1])).values).abs().max()
-            worst = max(worst, error.nan_to_num(float("inf")).item())
-    return worst
+        q = round_queries(queries, quantization).double()
+        d = torch.cat([decode(slab.stored, slab.scales, quantization, dim) for slab in store.slabs], dim=1).double()
+        expected = {}
+        for budget in ((1, 1), (r_q, r_c)):
+            part, used = q[:, : budget[0]], [(slab.stored, slab.scales) for slab in store.prefix(budget[1]).slabs]
+            every = expected[budget] = torch.einsum("qid,njd->qnij", part, d[:, : budget[1]]).amax(dim=3).sum(dim=2)
+            for at in (None, index):
+                found = kernel.scores(used, queries[:, : budget[0]], quantization, at)
+                compare(found, every if at is None else every[:, at])
+        for allowed in (None, torch.arange(n) % 3 > 0, torch.arange(n) % 9 == 0):
+            left = expected[1, 1] if allowed is None else expected[1, 1].masked_fill(~allowed, -torch.inf)
+            steps = [Step(queries[:, :1], [store.prefix(1)], 6), Step(queries, [store], 2)]
+            for taken in (steps, steps[:1]):
+                kept = left.topk(min(6, int(left[0].isfinite().sum()))).indices
+                if len(taken) > 1:
+                    best = expected[r_q, r_c].gather(1, kept).topk(min(2, kept.shape[1])).values
+                else:
+                    best = left.gather(1, kept)
+                values, places, _ = kernel.cascade(taken, allowed)
+                compare(values, best)
+                compare(expected[(r_q, r_c) if len(taken) > 1 else (1, 1)].gather(1, places), best)
+    return max(errors)
 
 
 def _describe(stored: Tensor, scales: Tensor | None) -> _Slab:

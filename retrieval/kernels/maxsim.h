@@ -28,6 +28,7 @@ constexpr int64_t NEAR = 3072;       // bytes: rows are asked for at least so fa
 constexpr int64_t LINE = 16;         // groups of 4 bytes in a line of the cache
 
 // multiply(): c[row][lane] (+)= rows . q over `depth` groups of 4 bytes of every row, `first` when nothing is in c yet.
+// Rows are padded to a `multiple` of so many groups.
 // `q` holds tiles of LANES queries, each [depth][LANES][4 bytes], `pitch` bytes for a query; rows of `c` are `width` sums apart.
 
 // While rows are multiplied, as many bytes of the next ones are asked for, in the order in which they lie in memory.
@@ -113,7 +114,7 @@ template <class K, int ROWS, int TILES>
 struct Simd {
     static constexpr int HOLD = ROWS % 4 == 0 ? 4 : 3;
     typedef typename K::Sum Sum;
-    static constexpr int64_t rows = ROWS, lanes = TILES * LANES, group = LANES * 4, most_depth = CACHED / group;
+    static constexpr int64_t rows = ROWS, lanes = TILES * LANES, group = LANES * 4, most_depth = CACHED / group, multiple = 1;
     static constexpr bool matrix = false, along = false;
     static constexpr int PARTS = TILES * LANES * 4 / int(sizeof(typename K::Sums));  // vectors a row of sums
     static constexpr int PER_TILE = PARTS / TILES;
@@ -164,7 +165,7 @@ struct Dots {
     typedef typename K::Sums Sums;
     static constexpr int WIDE = int(sizeof(Sums)) / 4, REGISTERS = WIDE == 16 ? 24 : 8;
     static constexpr int ROWS = REGISTERS / V < 8 ? REGISTERS / V : 8, ADDED = WIDE < 8 ? WIDE : 8;
-    static constexpr int64_t rows = ROWS, lanes = V, group = 4, most_depth = CACHED / (V * 4);
+    static constexpr int64_t rows = ROWS, lanes = V, group = 4, most_depth = CACHED / (V * 4), multiple = LINE;
     static constexpr bool matrix = false, along = true;
 
     static void multiply(const uint8_t* row, int64_t stride, const uint8_t* q, int64_t pitch, Sum* c, int64_t width,
@@ -195,7 +196,46 @@ struct Dots {
         if (!first)
             for (int r = 0; r < ROWS; ++r)
                 for (int v = 0; v < V; ++v) added[r * V + v] += c[r * width + v];
-        for (int r = 0; r < ROWS; ++r) std::memcpy(c + r * width, added + r * V, V * sizeof(Sum));
+        if (V == 1 && width == 1) std::memcpy(c, added, ROWS * sizeof(Sum));
+        else for (int r = 0; r < ROWS; ++r) std::memcpy(c + r * width, added + r * V, V * sizeof(Sum));
+    }
+};
+
+// For one query vector and documents of one bit a dimension, which are not unpacked: a query's numbers are split into PLANES
+// of bits, and bits that are set in both a plane and a row are counted. Sums are twice the sum of the numbers whose bit is set.
+struct Bits {
+    typedef int32_t Sum;
+    static constexpr int PLANES = 8;
+    static constexpr int64_t rows = 32, lanes = 1, group = 4, most_depth = CACHED, multiple = 2;
+    static constexpr bool matrix = false, along = true;
+#if defined(__AVX512VPOPCNTDQ__)
+    static constexpr const char* name = "AVX-512 VPOPCNTDQ";
+#else
+    static constexpr const char* name = "bits";
+#endif
+
+    // The k-th number of a query, whose planes are `bytes` each.
+    static void set(uint8_t* planes, int64_t bytes, int64_t k, int8_t number) {
+        for (int p = 0; p < PLANES; ++p)
+            if (number >> p & 1) planes[p * bytes + k / 8] |= uint8_t(1 << k % 8);
+    }
+
+    static void multiply(const uint8_t* row, int64_t stride, const uint8_t* planes, int64_t, Sum* c, int64_t width, bool,
+                         const uint8_t*, int64_t depth) {
+        int64_t sums[rows] = {};
+        for (int64_t at = 0; at < depth * 4; at += 8) {
+            uint64_t words[rows], plane[PLANES];
+            for (int p = 0; p < PLANES; ++p) std::memcpy(plane + p, planes + p * depth * 4 + at, 8);
+            if (stride == 8) std::memcpy(words, row, sizeof words);
+            else for (int64_t r = 0; r < rows; ++r) std::memcpy(words + r, row + r * stride + at, 8);
+            for (int64_t r = 0; r < rows; ++r) {
+                int64_t sum = -int64_t(__builtin_popcountll(words[r] & plane[PLANES - 1]));  // the sign
+#pragma GCC unroll 8
+                for (int p = PLANES - 2; p >= 0; --p) sum = 2 * sum + __builtin_popcountll(words[r] & plane[p]);
+                sums[r] += 2 * sum;
+            }
+        }
+        for (int64_t r = 0; r < rows; ++r) c[r * width] = Sum(sums[r]);
     }
 };
 
@@ -225,7 +265,7 @@ template <> struct Tiles<true> {
 template <class S, int TILES>
 struct Amx {
     typedef S Sum;
-    static constexpr int64_t rows = 32, lanes = TILES * LANES, group = LANES * 4, most_depth = CACHED / group;
+    static constexpr int64_t rows = 32, lanes = TILES * LANES, group = LANES * 4, most_depth = CACHED / group, multiple = LINE;
     static constexpr bool matrix = true, along = false;
 
     static void multiply(const uint8_t* row, int64_t stride, const uint8_t* q, int64_t pitch, Sum* c, int64_t width,
