@@ -11,7 +11,7 @@ import struct
 import tempfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Set
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -322,12 +322,25 @@ def _open(source: Any, policy: InputPolicy) -> tuple[Image.Image, bytes]:
     check_size(len(source), policy)
     if b"%PDF-" in source[:1024]:
         raise ValueError("it is a PDF. Render its pages, with pypdfium2 for instance, and pass them as images")
-    Image.init()
-    formats = [kind for kind in policy.formats if kind in Image.OPEN]
     try:
-        return Image.open(io.BytesIO(source), formats=formats), source
+        return Image.open(io.BytesIO(source), formats=_formats(policy)), source
     except UnidentifiedImageError as error:
         raise ValueError(f"it is no file of {', '.join(policy.formats)}, or its start is damaged") from error
+
+
+def image_size(source: Any, policy: InputPolicy) -> tuple[int, int]:
+    """Return (height, width) of a picture in memory or in a file, whose header is read; of others (1, 1)."""
+    with suppress(Exception):  # reading it will say what is wrong
+        if isinstance(source, (str, Path)) and not str(source).lower().startswith("http"):
+            with Image.open(_find(source, policy), formats=_formats(policy)) as source:
+                return source.height, source.width
+        return source.shape[:2] if hasattr(source, "shape") else (source.height, source.width)
+    return 1, 1
+
+
+def _formats(policy: InputPolicy) -> list[str]:
+    Image.init()
+    return [kind for kind in policy.formats if kind in Image.OPEN]
 
 
 def check_size(size: int, policy: InputPolicy) -> None:

@@ -22,7 +22,7 @@ from transformers import AutoModel, PreTrainedModel
 from transformers.utils import ModelOutput, logging
 
 from .configuration_metaembed import MetaEmbedConfig, check_count, of_package
-from .inputs_metaembed import InputPolicy, Item, is_single
+from .inputs_metaembed import InputPolicy, Item, image_size, is_single
 from .loading_metaembed import (
     HUB_ARGUMENTS,
     check_loading,
@@ -394,7 +394,7 @@ class MetaEmbedModel(PreTrainedModel):
         embeddings = torch.empty(len(items), num_meta, dim, dtype=torch.float32, device="cpu")
         device = execution_device(self)
         with self._evaluating(), default_device_cpu():
-            batches = list(self._batches(items, batch_size))
+            batches = list(self._batches(items, batch_size, kwargs.get("policy") or self.policy))
             for indices in tqdm(batches, desc=f"Encoding ({side})", disable=not show_progress_bar):
                 features = self.processor.process(
                     [items[i] for i in indices], side, num_meta, instruction=instruction, indices=indices, **kwargs
@@ -421,9 +421,15 @@ class MetaEmbedModel(PreTrainedModel):
                     if module.training != mode:
                         module.train(mode)
 
-    def _batches(self, items: list[Item], batch_size: int) -> Iterator[list[int]]:
-        """Yield index lists: longest first within each number of images, so that a batch pads little."""
-        order = sorted(range(len(items)), key=lambda i: (items[i].num_images, items[i].text_length), reverse=True)
+    def _batches(self, items: list[Item], batch_size: int, policy: InputPolicy) -> Iterator[list[int]]:
+        """Yield index lists: most tokens first within each number of images, so that a batch pads little."""
+        sizes = [image_size(image, policy) for item in items for image in item.images]
+        try:  # inference engines ask this of transformers' processors
+            counts = iter(self.processor.backbone_processor._get_num_multimodal_tokens(sizes).num_image_tokens)
+        except Exception:  # not all of them answer
+            counts = (height * width / 28**2 for height, width in sizes)
+        tokens = [item.text_length / 4 + sum(next(counts) for _ in item.images) for item in items]
+        order = sorted(range(len(items)), key=lambda i: (items[i].num_images, tokens[i]), reverse=True)
         for start in range(0, len(order), batch_size):
             chunk = order[start : start + batch_size]
             for group in self.processor.group([items[i] for i in chunk]):

@@ -81,6 +81,8 @@ def main() -> None:
         "",
         *measure_saving(model, inputs, arguments.batch_size, arguments.repeats),
         "",
+        *measure_order(model, generator, arguments.batch_size, arguments.repeats),
+        "",
         describe_load(),
     ]
     print("\n".join(lines))
@@ -106,7 +108,10 @@ def measure_overhead(model: MetaEmbedModel, inputs: dict[str, list], batch_size:
     ]
     rows = []
     for name, items in inputs.items():
-        batches = [[items[i] for i in indices] for indices in model._batches(model.processor.parse(items), batch_size)]
+        batches = [
+            [items[i] for i in indices]
+            for indices in model._batches(model.processor.parse(items), batch_size, model.policy)
+        ]
         features = [model.processor.process_documents(batch) for batch in batches]
 
         @torch.inference_mode()
@@ -163,6 +168,52 @@ def measure_saving(model: MetaEmbedModel, inputs: dict[str, list], batch_size: i
         cells = [f"{seconds[r] * 1e3:,.0f} ms" for r in counts]
         rows.append([name, *cells, f"{seconds[64] / seconds[1]:.2f} times faster"])
     return [markdown_table(["`encode_documents`", *(f"num_meta={r}" for r in counts), "1 against 64"], rows)]
+
+
+def measure_order(model: MetaEmbedModel, generator: np.random.Generator, batch_size: int, repeats: int) -> list[str]:
+    """Measure padding and time of batches by estimated tokens, as `encode_documents` makes them, and of others."""
+
+    def picture() -> Image.Image:
+        height, width = generator.integers(32, 321, 2)
+        return Image.fromarray(generator.integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+    pictures = [picture() for _ in range(160)]
+    inputs = {
+        "160 pictures of 32 to 320 pixels a side": pictures,
+        "the same, each with 0 to 100 words": [
+            {"image": image, "text": sentence(generator, generator.integers(0, 101))} for image in pictures
+        ],
+    }
+    rows = []
+    for name, items in inputs.items():
+        parsed = model.processor.parse(items)
+        by_text = sorted(range(len(items)), key=lambda i: parsed[i].text_length, reverse=True)
+        orders = {
+            "by the length of the text": [by_text[i : i + batch_size] for i in range(0, len(items), batch_size)],
+            "by estimated tokens": list(model._batches(parsed, batch_size, model.policy)),
+        }
+        padding, embeddings = {}, {}
+
+        def encode(batches: list[list[int]], items=items) -> torch.Tensor:
+            out = torch.empty(len(items), model.config.num_document_tokens, model.config.hidden_size)
+            for batch in batches:
+                out[batch] = model.encode_documents([items[i] for i in batch], batch_size=batch_size)
+            return out
+
+        for order, batches in orders.items():
+            masks = [model.processor.process_documents([items[i] for i in b])["attention_mask"] for b in batches]
+            padding[order] = 1 - sum(m.sum().item() for m in masks) / sum(m.numel() for m in masks)
+            embeddings[order] = encode(batches)
+        first, second = embeddings.values()
+        assert (first - second).abs().max() < 1e-4
+        seconds = fastest({order: lambda b=batches: encode(b) for order, batches in orders.items()}, repeats)
+        slowest = max(seconds.values())
+        rows += [
+            [name, order, f"{padding[order]:.1%}", f"{s * 1e3:,.0f} ms", f"{slowest / s:.2f} times"]
+            for order, s in seconds.items()
+        ]
+    head = f"Inputs of mixed sizes in batches of {batch_size}; the embeddings of both orders are equal:"
+    return [head, "", markdown_table(["inputs", "batches", "padding", "encoding", "faster"], rows)]
 
 
 if __name__ == "__main__":

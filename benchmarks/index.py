@@ -36,8 +36,8 @@ LARGE = 10_000_000  # documents of 16 vectors; smaller sizes have 64
 REAL = 1_000_000  # scenes that are embedded; LARGE is made of them
 K, TARGET = 10, 0.95
 QUERIES = 200  # half of them choose the stages, the other half verify them
-KEEPS = (50, 100, 200, 300, 450, 700, 1000, 1500, 2300, 3500, 5000, 8000, 12_000, 20_000)
-SECONDS = ((4, 8), (16, 8))  # budgets of the second stage
+FIRST = (100, 200, 300, 450, 700, 1000, 1500, 2300, 3500, 5000, 10_000, 20_000)  # documents that (1, 1) keeps
+SECOND = (30, 60, 100, 150, 250)  # documents that (4, 8) keeps
 MINUTES = 20  # for an engine to build its index
 
 Call = Callable[[], Any]
@@ -166,25 +166,22 @@ def best(index: MultiVectorIndex, count: int) -> Tensor:
 # Measurements
 
 
-def chains(index: MultiVectorIndex) -> Iterator[list]:
-    """Yield the stages that are tried: one or two before the final scores."""
-    first = "first" if "first" in index.quantization else "main"
-    budget = (4, 4) if first == "first" else (1, 1)
-    for keep in KEEPS:
-        if keep <= len(index):
-            if index.vectors <= 16:
-                yield [(budget, first, keep)]
-            for second in SECONDS:
-                yield from ([(budget, first, keep), (second, "main", n)] for n in KEEPS[:4] if n < keep)
+def chains(index: MultiVectorIndex, first: int) -> Iterator[list]:
+    """Yield the stages that are tried, of those whose first stage keeps `first` documents."""
+    stage = ((4, 4), "first", first) if "first" in index.quantization else ((1, 1), "main", first)
+    yield [stage]
+    yield from ([stage, ((4, 8), "main", second)] for second in SECOND if second < first)
 
 
 def tune(index: MultiVectorIndex, queries: Tensor, truth: Tensor) -> list[dict]:
-    """Measure every chain: recall and milliseconds, cheapest first."""
-    tried = []
-    for stages in chains(index):
-        recalled = recall(index.search(queries, K, stages=stages).ids, truth)
-        if recalled > 0.5:
-            calls = [lambda q=q, s=stages: index.search(q, K, stages=s) for q in queries[:30]]
+    """Measure chains of stages, cheapest first: recall and milliseconds. Larger first stages than needed are left out."""
+    tried: list[dict] = []
+    for first in FIRST:
+        if first >= len(index) or any(one["recall"] > 0.99 for one in tried):
+            break
+        for stages in chains(index, first):
+            recalled = recall(index.search(queries, K, stages=stages).ids, truth)
+            calls = [lambda q=q, s=stages: index.search(q, K, stages=s) for q in queries[:12]]
             spent = take_turns({"search": calls}, 1, time.process_time)["search"]
             tried.append({"stages": stages, "recall": recalled, "p50": float(np.median(spent))})
     return sorted(tried, key=lambda one: one["p50"])

@@ -217,7 +217,7 @@ class MultiVectorIndex:
             raise TypeError("delete needs either ids or where")
         ids = None if ids is None else check_ids(ids)
         with self._writing() as (catalog, _):
-            slots = catalog.where(where or {}).tolist() if ids is None else list(catalog.slots(ids).values())
+            slots = self._snapshot.matching(where or {}) if ids is None else list(catalog.slots(ids).values())
             catalog.bury(slots)
         return len(slots)
 
@@ -320,9 +320,7 @@ class MultiVectorIndex:
                 f"embeddings must be [n, {manifest.vectors} or more, {manifest.dim}] for this index, "
                 f"not {list(stack.shape)}"
             )
-        stack = stack[:, : manifest.vectors].detach().cpu()
-        check_finite(stack, "embeddings")
-        return stack
+        return stack[:, : manifest.vectors].detach().cpu()  # encoding looks for NaN
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[tuple[Catalog, Manifest]]:
@@ -409,7 +407,7 @@ class MultiVectorIndex:
                 `(budget, quantization, keep)`.
             where: Only documents whose metadata this filter selects: `{"lang": "en", "page": {"$lt": 10}}`, with
                 `$eq`, `$ne`, `$lt`, `$lte`, `$gt`, `$gte`, `$in`, `$nin`, `$exists`, and `$and` and `$or` of filters.
-                A dot leads into nested metadata, `"author.name"`; see `compile_where` for the rules.
+                A dot leads into nested metadata, `"author.name"`; see `parse_where` for the rules.
             include_ids: Only these documents. Ids that are not in the index are ignored.
             exclude_ids: None of these.
             backend: As in `maxsim`.
@@ -480,6 +478,22 @@ class MultiVectorIndex:
     def quantization(self) -> dict[str, tuple[str, int]]:
         """The copies of the vectors: for `"first"`, `"main"`, `"exact"` the quantization and the number of vectors."""
         return dict(self._snapshot.manifest.kept)
+
+    @property
+    def pca(self) -> Tensor | None:
+        """`[dim, kept]`, by which documents and queries are multiplied, or `None`."""
+        return self._snapshot.pca
+
+    @property
+    def pooling(self) -> str | None:
+        """How documents of any number of vectors are pooled, or `None`."""
+        return self._snapshot.manifest.pooling
+
+    def embeddings(self) -> Tensor:
+        """Return the vectors of all documents, in the order of adding: `[n, vectors, kept]`, see `Document`."""
+        with self._reading() as snapshot:
+            slots = torch.arange(snapshot.manifest.rows)
+            return snapshot.embeddings(slots if snapshot.dead is None else slots[~snapshot.dead])
 
     @property
     def bytes_per_document(self) -> int:

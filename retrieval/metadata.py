@@ -11,7 +11,6 @@ import errno
 import json
 import math
 import os
-import re
 import sqlite3
 import sys
 import zlib
@@ -29,6 +28,7 @@ _APPLICATION = 0x4D455442
 _MOST_MANIFEST = 1 << 16  # bytes
 _PATIENCE = 60  # seconds that a statement waits for a lock of SQLite, which nobody holds for long
 _INHERITED: list[sqlite3.Connection] = []  # by a child process, which must not use, nor close them
+_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
 _SCHEMA = """
 CREATE TABLE manifest (one INTEGER PRIMARY KEY CHECK (one = 1), json TEXT NOT NULL, pca BLOB, sum INTEGER NOT NULL);
 CREATE TABLE chunks (first INTEGER PRIMARY KEY, count INTEGER NOT NULL, sums TEXT NOT NULL, sum INTEGER NOT NULL);
@@ -181,8 +181,8 @@ class Catalog:
 
     def add(self, first: int, documents: Iterable[tuple[str, str]]) -> None:
         """Add documents, `(id, metadata as JSON)`, from slot `first` on; their ids are new."""
-        rows = ((slot, *document) for slot, document in enumerate(documents, first))
-        self._db.executemany("INSERT INTO documents VALUES (?, ?, ?, ?)", ((*row, _sum(*row)) for row in rows))
+        rows = ((slot, i, text, _sum(slot, i, text)) for slot, (i, text) in enumerate(documents, first))
+        self._db.executemany("INSERT INTO documents VALUES (?, ?, ?, ?)", rows)
 
     def bury(self, slots: Sequence[int]) -> None:
         """Delete documents: their slots are dead until the index is compacted."""
@@ -198,11 +198,23 @@ class Catalog:
         )
         return dict(found.fetchall())
 
-    def where(self, where: Mapping[str, Any]) -> np.ndarray:
-        """The slots of documents that a filter selects, in order."""
-        condition, values = compile_where(where)
-        found = self._db.execute(f"SELECT slot FROM documents WHERE {condition} ORDER BY slot", values)
-        return np.fromiter((slot for (slot,) in found), np.int64)
+    def values(self, path: str, first: int) -> list[tuple[int, str | None, Any]]:
+        """Read what documents have at a path of their metadata, for those from slot `first` on.
+
+        Args:
+            path: As SQLite writes paths: `$."author"."name"`.
+            first: The first slot.
+
+        Returns:
+            Slot, type in JSON (`None` if there is nothing at the path) and value. A value of type `"real"` is the
+            text `"[1.5,1.5]"`, because not every version of SQLite reads the last digit right.
+        """
+        return self._db.execute(
+            "SELECT slot, json_type(metadata, ?), CASE json_type(metadata, ?) "
+            "WHEN 'real' THEN json_extract(metadata, ?, ?) ELSE json_extract(metadata, ?) END "
+            "FROM documents WHERE slot >= ? ORDER BY slot",
+            (path, path, path, path, path, first),
+        ).fetchall()
 
     def documents(self, slots: Sequence[int]) -> dict[int, tuple[str, dict[str, Any]]]:
         """The id and the metadata of documents, for those of the slots that are not dead."""
@@ -359,11 +371,11 @@ def _explained(error: sqlite3.Error | UnicodeDecodeError, folder: Path | None) -
 
 
 def _sum(*values: Any) -> int:
-    """The CRC-32 of the values of a row."""
-    total = 0
-    for value in values:
-        total = zlib.crc32(value if isinstance(value, bytes) else f"{value}\0".encode("utf-8", "replace"), total)
-    return total
+    """The CRC-32 of the values of a row. Bytes come last."""
+    *texts, last = values
+    texts += [] if isinstance(last, bytes) else [last]
+    total = zlib.crc32("".join([f"{value}\0" for value in texts]).encode("utf-8", "replace"))
+    return zlib.crc32(last, total) if isinstance(last, bytes) else total
 
 
 # Metadata
@@ -381,8 +393,8 @@ def to_json(metadata: Any) -> str:
     if not isinstance(metadata, Mapping):
         raise TypeError(f"the metadata of a document must be a dict, not {type(metadata).__name__}")
     try:
-        _check_json(metadata)
-        text = json.dumps(metadata, ensure_ascii=False, allow_nan=False)
+        check_json(metadata)
+        text = _ENCODER.encode(metadata)
         text.encode()
     except RecursionError:
         raise ValueError("metadata is nested too deeply") from None
@@ -391,19 +403,9 @@ def to_json(metadata: Any) -> str:
     return text
 
 
-def _check_json(value: Any, depth: int = 0) -> None:
-    if depth > 100:
-        raise ValueError("metadata is nested more than 100 levels deep")
-    if isinstance(value, Mapping):
-        for key, inner in value.items():
-            if not isinstance(key, str):
-                raise TypeError(f"the keys of metadata must be str, not {key!r}")
-            _check_json(key)
-            _check_json(inner, depth + 1)
-    elif isinstance(value, list | tuple):
-        for inner in value:
-            _check_json(inner, depth + 1)
-    elif isinstance(value, str):
+def check_json(value: Any, depth: int = 0) -> None:
+    """Raise a `TypeError` or a `ValueError` unless the index can keep this value as JSON."""
+    if isinstance(value, str):  # the usual types come first
         if "\0" in value:
             raise ValueError("metadata cannot hold the character NUL")
     elif value is None or isinstance(value, bool):
@@ -414,148 +416,16 @@ def _check_json(value: Any, depth: int = 0) -> None:
     elif isinstance(value, float):
         if not math.isfinite(value):
             raise ValueError("metadata cannot hold NaN or infinity")
+    elif depth > 100:
+        raise ValueError("metadata is nested more than 100 levels deep")
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            if not isinstance(key, str):
+                raise TypeError(f"the keys of metadata must be str, not {key!r}")
+            check_json(key)
+            check_json(inner, depth + 1)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            check_json(inner, depth + 1)
     else:
         raise TypeError(f"metadata must be what JSON can hold, not {type(value).__name__}")
-
-
-# Filters
-
-_COMPARISONS = {"$lt": "<", "$lte": "<=", "$gt": ">", "$gte": ">="}
-_OPERATORS = ("$eq", "$ne", *_COMPARISONS, "$in", "$nin", "$exists")
-_MOST_CONDITIONS = 500
-_UNNAMEABLE = re.compile(r'["\\\x00-\x1f]')
-
-
-def compile_where(where: Any) -> tuple[str, list[Any]]:
-    """Turn a filter into a condition of SQL in which every key and every value is a bound parameter.
-
-    `{"lang": "en", "page": {"$lt": 10}}` selects documents for which all of it holds; `{"$or": [filter, filter]}`
-    those for which one does. A dot leads into nested metadata: `"author.name"`. Text is compared with text, numbers
-    with numbers, booleans with booleans; lists and objects are equal to nothing. `$ne` and `$nin` select what `$eq`
-    and `$in` do not, so also documents that lack the key. `None` is equal to `null` and to a key that is not there;
-    `$exists` tells the two apart.
-
-    Raises:
-        TypeError: if a filter or a value is of a type that filters do not have.
-        ValueError: if an operator is not known, or a key cannot be named.
-    """
-    values: list[Any] = []
-    try:
-        return _condition(where, values, [0]), values
-    except RecursionError:
-        raise ValueError("the filter is nested too deeply") from None
-
-
-def _condition(where: Any, values: list[Any], counter: list[int]) -> str:
-    if not isinstance(where, Mapping):
-        raise TypeError(f'a filter must be a dict such as {{"lang": "en"}}, not {where!r}')
-    parts = []
-    for key, wanted in where.items():
-        if key in ("$and", "$or"):
-            if isinstance(wanted, str | Mapping) or not isinstance(wanted, Sequence):
-                raise TypeError(f"{key} must be a list of filters, not {wanted!r}")
-            inner = [_condition(part, values, counter) for part in wanted]
-            parts.append(_join(inner, "AND" if key == "$and" else "OR"))
-            continue
-        if not isinstance(key, str):
-            raise TypeError(f"the keys of a filter must be str, not {key!r}")
-        if key.startswith("$"):
-            raise ValueError(
-                f"there is no operator {key} for filters; there are $and and $or, and for a key {_OPERATORS}"
-            )
-        path = _path(key)
-        operators = wanted if isinstance(wanted, Mapping) else {"$eq": wanted}
-        if not operators:
-            raise ValueError(f"the filter for {key!r} is an empty dict; give it an operator such as $eq")
-        for operator, operand in operators.items():
-            counter[0] += 1
-            if counter[0] > _MOST_CONDITIONS:
-                raise ValueError(
-                    f"a filter can have {_MOST_CONDITIONS} conditions; use $in for many values of one key"
-                )
-            parts.append(_compare(path, operator, operand, values))
-    return _join(parts, "AND")
-
-
-def _join(parts: list[str], word: str) -> str:
-    """As a balanced tree: SQLite limits how deep an expression may be."""
-    if not parts:
-        return "1" if word == "AND" else "0"
-    while len(parts) > 1:
-        parts = [f"({f' {word} '.join(parts[i : i + 2])})" for i in range(0, len(parts), 2)]
-    return parts[0]
-
-
-def _path(key: str) -> str:
-    """The path of JSON for a key. In `$."a"."b"` nothing but a quote or a backslash has a meaning."""
-    steps = key.split(".")
-    if not all(steps) or _UNNAMEABLE.search(key):
-        raise ValueError(
-            f"a filter cannot name the key {key!r}: no part of it may be empty or hold quotes or backslashes"
-        )
-    return "$" + "".join(f'."{step}"' for step in steps)
-
-
-def _compare(path: str, operator: str, operand: Any, values: list[Any]) -> str:
-    if operator in ("$eq", "$ne"):
-        if isinstance(operand, list | tuple | Mapping):
-            raise TypeError(f"{operator} compares with text, a number, a boolean or None, not {operand!r}")
-        found = _among(path, [operand], values)
-        return found if operator == "$eq" else f"NOT {found}"
-    if operator in ("$in", "$nin"):
-        if isinstance(operand, str | Mapping) or not isinstance(operand, list | tuple | set | frozenset):
-            raise TypeError(f"{operator} takes a list of values, not {operand!r}")
-        found = _among(path, list(operand), values)
-        return found if operator == "$in" else f"NOT {found}"
-    if operator == "$exists":
-        if not isinstance(operand, bool):
-            raise TypeError(f"$exists takes True or False, not {operand!r}")
-        values.append(path)
-        return f"json_type(metadata, ?) IS {'NOT ' if operand else ''}NULL"
-    if operator in _COMPARISONS:
-        kinds = _kinds([operand])
-        if not kinds["text"] and not kinds["number"]:
-            raise TypeError(f"{operator} compares with text or a number, not {operand!r}")
-        # Numbers are bound as JSON, so that SQLite reads both sides the same way.
-        values.extend([path, path, json.dumps(operand, ensure_ascii=False)])
-        types = "'text'" if kinds["text"] else "'integer', 'real'"
-        extracted = f"json_extract(metadata, ?) {_COMPARISONS[operator]} json_extract(?, '$')"
-        return f"((json_type(metadata, ?) IN ({types}) AND {extracted}) IS TRUE)"
-    raise ValueError(f"there is no operator {operator!r} for filters; there are {', '.join(_OPERATORS)}")
-
-
-def _among(path: str, operands: list[Any], values: list[Any]) -> str:
-    """Return the condition that the value at the path is one of these, of the same kind."""
-    kinds = _kinds(operands)
-    parts = []
-    for kind, types in (("text", "'text'"), ("number", "'integer', 'real'")):
-        if kinds[kind]:
-            values.extend([path, path, json.dumps(kinds[kind], ensure_ascii=False)])
-            among = "json_extract(metadata, ?) IN (SELECT value FROM json_each(?))"
-            parts.append(f"((json_type(metadata, ?) IN ({types}) AND {among}) IS TRUE)")
-    for value in kinds["boolean"]:
-        values.append(path)
-        parts.append(f"(json_type(metadata, ?) IS '{'true' if value else 'false'}')")
-    if kinds["none"]:
-        values.append(path)
-        parts.append("(coalesce(json_type(metadata, ?), 'null') = 'null')")
-    return _join(parts, "OR")
-
-
-def _kinds(operands: list[Any]) -> dict[str, list[Any]]:
-    kinds: dict[str, list[Any]] = {"text": [], "number": [], "boolean": [], "none": []}
-    for value in operands:
-        if isinstance(value, str):
-            if "\0" in value:
-                raise ValueError("a filter cannot look for the character NUL")
-            kinds["text"].append(value)
-        elif isinstance(value, bool):
-            kinds["boolean"].append(value)
-        elif value is None:
-            kinds["none"].append(value)
-        elif isinstance(value, int | float):
-            _check_json(value)
-            kinds["number"].append(value)
-        else:
-            raise TypeError(f"a filter compares with text, a number, a boolean or None, not {value!r}")
-    return kinds

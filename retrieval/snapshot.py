@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -17,13 +16,13 @@ from torch import Tensor
 
 from ..scoring_metaembed import Budget, cut_queries
 from .cascade import Stage, check_stages
+from .filters import Column, conditions, evaluate, parse_where
 from .kernels import Step, Store
 from .metadata import Catalog
 from .quantization import decode
 from .search import check_k, prepare, run
 from .storage import ROLES, Buffers, DamagedIndexError, Layout, check_kept, check_rows, is_segment, map_rows
 
-_MOST_FILTERS = 32  # masks of filters that a snapshot remembers
 _FEW_DOCUMENTS = 4096  # are scored in full, which is faster than a cascade
 _MOST_PLANS = 64  # prepared stages that a snapshot remembers
 _BLOCK_BYTES = 1 << 26  # that are copied at a time
@@ -158,7 +157,7 @@ class Snapshot:
         stores = [self.layout.stores(piece) for piece in self.pieces]
         self.stores: dict[str, list[Store]] = {role: [of[role] for of in stores] for role in self.manifest.kept}
         self._alive = None if self.dead is None else ~self.dead
-        self._masks: dict[str, Tensor] = {}
+        self._columns: dict[str, Column] = dict(before._columns) if before else {}  # of metadata, for filters
         self._plans: dict[Any, list[tuple[int, list[Store], int]]] = {}
 
     def __len__(self) -> int:
@@ -217,7 +216,8 @@ class Snapshot:
             return mask
         with self._lock, self.catalog.errors():
             if where is not None:
-                mask = self._selected(where)  # none of which is dead
+                selected = self._selected(where)
+                mask = selected if mask is None else mask & selected
             for ids, wanted in ((include, True), (exclude, False)):
                 if ids is not None:
                     slots = torch.tensor(list(self.catalog.slots(check_ids(ids)).values()), dtype=torch.int64)
@@ -225,21 +225,21 @@ class Snapshot:
                     mask = chosen if mask is None else mask & chosen
         return mask
 
+    def matching(self, where: Mapping[str, Any]) -> list[int]:
+        """The slots of the documents that a filter selects, in order."""
+        mask = self.allowed(where, None, None)
+        assert mask is not None
+        return mask.nonzero()[:, 0].tolist()
+
     def _selected(self, where: Mapping[str, Any]) -> Tensor:
-        """Return a bool for every slot. The last masks are remembered, because searches repeat filters."""
-        try:
-            key = json.dumps(where)
-        except (TypeError, ValueError):  # a set for `$in`, for instance
-            key = None
-        mask = self._masks.get(key) if key else None
-        if mask is None:
-            mask = torch.zeros(self.manifest.rows, dtype=torch.bool)
-            mask[torch.from_numpy(self.catalog.where(where))] = True
-            if key:
-                self._masks[key] = mask
-                if len(self._masks) > _MOST_FILTERS:
-                    del self._masks[next(iter(self._masks))]
-        return mask
+        """Return a bool for every slot, of which those of dead ones mean nothing."""
+        tree, rows = parse_where(where), self.manifest.rows
+        for path in {condition.path for condition in conditions(tree)}:
+            column = self._columns.setdefault(path, Column())
+            known = len(column.kinds)
+            if known < rows:
+                self._columns[path] = column.extended(self.catalog.values(path, known), rows)
+        return torch.from_numpy(evaluate(tree, self._columns, rows))
 
     def documents(self, slots: Sequence[int]) -> dict[int, tuple[str, dict[str, Any]]]:
         """The ids and metadata of slots that are not dead."""
@@ -264,10 +264,10 @@ class Snapshot:
     def get(self, slots: Sequence[int]) -> list[Document]:
         """The documents of slots that are not dead."""
         texts = self.documents(slots)
-        embeddings = self._embeddings(slots)
+        embeddings = self.embeddings(slots)
         return [Document(*texts[slot], embedding) for slot, embedding in zip(slots, embeddings, strict=True)]
 
-    def _embeddings(self, slots: Sequence[int]) -> Tensor:
+    def embeddings(self, slots: Sequence[int] | Tensor) -> Tensor:
         """Return the most exact stored vectors of documents: `[n, vectors, kept_dim]` float32."""
         store, dim = self.layout.stores(self.take(slots))[self.best_role], self.manifest.kept_dim
         return torch.cat([decode(s.stored, s.scales, store.quantization, dim) for s in store.slabs], dim=1)

@@ -1,6 +1,6 @@
 """Kill writers of an index at random moments, and check that nothing they reported as done is lost.
 
-    python tests/retrieval/kill_index.py [kills]
+    python tests/retrieval/kill_index.py --kills 100
 
 Two writers add, upsert, delete and compact. After every operation, a writer notes it in its journal, which is flushed
 before the next operation. One writer at a time is killed by SIGKILL; a reader, which is never killed, keeps
@@ -8,10 +8,10 @@ refreshing, searching and verifying. In the end the index must match the journal
 interrupted has happened completely or not at all.
 """
 
+import argparse
 import json
 import multiprocessing
 import random
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -153,6 +153,10 @@ def run(kills: int, seed: int = 0) -> dict[str, float]:
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
     torch.set_num_threads(1)
     began = time.time()
-    print(run(int(sys.argv[1]) if len(sys.argv) > 1 else 100), f"in {time.time() - began:.0f} s")
+    print(run(arguments.kills, arguments.seed), f"in {time.time() - began:.0f} s")

@@ -22,7 +22,6 @@ from metaembed.retrieval import metadata as catalogs
 from metaembed.retrieval import storage
 from metaembed.retrieval.collection import EmbeddingCollection
 from metaembed.retrieval.index import DamagedIndexError, MultiVectorIndex, Stage
-from metaembed.retrieval.metadata import compile_where
 from metaembed.retrieval.pca import fit_pca
 from metaembed.retrieval.quantization import decode, encode, round_queries
 from metaembed.retrieval.search import search
@@ -228,13 +227,48 @@ def test_ids_are_included_and_excluded_on_exact_searches_and_cascades(place):
             assert found.ids == [expected]
 
 
-def test_keys_and_values_of_filters_are_only_ever_bound():
+def test_keys_and_values_of_filters_are_only_ever_bound(folder):
     hostile = "a') OR 1=1; DROP TABLE documents; --"
-    condition, values = compile_where({hostile: hostile, "$or": [{"b": {"$in": [hostile]}}]})
-    assert "DROP" not in condition and condition.count("?") == len(values)
-    index = MultiVectorIndex.create(None, 1, 2)
-    index.add(torch.ones(1, 1, 2), ["a"])
-    assert index.search(torch.ones(1, 2), where={hostile: hostile}).ids == [[]]
+    index, statements = MultiVectorIndex.open(folder), []
+    index._snapshot.catalog._db.set_trace_callback(statements.append)
+    assert index.search(torch.ones(1, 16), where={hostile: "x", "$or": [{"n": {"$in": [hostile]}}]}).ids == [[]]
+    assert len(statements) == 2 and all("json_extract" in statement for statement in statements)
+    assert not any(hostile in statement.replace("''", "'").replace(f'$."{hostile}"', "") for statement in statements)
+    assert len(index) == 39
+
+
+def test_numbers_of_filters_are_compared_exactly():
+    values = [2**53, 2**53 + 1, float(2**53), 2**63 - 1, float(2**63), 0.1, 5e-324, -0.0, 1e308, 3]
+    index = MultiVectorIndex.create(None, 1, 2, "float32")
+    index.add(torch.ones(len(values), 1, 2), names(len(values)), [{"n": value} for value in values])
+    for operand in [2**53 + 1, 2**53, float(2**53), 2**63 - 1, 1e300, 0, 0.1, 0.30000000000000004, 2.5, -1e308]:
+        for operator in ("$eq", "$ne", "$lt", "$lte", "$gt", "$gte"):
+            expected = [f"d{i}" for i, value in enumerate(values) if REFERENCE[operator](value, operand)]
+            assert index.search(torch.ones(1, 2), k=99, where={"n": {operator: operand}}).ids == [expected]
+
+
+def test_a_filter_sees_what_was_added_changed_and_compacted_since_its_last_use(place):
+    index = MultiVectorIndex.create(place, 1, 2, "float32")
+
+    def found(**where):
+        return sorted(index.search(torch.ones(1, 2), k=99, where=where).ids[0])
+
+    assert found(n=1) == []
+    index.add(torch.ones(3, 1, 2), names(3), [{"n": 1}, {"n": 1.5, "t": "x"}, {"n": 1, "t": "y"}])
+    assert found(n=1) == ["d0", "d2"] and found(t={"$gt": "x"}) == ["d2"]
+    index.upsert(torch.ones(2, 1, 2), ["d0", "d3"], [{"n": 2}, {"n": 1, "t": "z"}])
+    assert found(n=1) == ["d2", "d3"] and found(t={"$gt": "x"}) == ["d2", "d3"] and found(t=None) == ["d0"]
+    index.delete(["d2"])
+    index.compact()
+    assert found(n=1) == ["d3"] and found(n=2) == ["d0"] and found(t={"$ne": "z"}) == ["d0", "d1"]
+
+
+def test_a_filter_reads_the_metadata_once_for_every_key(folder):
+    index, statements = MultiVectorIndex.open(folder), []
+    index.search(torch.ones(1, 16), k=1, where={"n": 3})
+    index._snapshot.catalog._db.set_trace_callback(statements.append)
+    index.search(torch.ones(1, 16), k=1, where={"$or": [{"n": {"$lt": 3}}, {"n": {"$in": [8]}}]})
+    assert not any("json" in statement for statement in statements)
 
 
 @pytest.mark.parametrize(
