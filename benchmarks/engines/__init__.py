@@ -20,10 +20,11 @@ ROOT = HERE.parent.parent
 
 @dataclass(frozen=True)
 class Peer:
-    """An engine: its name in the tables, its module here, the name of its environment, and what is installed there."""
+    """An engine: its name in tables, its module here, its package, its environment, and what is installed there."""
 
     title: str
     module: str
+    package: str
     environment: str
     pins: tuple[str, ...]
     ours: bool = False  # run by our interpreter, with the environment's packages behind ours
@@ -32,11 +33,26 @@ class Peer:
 PEERS = {
     peer.module: peer
     for peer in (
-        Peer("faiss, then our rescoring", "faiss_rescored", "faiss", ("faiss-cpu==1.15.1", "numpy"), ours=True),
-        Peer("Qdrant Edge", "qdrant", "qdrant-edge", ("qdrant-edge-py==0.9.0", "numpy")),
-        Peer("LanceDB", "lance_db", "lancedb", ("lancedb==0.40.0", "numpy")),
-        Peer("fast-plaid", "plaid", "plaid", ("fast-plaid==1.7.0.2110", "xtr-warp-rs==2.1.0.2110", "numpy")),
-        Peer("XTR-WARP", "warp", "plaid", ("fast-plaid==1.7.0.2110", "xtr-warp-rs==2.1.0.2110", "numpy")),
+        Peer(
+            "faiss, then our rescoring",
+            "faiss_rescored",
+            "faiss-cpu",
+            "faiss",
+            ("faiss-cpu==1.15.1", "numpy"),
+            ours=True,
+        ),
+        Peer("Qdrant Edge", "qdrant", "qdrant-edge-py", "qdrant-edge", ("qdrant-edge-py==0.9.0", "numpy")),
+        Peer("LanceDB", "lance_db", "lancedb", "lancedb", ("lancedb==0.40.0", "numpy")),
+        Peer(
+            "fast-plaid",
+            "plaid",
+            "fast-plaid",
+            "plaid",
+            ("fast-plaid==1.7.0.2110", "xtr-warp-rs==2.1.0.2110", "numpy"),
+        ),
+        Peer(
+            "XTR-WARP", "warp", "xtr-warp-rs", "plaid", ("fast-plaid==1.7.0.2110", "xtr-warp-rs==2.1.0.2110", "numpy")
+        ),
     )
 }
 
