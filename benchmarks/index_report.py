@@ -86,7 +86,7 @@ def describe(cells: Cells, sizes: list[int]) -> list[str]:
         lines += [
             "",
             f"The {sizes[-1]:,} documents have 16 vectors each. The first {real} are scenes as they are; each",
-            f"further {real} are the same scenes with noise of half a vector's length added to each vector, normalized.",
+            f"further {real} are the same scenes, with noise of half its length added to each vector, normalized.",
             "Their first stage reads a binary copy of the first vector, and recall is against a full scan in int8.",
         ]
     return [
@@ -143,8 +143,8 @@ def beside(cells: Cells) -> list[str]:
     lines = [
         "### Beside other engines",
         "",
-        "The same embeddings and queries on one core, each engine in an environment of its own. Of several settings of",
-        "each, the table shows the fastest with a recall of 0.95 on half of the queries, or else the one with the",
+        "The same embeddings and queries on one core, each engine in an environment of its own. Of several settings",
+        "of each, the table shows the fastest with a recall of 0.95 on half of the queries, or else the one with the",
         "highest recall; times and recall are those of the other half. All times are processor time.",
         "",
     ]
