@@ -422,6 +422,15 @@ class MultiVectorIndex:
             found = snapshot.documents(list({slot for row in rows for slot in row}))
         return SearchHits([[found[s][0] for s in r] for r in rows], scores, [[found[s][1] for s in r] for r in rows])
 
+    def copies(self) -> tuple[dict[str, Any], Tensor | None]:
+        """The copies of the vectors as `search`, `cascade` and `tune_cascade` take documents, for every role.
+
+        Positions in them are not ids: the second value says for every position whether a document is there that was
+        not deleted, and is `None` if none was.
+        """
+        with self._reading() as snapshot:
+            return snapshot.copies(), snapshot.allowed(None, None, None)
+
     def get(self, ids: Sequence[str]) -> list[Document]:
         """Return the documents with these ids, in their order.
 

@@ -1,4 +1,4 @@
-"""Find the cheapest cascade for a target recall, on the user's own documents and queries."""
+"""Find the cheapest cascade for a target recall, on the user's own documents and queries: measure, choose, verify."""
 
 from __future__ import annotations
 
@@ -6,20 +6,26 @@ import itertools
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..configuration_metaembed import DEFAULT_BUDGETS
 from ..scoring_metaembed import Budget, as_stack
 from .cascade import Stage, cascade, check_same_documents
-from .search import check_k, prepare, rescore, search
+from .kernels import Step
+from .search import check_k, prepare, run
 
-_DEEPEST = 4096  # documents that a stage keeps at most
+_DEEPEST = 1 << 14  # documents that a stage keeps at most
+_LONGEST = 3  # stages before the final scores
+_TIMED = 25  # queries that a cost is measured on
+
+Scan = tuple[Budget, str]  # a budget, and the copy of the documents that it scores
 
 
 @dataclass(frozen=True)
@@ -36,7 +42,8 @@ class TunedCascade(TunedStages):
     """Result of `tune_cascade`.
 
     Attributes:
-        stages: What to pass to `cascade`; empty if nothing is cheaper than scoring everything.
+        stages: What to pass to `cascade`, or to the search of the index; empty if nothing is cheaper than scoring
+            everything.
         recall: Measured on the queries that were not tuned on.
         milliseconds: Measured, the median of those queries.
         full_milliseconds: The same for `search` at the full budget.
@@ -64,7 +71,7 @@ def tune_cascade(
     Half of the queries choose the stages and the other half verify them; costlier ones replace those that fail.
 
     Args:
-        documents: As in `maxsim`.
+        documents: As in `maxsim`, or a `MultiVectorIndex`, of which stages may use all copies of the vectors.
         queries: At least 2, as in `maxsim`; a hundred or more make the answer dependable.
         target_recall: The share of the `k` documents found by `search` at the full budget, from 0 to 1.
         k: How many documents a search returns.
@@ -84,41 +91,119 @@ def tune_cascade(
     check_k(k)
     if not 0 <= target_recall <= 1:
         raise ValueError(f"target_recall must be from 0 to 1, not {target_recall!r}")
-    exact = documents if exact is None else exact
-    q, stores = prepare(queries, exact, budget)
-    full, n = (q.shape[1], stores[0].vectors if stores else 0), check_same_documents(queries, documents, exact)
-    if len(q) < 2 or n == 0:
-        raise ValueError(f"there must be at least 2 queries and a document, not {len(q)} and {n}")
-    if budgets is None:
-        pairs = [(r, c) for r, c in DEFAULT_BUDGETS[:-1] if r <= full[0]]
-        budgets = [b for b in dict.fromkeys(pairs + [(full[0], c) for _, c in pairs]) if b[1] < full[1]]
-    for tried in budgets:
-        prepare(queries, exact, tried)  # raises if it does not fit
-    budgets = [(b[0], b[1]) for b in budgets]
-    raw = as_stack(queries, "queries")
-    chosen_on, verified_on = raw[::2], raw[1::2]
+    stack = as_stack(queries, "queries")
+    task = _Task.of(documents, exact, stack, k, budget, backend)
+    if len(stack) < 2 or task.available == 0:
+        raise ValueError(f"there must be at least 2 queries and a document, not {len(stack)} and {task.available}")
+    chosen_on, verified_on = stack[::2], stack[1::2]
 
-    truth = search(chosen_on, exact, k, full, backend=backend).indices
-    depth = min(n, _DEEPEST)
-    ranks = {b: _ranks(search(chosen_on, documents, depth, b, backend=backend).indices, truth) for b in budgets}
-    costs = {b: _measure_cost(chosen_on, documents, b, backend) for b in budgets}
-    costs[full] = _measure_cost(chosen_on, exact, full, backend)
-    curve = _cheapest(_candidates(ranks, costs, full, k, depth))
+    scans = task.scans(budgets)
+    truth = task.best(chosen_on, [task.final])
+    depth = min(task.available, _DEEPEST)
+    ranks = {scan: _ranks(task.best(chosen_on, [Stage(scan[0], depth, scan[1])]), truth) for scan in scans}
+    costs = task.measure(chosen_on, scans)
+    curve = _cheapest(_chains(ranks, costs, task.full, k, depth))
 
-    truth = search(verified_on, exact, k, full, backend=backend).indices
+    truth = task.best(verified_on, [task.final])
     one_by_one = verified_on[:50].split(1)
-    full_time = _median_time(partial(search, x, exact, k, full, backend=backend) for x in one_by_one)
+    full_time = _median_time(partial(task.search, x, ()) for x in one_by_one)
     for option in curve:
-        if option.recall < target_recall:
+        if option.recall < target_recall or not option.stages:
             continue
-        options = {"budget": full, "stages": option.stages, "exact": exact, "backend": backend}
-        run = partial(cascade, documents=documents, k=k, **options)
-        recall = _recall(run(verified_on).indices, truth)
+        recall = _recall(task.best(verified_on, [*option.stages, task.final]), truth)
         if recall >= target_recall:
-            spent = _median_time(partial(run, x) for x in one_by_one)
+            spent = _median_time(partial(task.search, x, option.stages) for x in one_by_one)
             if spent < full_time:
                 return TunedCascade(option.stages, recall, spent * 1e3, full_time * 1e3, tuple(curve))
     return TunedCascade((), 1.0, full_time * 1e3, full_time * 1e3, tuple(curve))
+
+
+@dataclass(frozen=True)
+class _Cost:
+    """Seconds for one query: to score all documents, to begin rescoring some, and for each of them."""
+
+    scan: float
+    start: float = 0.0
+    each: float = 0.0
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What is tuned: the documents, and how a user searches them."""
+
+    copies: Mapping[str, Any]  # of the documents, by role
+    allowed: Tensor | None
+    available: int
+    full: Scan
+    k: int
+    backend: str
+    search: Callable[[Tensor, Sequence[Stage]], Any]
+
+    @classmethod
+    def of(cls, documents: Any, exact: Any, queries: Tensor, k: int, budget: Budget | None, backend: str) -> _Task:
+        if hasattr(documents, "copies"):  # a MultiVectorIndex
+            if exact is not None:
+                raise ValueError("an index keeps its own exact copy: create it with one, and leave out exact")
+            copies, allowed = documents.copies()
+            best = "exact" if "exact" in copies else "main"
+            options = {"k": k, "budget": budget, "backend": backend}
+            find = lambda x, stages: documents.search(x, stages=stages, **options)  # noqa: E731
+        else:
+            best, allowed = ("main" if exact is None else "exact"), None
+            copies = {"main": documents, "exact": documents if exact is None else exact}
+            check_same_documents(queries, documents, copies["exact"])
+            options = {"k": k, "budget": budget, "exact": exact, "backend": backend}
+            find = lambda x, stages: cascade(x, documents, stages=stages, **options)  # noqa: E731
+        q, stores = prepare(queries, copies[best], budget)
+        full = (q.shape[1], stores[0].vectors if stores else 0)
+        available = sum(map(len, stores)) if allowed is None else int(allowed.sum())
+        return cls(copies, allowed, available, (full, best), k, backend, find)
+
+    @property
+    def final(self) -> Stage:
+        return Stage(self.full[0], self.k, self.full[1])
+
+    def scans(self, budgets: Sequence[Budget] | None) -> list[Scan]:
+        """What stages may score: smaller budgets of every copy, and the full one of less exact copies."""
+        (r_q, r_c), best = self.full
+        if budgets is None:
+            pairs = [(q, c) for q, c in DEFAULT_BUDGETS[:-1] if q <= r_q]
+            budgets = [b for b in dict.fromkeys(pairs + [(r_q, c) for _, c in pairs]) if b[1] < r_c]
+            if best == "exact" and self.copies["main"] is not self.copies["exact"]:
+                budgets.append((r_q, r_c))
+        every = [(b, role) for role in self.copies for b in ((b[0], b[1]) for b in budgets)]
+        fewest = {role: _vectors(copy) for role, copy in self.copies.items()}
+        usable = [s for s in every if s[1] != "exact" and (s[1] != "first" or s[0][1] <= fewest["first"])]
+        return [scan for scan in usable if scan != self.full]
+
+    def best(self, queries: Tensor, stages: Sequence[Stage]) -> Tensor:
+        """Positions of what a cascade of these stages, the final one included, finds."""
+        steps = [Step(*prepare(queries, self.copies[s.quantization], s.budget), s.keep) for s in stages]
+        return run(steps, self.allowed, None, self.backend)[1]
+
+    def measure(self, queries: Tensor, scans: Sequence[Scan]) -> dict[Scan, _Cost]:
+        """What everything costs. Rescoring is measured behind the first scan, whose own time is taken off."""
+        some = queries[:_TIMED].split(1)
+        few, many = min(self.available, 32), min(self.available, 1024)
+
+        def seconds(*stages: tuple[Scan, int]) -> float:
+            cascade_of = [Stage(budget, keep, role) for (budget, role), keep in stages]
+            return _median_time(partial(self.best, x, cascade_of) for x in some)
+
+        costs = {scan: _Cost(seconds((scan, min(self.available, 1000)))) for scan in scans}
+        costs[self.full] = _Cost(_median_time(partial(self.best, x, [self.final]) for x in some[:9]))
+        if scans:
+            first = min(scans, key=lambda scan: costs[scan].scan)
+            alone = {m: seconds((first, m)) for m in (few, many)}
+            for scan, cost in costs.items():
+                less, more = (max(0.0, seconds((first, m), (scan, 1)) - alone[m]) for m in (few, many))
+                each = max(0.0, more - less) / max(1, many - few)
+                costs[scan] = _Cost(cost.scan, max(0.0, less - few * each), each)
+        return costs
+
+
+def _vectors(copy: Any) -> int:
+    return int(getattr(copy, "vectors", 0))
 
 
 def _ranks(found: Tensor, truth: Tensor) -> Tensor:
@@ -135,29 +220,6 @@ def _recall(found: Tensor, truth: Tensor) -> float:
     return (_ranks(found, truth) < found.shape[1]).double().mean().item()
 
 
-@dataclass(frozen=True)
-class _Cost:
-    """Seconds for one query: to score all documents, to begin rescoring some, and for each of them."""
-
-    scan: float
-    start: float
-    each: float
-
-
-def _measure_cost(queries: Tensor, documents: Any, budget: Budget, backend: str) -> _Cost:
-    n = sum(map(len, prepare(queries, documents, budget)[1]))
-    few, many = min(n, 32), min(n, 1024)
-    some = queries[:9].split(1)
-    scan = _median_time(partial(search, x, documents, min(n, 100), budget, backend=backend) for x in some)
-    seconds = []
-    for m in (few, many):
-        at = [torch.randint(0, n, (1, m)).sort().values for _ in some]
-        calls = [partial(rescore, x, documents, p, budget, backend=backend) for x, p in zip(some, at, strict=True)]
-        seconds.append(_median_time(calls))
-    each = max(0.0, seconds[1] - seconds[0]) / max(1, many - few)
-    return _Cost(scan, max(0.0, seconds[0] - few * each), each)
-
-
 def _median_time(calls: Iterable[Callable[[], Any]]) -> float:
     calls = list(calls)
     calls[0]()
@@ -169,32 +231,46 @@ def _median_time(calls: Iterable[Callable[[], Any]]) -> float:
     return statistics.median(seconds)
 
 
-def _candidates(
-    ranks: dict[Budget, Tensor], costs: dict[Budget, _Cost], full: Budget, k: int, depth: int
+def _chains(
+    ranks: Mapping[Scan, Tensor], costs: Mapping[Scan, _Cost], full: Scan, k: int, depth: int
 ) -> Iterator[TunedStages]:
-    """Yield all chains of up to three stages. The rank of a document among all bounds its rank among those left."""
-    steps = max(1, math.ceil(math.log(max(depth / k, 1), 1.5)))
-    keeps = sorted({min(depth, math.ceil(k * 1.5**i)) for i in range(steps + 1)})
-    survives = {(b, keep): ranks[b] < keep for b in ranks for keep in keeps}
-    order = sorted(ranks, key=lambda b: costs[b].scan)
+    """Yield the cascades worth considering. The rank of a document among all bounds its rank among those left."""
     yield TunedStages((), 1.0, costs[full].scan * 1e3)
-    for length in (1, 2, 3):
+    steps = max(1, math.ceil(math.log(max(depth / k, 1), 1.5)))
+    keeps = np.array(sorted({min(depth, math.ceil(k * 1.5**i)) for i in range(steps + 1)}))
+    # How many of the keeps are too few for each true document; one that no keep saves counts as lost.
+    short = {scan: np.searchsorted(keeps, rank.numpy(), side="right") for scan, rank in ranks.items()}
+    order = sorted(ranks, key=lambda scan: costs[scan].scan)
+    for length in range(1, _LONGEST + 1):
+        sizes = np.meshgrid(*[np.arange(len(keeps))] * length, indexing="ij")
+        falling = np.logical_and.reduce(
+            [a > b for a, b in itertools.pairwise(sizes)] or [np.ones_like(sizes[0], bool)]
+        )
         for chain in itertools.combinations(order, length):
-            for sizes in itertools.combinations(reversed(keeps), length):
-                seconds = costs[chain[0]].scan
-                for b, incoming in zip((*chain[1:], full), sizes, strict=True):
-                    seconds += costs[b].start + costs[b].each * incoming
-                if seconds >= costs[full].scan:
-                    continue
-                alive = torch.stack([survives[stage] for stage in zip(chain, sizes, strict=True)]).all(dim=0)
-                stages = tuple(zip(chain, sizes, strict=True))
-                yield TunedStages(stages, alive.double().mean().item(), seconds * 1e3)
+            seconds = costs[chain[0]].scan + sum(
+                costs[scan].start + costs[scan].each * keeps[size]
+                for scan, size in zip((*chain[1:], full), sizes, strict=True)
+            )
+            alive = np.zeros([len(keeps) + 1] * length)
+            np.add.at(alive, tuple(short[scan] for scan in chain), 1 / len(ranks[chain[0]]))
+            for axis in range(length):
+                alive = alive.cumsum(axis)
+            recalls = alive[(slice(-1),) * length]
+            useful = np.argwhere(falling & (seconds < costs[full].scan))
+            for at in map(tuple, useful[_front(seconds[tuple(useful.T)], recalls[tuple(useful.T)])]):
+                stages = tuple(Stage(scan[0], int(keeps[i]), scan[1]) for scan, i in zip(chain, at, strict=True))
+                yield TunedStages(stages, min(1.0, float(recalls[at])), float(seconds[at]) * 1e3)
 
 
-def _cheapest(options: Iterator[TunedStages]) -> list[TunedStages]:
+def _front(costs: np.ndarray, recalls: np.ndarray) -> np.ndarray:
+    """Places of the options that no other beats in both, cheapest first."""
+    order = np.lexsort((-recalls, costs))
+    best = np.maximum.accumulate(recalls[order])
+    return order[np.r_[True, best[1:] > best[:-1]][: len(order)]]
+
+
+def _cheapest(options: Iterable[TunedStages]) -> list[TunedStages]:
     """Return the options that no other beats in both recall and cost, cheapest first."""
-    front: list[TunedStages] = []
-    for option in sorted(options, key=lambda o: (o.milliseconds, -o.recall)):
-        if not front or option.recall > front[-1].recall:
-            front.append(option)
-    return front
+    every = list(options)
+    costs, recalls = (np.array([getattr(o, name) for o in every]) for name in ("milliseconds", "recall"))
+    return [every[i] for i in _front(costs, recalls)]

@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from torch.nn.functional import normalize
 
 from metaembed.retrieval.collection import EmbeddingCollection
-from metaembed.retrieval.kernels import cpu
+from metaembed.retrieval.kernels import Slab, Step, Store, cpu
 from metaembed.retrieval.kernels.cpu import CpuKernel, _disagreement, load_kernel
 from metaembed.retrieval.quantization import QUANTIZATIONS, decode, encode, round_queries
-from metaembed.retrieval.search import search, top_k
+from metaembed.retrieval.search import run, search, top_k
 from metaembed.scoring_metaembed import maxsim
 
 FLAGS = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
@@ -72,29 +72,90 @@ def test_the_self_check_sees_a_small_disagreement(quantization):
     assert _disagreement(load_kernel(), quantization) < 2e-6
 
 
+def stores(documents, quantization, cuts, split=(1,)):
+    """Documents as segments that end at the cuts, their vectors as slabs of which the first ones are given."""
+    sizes = [*split, documents.shape[1] - sum(split)]
+    return [
+        Store([Slab(*encode(x, quantization)) for x in part.split(sizes, dim=1)], quantization, part.shape[2], True)
+        for part in documents.tensor_split(cuts)
+    ]
+
+
+def same_as_torch(steps, allowed=None, margin=None):
+    got = load_kernel().cascade(steps, allowed, margin)
+    expected = run(steps, allowed, margin, "torch")[:3]
+    for mine, reference in zip(got, expected, strict=True):
+        assert mine.shape == reference.shape and mine.dtype == reference.dtype
+    assert torch.equal(got[1], expected[1]) and torch.equal(got[2], expected[2])
+    torch.testing.assert_close(got[0], expected[0])
+
+
 @settings(max_examples=60, deadline=None)
-@given(st.integers(1, 70), st.integers(0, 400), st.integers(1, 50), st.integers(1, 3), st.booleans(), st.data())
-def test_the_kernel_selects_what_torch_selects_ties_included(count, n, k, threads, some, data):
+@given(
+    st.integers(0, 70),
+    st.integers(0, 400),
+    st.integers(1, 50),
+    st.integers(1, 3),
+    st.sampled_from([0, 2, 9]),
+    st.data(),
+)
+def test_the_kernel_selects_what_torch_selects_ties_included(count, n, k, threads, every, data):
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
-    queries, documents = (torch.randint(-1, 2, (m, 2, 3), generator=generator).float() for m in (count, n))
-    index = torch.randint(0, n, (n // 2,), generator=generator).sort().values if some and n else None
+    queries, documents = (torch.randint(-1, 2, (m, 3, 3), generator=generator).float() for m in (count, n))
+    cuts = sorted(data.draw(st.lists(st.integers(0, n), max_size=2)))
+    allowed = (torch.randint(0, every, (n,), generator=generator) == 0) if every else None
+    r_q, r_c = data.draw(st.sampled_from([(1, 1), (2, 1), (1, 3), (3, 3)]))
+    segments = [store.prefix(r_c) for store in stores(documents, "float32", cuts)]
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(threads)
-        values, places = load_kernel().top_k([[(documents, None)]], queries, "float32", k, index)
+        same_as_torch([Step(queries[:, :r_q], segments, k)], allowed)
     finally:
         torch.set_num_threads(before)
-    expected = top_k(load_kernel().scores([(documents, None)], queries, "float32", index), k)
-    assert torch.equal(values, expected[0]) and torch.equal(places, expected[1])
 
 
-def test_many_queries_with_many_hits_are_selected_in_parts(monkeypatch):
-    monkeypatch.setattr(cpu, "_MOST_HITS", 50)
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 6), st.integers(1, 300), st.sampled_from([None, 0.0, 0.3]), st.booleans(), st.data())
+def test_a_cascade_of_mixed_quantizations_is_the_one_of_torch(count, n, margin, filtered, data):
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
+    draw = lambda *shape: torch.randint(-1, 2, shape, generator=generator).float()  # noqa: E731
+    queries, documents = draw(count, 4, 8), draw(n, 6, 8)  # whose scores are exact at every quantization but for ties
+    allowed = torch.randint(0, 3, (n,), generator=generator) > 0 if filtered else None
+    cuts = [n // 3, n // 2]
+    first, main, exact = (
+        stores(documents, name, cuts, split)
+        for name, split in (("binary", (1,)), (data.draw(st.sampled_from(QUANTIZATIONS)), (1, 2)), ("float32", (2,)))
+    )
+    keeps = sorted(data.draw(st.lists(st.integers(3, 120), min_size=2, max_size=2)), reverse=True)
+    steps = [
+        Step(queries[:, :1], [store.prefix(1) for store in first], keeps[0]),
+        Step(queries[:, :2], [store.prefix(3) for store in main], keeps[1]),
+        Step(queries, exact, 3),
+    ]
+    same_as_torch(steps, allowed, margin)
+
+
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
+@pytest.mark.parametrize("count", [1, 3, 70])
+def test_many_documents_are_selected_by_a_guess_that_cannot_be_wrong(quantization, count):
     generator = torch.Generator().manual_seed(0)
-    queries, documents = (torch.randint(-9, 10, (n, 3, 8), generator=generator).float() for n in (11, 99))
-    values, places = load_kernel().top_k([[(documents, None)]], queries, "float32", 20)
-    expected = top_k(load_kernel().scores([(documents, None)], queries, "float32"), 20)
-    assert torch.equal(values, expected[0]) and torch.equal(places, expected[1])
+    queries, documents = (torch.randint(-9, 10, (n, 1, 24), generator=generator).float() for n in (count, 6000))
+    misleading = documents.clone()
+    misleading[:16] = queries[0] * 99  # the sample, and nothing else, is as good as can be
+    for some in (documents, documents.sort(dim=0).values, misleading):
+        segments = stores(some, quantization, [2500], split=())
+        parts = [[(slab.stored, slab.scales) for slab in store.slabs] for store in segments]
+        scores = torch.cat([load_kernel().scores(part, queries, quantization) for part in parts], dim=1)
+        for allowed in (None, torch.arange(6000) % 2 == 0):
+            values, places, _ = load_kernel().cascade([Step(queries, segments, 70)], allowed)
+            expected = top_k(scores if allowed is None else scores.masked_fill(~allowed, -torch.inf), 70)
+            assert torch.equal(values, expected[0]) and torch.equal(places, expected[1])
+
+
+def test_many_queries_are_selected_in_parts():
+    generator = torch.Generator().manual_seed(0)
+    queries, documents = (torch.randint(-9, 10, (n, 1, 4), generator=generator).float() for n in (1100, 4100))
+    same_as_torch([Step(queries, stores(documents, "float32", [], split=()), 4096)])
 
 
 def test_integers_are_exact_up_to_the_largest_dimension_and_refused_beyond():
