@@ -1,7 +1,7 @@
 """What vectors, dimensions and bits should share the bytes of a document, on the quickstart's embeddings.
 
 python examples/quickstart.py            first, once: trains the model and embeds 2,000 scenes
-python benchmarks/byte_dial.py           prints two tables; [--queries 400]
+python benchmarks/byte_dial.py           prints the tables; [--queries 400]
 """
 
 from __future__ import annotations
@@ -82,6 +82,13 @@ def main() -> None:
         print(f"\n{title}: {len(documents):,} documents of {vectors} vectors of {dim} dimensions, {count} queries.")
         print(f"{len(fitted.tried)} settings in {time.perf_counter() - started:.0f} s, one thread.\n")
         print(markdown_table(head, rows))
+        dims = sorted({setting.dim for setting in fitted.tried})
+        rows = [
+            [f"{size:,}", *(show(best_of(fitted, size, dim=dim, quantization="int8")) for dim in dims)]
+            for size in fitted.curve
+        ]
+        print("\nMore vectors of fewer dimensions, all in int8:\n")
+        print(markdown_table(["bytes", *(f"{dim} dimensions" for dim in dims)], rows))
 
 
 if __name__ == "__main__":

@@ -29,15 +29,13 @@ from scenes_embedded import CACHE, PART, embed_scenes, find_best, iterate_scenes
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from metaembed import MultiVectorIndex
+from metaembed import MultiVectorIndex, tune_cascade
 
 SIZES = (1000, 3000, 10_000, 30_000, 100_000, 300_000, 1_000_000, 10_000_000)
 LARGE = 10_000_000  # documents of 16 vectors; smaller sizes have 64
 REAL = 1_000_000  # scenes that are embedded; LARGE is made of them
 K, TARGET = 10, 0.95
 QUERIES = 200  # half of them choose the stages, the other half verify them
-FIRST = (100, 200, 300, 450, 700, 1000, 1500, 2300, 3500, 5000, 10_000, 20_000)  # documents that (1, 1) keeps
-SECOND = (30, 60, 100, 150, 250)  # documents that (4, 8) keeps
 MINUTES = 20  # for an engine to build its index
 
 Call = Callable[[], Any]
@@ -166,34 +164,17 @@ def best(index: MultiVectorIndex, count: int) -> Tensor:
 # Measurements
 
 
-def chains(index: MultiVectorIndex, first: int) -> Iterator[list]:
-    """Yield the stages that are tried, of those whose first stage keeps `first` documents."""
-    stage = ((1, 1), "first", first) if "first" in index.quantization else ((1, 1), "main", first)
-    yield [stage]
-    yield from ([stage, ((4, 8), "main", second)] for second in SECOND if second < first)
-
-
 def tune(index: MultiVectorIndex, queries: Tensor, truth: Tensor) -> list[dict]:
-    """Measure chains of stages, cheapest first. First stages larger than needed are left out."""
+    """Return stages for every recall, by `tune_cascade`, cheapest first, with their recall of the truth."""
+    options = [option.stages for option in tune_cascade(index, queries, TARGET).curve if option.stages]
     tried: list[dict] = []
-    for first in FIRST:
-        if first >= len(index) or any(one["recall"] > 0.99 for one in tried):
-            break
-        for stages in chains(index, first):
-            recalled = recall(index.search(queries, K, stages=stages).ids, truth)
-            calls = [lambda q=q, s=stages: index.search(q, K, stages=s) for q in queries[:12]]
-            spent = take_turns({"search": calls}, 1, time.process_time)["search"]
-            tried.append({"stages": stages, "recall": recalled, "p50": float(np.median(spent))})
-    return sorted(tried, key=lambda one: one["p50"])
-
-
-def front(tried: list[dict]) -> list[dict]:
-    """Return what no other beats in both recall and time."""
-    kept: list[dict] = []
-    for one in tried:
-        if not kept or one["recall"] > kept[-1]["recall"]:
-            kept.append(one)
-    return kept
+    for stages in options:
+        recalled = recall(index.search(queries, K, stages=stages).ids, truth)
+        if recalled > (tried[-1]["recall"] + 0.002 if tried else 0.5):
+            tried.append({"stages": [[s.budget, s.quantization, s.keep] for s in stages], "recall": recalled})
+            if recalled > 0.985:
+                break
+    return tried
 
 
 def latency(count: int) -> dict:
@@ -201,33 +182,38 @@ def latency(count: int) -> dict:
     torch.set_num_threads(1)
     index = open_index(count)
     queries, truth = load_queries(QUERIES), best(index, count)
-    tried = tune(index, queries[::2], truth[::2])
+    curve = tune(index, queries[::2], truth[::2])
     verify, expected = queries[1::2], truth[1::2]
-    curve = []
-    for one in front(tried):
-        found = index.search(verify, K, stages=one["stages"]).ids
-        curve.append({**one, "verified": recall(found, expected)})
-    # The cheapest that the first half chose, unless the second half does not confirm it: then the next.
+    for one in curve:
+        calls = [lambda q=q, s=one["stages"]: index.search(q, K, stages=s) for q in verify[:20]]
+        one["p50"] = float(np.median(take_turns({"search": calls}, 2, time.process_time)["search"]))
+        one["verified"] = recall(index.search(verify, K, stages=one["stages"]).ids, expected)
+    # The first that the first half chooses, unless the second half does not confirm it: then the next.
     good = [one for one in curve if one["recall"] >= TARGET and one["verified"] >= TARGET]
     stages = good[0]["stages"] if good else None
-    first = index.quantization.get("first", index.quantization["main"])[0]
-    size = count * {"binary": index.dim // 8 + 4, "int8": index.dim + 4}[first]
+    first = index.quantization[stages[0][1] if stages else "main"][0]
+    read = stages[0][0][1] if stages else index.vectors
+    size = count * read * {"binary": index.dim // 8 + 4, "int8": index.dim + 4}[first]
     memory = torch.ones(size // 4 + 1)
     best_ms = take_turns(
         {
             "cascade": [lambda q=q: index.search(q, K, stages=stages) for q in verify],
+            "auto": [lambda q=q: index.search(q, K) for q in verify[:50]],
             "full scan": [lambda q=q: index.search(q, K, stages=None) for q in verify[: 3 if count > 1e5 else 20]],
             "read": [memory.sum] * 20,
         },
         2 if count > REAL else 3,
         time.process_time,
     )
+    few = verify[: 20 if count > 1e5 else 100]
     return {
         "stages": stages,
         "recall": recall(index.search(verify, K, stages=stages).ids, expected),
-        "full scan recall": 1.0 if count > REAL else recall(index.search(verify, K, stages=None).ids, expected),
+        "auto recall": recall(index.search(verify, K).ids, expected),
+        "full scan recall": recall(index.search(few, K, stages=None).ids, expected[: len(few)]),
         "p50": float(np.median(best_ms["cascade"])),
         "p95": float(np.percentile(best_ms["cascade"], 95)),
+        "auto": float(np.median(best_ms["auto"])),
         "full scan": float(np.median(best_ms["full scan"])),
         "read": float(np.median(best_ms["read"])),
         "read bytes": memory.nbytes,

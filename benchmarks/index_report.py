@@ -57,14 +57,15 @@ def describe(cells: Cells, sizes: list[int]) -> list[str]:
     """Return the table of sizes."""
     rows = []
     for n in sizes:
-        it, built = cells[f"latency-{n}"], cells[f"build-{n}"]
+        it = cells[f"latency-{n}"]
         faster = f"{it['full scan'] / it['p50']:.0f}x"
         over = f"{it['p50'] / it['read']:.1f}x"
         times = [number(it[key]) for key in ("full scan", "p50", "p95")]
         recalls = [f"{it['recall']:.3f}"]
-        rows.append([f"{n:,}", size(built["bytes"]), *times, *recalls, faster, over, show(it["stages"])])
-    head = ["documents", "on disk", "every document, ms", "search, ms", "95th percentile", "recall@10", "faster"]
-    head += ["over reading", "stages before the final scores"]
+        auto = [number(it["auto"]), f"{it['auto recall']:.3f}"]
+        rows.append([f"{n:,}", *times, *recalls, faster, over, show(it["stages"]), *auto])
+    head = ["documents", "every document, ms", "search, ms", "95th percentile", "recall@10", "faster"]
+    head += ["over reading", "stages before the final scores", "default stages, ms", "recall@10"]
     largest = cells[f"latency-{max(n for n in sizes if n <= 1_000_000)}"]
     lines = [
         "## Search",
@@ -72,8 +73,8 @@ def describe(cells: Cells, sizes: list[int]) -> list[str]:
         f"{describe_machine()}.",
         "One thread and one query at a time, in milliseconds of processor time. The documents are scenes of the",
         "quickstart, embedded by its model: 64 vectors of 64 dimensions, in int8. Recall@10 is the share of the ten",
-        "best documents of an exact search in float32. Half of 200 queries choose the stages, for a recall of 0.95;",
-        "the figures are those of the other half.",
+        "best documents of an exact search in float32. `tune_cascade` chooses the stages on half of 200 queries, for a",
+        "recall of 0.95; the figures are those of the other half.",
         "",
         markdown_table(head, rows),
         "",

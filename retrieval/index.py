@@ -36,8 +36,8 @@ from .storage import (
 
 __all__ = ["DamagedIndexError", "Document", "MultiVectorIndex", "SearchHits", "Stage"]
 
-_SMALL = 1 << 22  # bytes of vectors that stay in the catalog before they are moved to the files
-_LONG_LOG = 1 << 22  # bytes of SQLite's log after which a writer makes a checkpoint
+_SMALL = 1 << 22  # small adds go to the catalog until they have so many bytes together; then they go to the files
+_LONG_LOG = 1 << 22  # a writer checkpoints SQLite's write-ahead log when it has more bytes than this
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,17 +90,17 @@ class MultiVectorIndex:
     _pid: int
     _writer: Catalog | None
     _snapshot: Snapshot
-    _fresh: Buffers | None  # what `compact` made, in memory
+    _compacted: Buffers | None  # set by `compact`: the new vectors of an index in memory
 
     def __init__(self) -> None:
-        raise TypeError("make an index with MultiVectorIndex.create, or open one with MultiVectorIndex.open")
+        raise TypeError("use MultiVectorIndex.create to create an index, or MultiVectorIndex.open to open one")
 
     @classmethod
     def _new(cls, folder: Path | None, timeout: float) -> MultiVectorIndex:
         self = object.__new__(cls)
         self.folder, self.timeout = folder, timeout
         self._mutex, self._pid = threading.RLock(), os.getpid()
-        self._writer = self._fresh = None
+        self._writer = self._compacted = None
         return self
 
     @classmethod
@@ -132,7 +132,7 @@ class MultiVectorIndex:
 
         Raises:
             ValueError: if a number, a quantization or the PCA does not fit, or the folder is not empty.
-            PermissionError: if the folder may not be written to.
+            PermissionError: if the folder is not writable.
         """
         for name, value in (("vectors", vectors), ("dim", dim)):
             if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 1 << 20:
@@ -167,8 +167,8 @@ class MultiVectorIndex:
             timeout: Seconds that a writer waits for another one.
 
         Raises:
-            FileNotFoundError: if the folder holds no index.
-            DamagedIndexError: (a `ValueError`) if a file is missing, or is not what was written.
+            FileNotFoundError: if the folder contains no index.
+            DamagedIndexError: (a `ValueError`) if a file is missing or damaged.
         """
         self = cls._new(Path(folder), timeout)
         self._snapshot = self._read()
@@ -184,21 +184,21 @@ class MultiVectorIndex:
         Args:
             embeddings: `[n, r, dim]` with `r >= vectors`, of which the first are kept, or a list of such `[r, dim]`;
                 an index with pooling takes a list of `[r, dim]` of any lengths.
-            ids: One for every document, all different and new.
-            metadata: A dict for every document, of what JSON can hold.
+            ids: One new, unique id per document.
+            metadata: One dict per document, with values that JSON can represent.
 
         Raises:
             TypeError: if embeddings are not of floating point, an id is not text, or metadata is not a dict.
-            ValueError: if shapes do not fit, a value is NaN or infinite, or an id is there already.
-            TimeoutError: if another process keeps writing; the message says which.
-            OSError: if the disk is full, or the folder may not be written to.
+            ValueError: if shapes do not match, a value is NaN or infinite, or an id is already in the index.
+            TimeoutError: if another process holds the write lock for too long; the message says which.
+            OSError: if the disk is full or the folder is not writable.
         """
         self._insert(embeddings, ids, metadata, replacing=False)
 
     def upsert(
         self, embeddings: Any, ids: Sequence[str], metadata: Sequence[Mapping[str, Any] | None] | None = None
     ) -> None:
-        """Add documents, and replace those whose ids are there already, metadata included. Arguments as for `add`."""
+        """Add documents, and replace those whose ids are already in the index. Takes the same arguments as `add`."""
         self._insert(embeddings, ids, metadata, replacing=True)
 
     def delete(self, ids: Sequence[str] | None = None, where: Mapping[str, Any] | None = None) -> int:
@@ -214,7 +214,7 @@ class MultiVectorIndex:
             TypeError: unless one of the two is given.
         """
         if (ids is None) == (where is None):
-            raise TypeError("delete needs either ids or where")
+            raise TypeError("pass either ids or where to delete")
         ids = None if ids is None else check_ids(ids)
         with self._writing() as (catalog, _):
             slots = self._snapshot.matching(where or {}) if ids is None else list(catalog.slots(ids).values())
@@ -222,7 +222,7 @@ class MultiVectorIndex:
         return len(slots)
 
     def compact(self) -> None:
-        """Rewrite the index without the deleted documents to free their space. Others may read meanwhile."""
+        """Rewrite the index without the deleted documents to free their space. Other processes can keep reading."""
         with self._writing() as (catalog, manifest):
             old = self._snapshot
             if not old.dead_count and manifest.base == manifest.rows and len(catalog.chunks()) <= 1:
@@ -242,14 +242,14 @@ class MultiVectorIndex:
             if rows:
                 catalog.add_chunk(0, rows, sums)
             catalog.set_manifest(new.as_json())
-            self._fresh = buffers
+            self._compacted = buffers
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write the index to a folder, new or empty, from which `open` reads it.
+        """Save the index to a new or empty folder, which `open` can read.
 
         Raises:
             ValueError: if the folder is not empty.
-            OSError: if the disk is full, or the folder may not be written to.
+            OSError: if the disk is full or the folder is not writable.
         """
         with self._reading() as snapshot:
             _begin(Path(folder), self.timeout, lambda: _write_folder(Path(folder), snapshot))
@@ -260,11 +260,11 @@ class MultiVectorIndex:
         if metadata is None:
             metadata = [None] * len(ids)
         if isinstance(metadata, Mapping | str) or not isinstance(metadata, Sequence):
-            raise TypeError(f"metadata must be a list with a dict for every document, not {type(metadata).__name__}")
+            raise TypeError(f"metadata must be a list with one dict per document, not {type(metadata).__name__}")
         if not len(ids) == len(metadata) == len(stack):
-            raise ValueError(f"there are {len(stack)} documents, but {len(ids)} ids and {len(metadata)} metadata")
+            raise ValueError(f"got {len(stack)} documents, but {len(ids)} ids and {len(metadata)} metadata")
         if len(set(ids)) < len(ids):
-            raise ValueError("ids must all be different")
+            raise ValueError("ids must be unique")
         texts = [to_json(one) for one in metadata]
         if not ids:
             return
@@ -272,14 +272,15 @@ class MultiVectorIndex:
             there = catalog.slots(ids)
             if there and not replacing:
                 raise ValueError(
-                    f"{len(there)} ids are in the index already, such as {list(there)[:3]}; replace with upsert"
+                    f"{len(there)} ids are already in the index, such as {list(there)[:3]}; "
+                    "use upsert to replace documents"
                 )
             catalog.bury(list(there.values()))
             catalog.add(manifest.rows, zip(ids, texts, strict=True))
             catalog.set_manifest(self._keep(catalog, manifest, stack).as_json())
 
     def _keep(self, catalog: Catalog, manifest: Manifest, stack: Tensor) -> Manifest:
-        """Write the vectors of new documents, which count when the transaction is committed."""
+        """Write the vectors of new documents. They become part of the index when the transaction commits."""
         layout, new = manifest.layout, replace(manifest, rows=manifest.rows + len(stack))
         blocks = (layout.encode(self._snapshot.project(block.float())) for block in layout.blocks(stack))
         if self.folder is None:
@@ -311,8 +312,8 @@ class MultiVectorIndex:
             lengths = {len(one) for one in embeddings} if isinstance(embeddings, list | tuple) else set()
             if len(lengths) > 1:
                 raise ValueError(
-                    f"documents have from {min(lengths)} to {max(lengths)} vectors; give the index "
-                    "pooling='nested' when you create it, to make them all of one length"
+                    f"documents have between {min(lengths)} and {max(lengths)} vectors; create the index with "
+                    "pooling='nested' to pool them to the same number"
                 )
             stack = as_stack(embeddings, "embeddings")
         if stack.shape[1] < manifest.vectors or stack.shape[2] != manifest.dim:
@@ -324,14 +325,14 @@ class MultiVectorIndex:
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[tuple[Catalog, Manifest]]:
-        """Be the only writer, see the latest state, and commit all of it or nothing."""
+        """Take the write lock, load the latest state, and commit everything the block does or nothing."""
         with self._mutex:
-            self._fresh = None
+            self._compacted = None
             if self.folder is None:
                 assert self._writer is not None
                 with self._writer.transaction() as catalog:
                     yield catalog, self._snapshot.manifest
-                buffers = self._snapshot.buffers if self._fresh is None else self._fresh
+                buffers = self._snapshot.buffers if self._compacted is None else self._compacted
                 self._snapshot = Snapshot(self._writer, None, self._snapshot, buffers=buffers)
                 return
             with writer_lock(self.folder, self.timeout), explained(self.folder):
@@ -349,20 +350,20 @@ class MultiVectorIndex:
                         manifest = replace(manifest, writes=manifest.writes + 1)
                         catalog.set_manifest(manifest.as_json())
                         yield catalog, manifest
-                    if self._fresh is not None:
+                    if self._compacted is not None:
                         self._writer.vacuum()
                     self.refresh()
                 finally:
                     self._clean()
                 if (
-                    self._fresh is not None or self._writer.log_size() > _LONG_LOG
+                    self._compacted is not None or self._writer.log_size() > _LONG_LOG
                 ):  # SQLite starts the log anew when no reader needs it
                     self._writer.checkpoint()
                     self.refresh()
                     self._writer.checkpoint("TRUNCATE")
 
     def _clean(self) -> None:
-        """Delete files that no state needs: of interrupted writes, or of before a compaction. Only under the lock."""
+        """Delete the files of interrupted writes and of earlier compactions. Call it only under the lock."""
         assert self.folder is not None
         segment = self._snapshot.manifest.segment
         for name, paths in segment_files(self.folder).items():
@@ -375,10 +376,10 @@ class MultiVectorIndex:
                 remove([*files[1:], files[0]])
 
     def _migrate(self) -> None:
-        """Convert format 1 to format 2: the database is written last, and is valid from then on."""
+        """Convert the folder from format 1 to format 2. The database is written last and completes the conversion."""
         assert self.folder is not None
         if not (self.folder / MANIFEST).exists():
-            raise FileNotFoundError(f"{self.folder} holds no index any more")
+            raise FileNotFoundError(f"{self.folder} no longer contains an index")
         self._snapshot = self._read()
         _write_folder(self.folder, self._snapshot)
 
@@ -454,7 +455,7 @@ class MultiVectorIndex:
             return len(snapshot)
 
     def __iter__(self) -> Iterator[Document]:
-        """Yield all documents in the order of adding, as of the start (in memory, without those deleted meanwhile)."""
+        """Yield all documents in insertion order, as of the start (in memory: without those deleted meanwhile)."""
         with self._reading() as snapshot:
             end = snapshot.manifest.rows
         at = 0
@@ -469,7 +470,7 @@ class MultiVectorIndex:
 
     @property
     def ids(self) -> list[str]:
-        """The ids of all documents, in the order of adding."""
+        """The ids of all documents, in insertion order."""
         with self._reading() as snapshot:
             return snapshot.ids()
 
@@ -485,7 +486,7 @@ class MultiVectorIndex:
 
     @property
     def quantization(self) -> dict[str, tuple[str, int]]:
-        """The copies of the vectors: for `"first"`, `"main"`, `"exact"` the quantization and the number of vectors."""
+        """The quantization and the number of vectors of each copy: `"first"`, `"main"` and `"exact"`."""
         return dict(self._snapshot.manifest.kept)
 
     @property
@@ -499,14 +500,14 @@ class MultiVectorIndex:
         return self._snapshot.manifest.pooling
 
     def embeddings(self) -> Tensor:
-        """Return the vectors of all documents, in the order of adding: `[n, vectors, kept]`, see `Document`."""
+        """Return the vectors of all documents, in insertion order: `[n, vectors, kept]`, see `Document`."""
         with self._reading() as snapshot:
             slots = torch.arange(snapshot.manifest.rows)
             return snapshot.embeddings(slots if snapshot.dead is None else slots[~snapshot.dead])
 
     @property
     def bytes_per_document(self) -> int:
-        """Bytes of the vectors of a document, with all copies."""
+        """Bytes that the vectors of a document take, all copies together."""
         return self._snapshot.layout.row_bytes
 
     def __repr__(self) -> str:
@@ -516,17 +517,17 @@ class MultiVectorIndex:
         return f"MultiVectorIndex({len(self)} documents, {manifest.dim} dimensions, vectors {kept}, {where})"
 
     def refresh(self) -> None:
-        """See the changes of others since this index was opened, last refreshed or written to."""
+        """Load the latest state of the folder, with what other processes have written."""
         if self.folder is not None:
             with self._mutex:
                 self._after_fork()
                 self._snapshot = self._read()
 
     def verify(self) -> None:
-        """Read every byte of the index, as it is now, and check that it is what was written.
+        """Read the whole index in its latest state and check every checksum.
 
         Raises:
-            DamagedIndexError: (a `ValueError`) that says what is damaged.
+            DamagedIndexError: (a `ValueError`) if something is damaged; the message says what.
         """
         wrong = None
         while wrong is None:
@@ -552,12 +553,12 @@ class MultiVectorIndex:
 
     def __reduce__(self) -> Any:
         if self.folder is None:
-            raise TypeError("an index in memory cannot be sent to another process; save it to a folder")
+            raise TypeError("an index in memory cannot be pickled; save it to a folder first")
         return _reopen, (self.folder, self.timeout)
 
     @contextlib.contextmanager
     def _reading(self) -> Iterator[Snapshot]:
-        """Yield the state that this index sees. In memory there is only one, so it is locked meanwhile."""
+        """Yield the current snapshot. An index in memory has only one state, so it stays locked meanwhile."""
         if self.folder is None:
             with self._mutex:
                 yield self._snapshot
@@ -581,10 +582,10 @@ class MultiVectorIndex:
                 catalog.close()
                 if Catalog(folder, read=True).manifest().get("segment") == seen:
                     raise DamagedIndexError(f"{error.filename} is missing") from None
-        raise DamagedIndexError(f"{folder} is compacted again and again while it is opened")
+        raise DamagedIndexError(f"{folder} could not be opened, because another process keeps compacting it")
 
     def _after_fork(self) -> None:
-        """A connection to SQLite must not be used, nor closed, in a child process."""
+        """Drop the connection in a child process, which must neither use nor close the parent's."""
         if self._pid != os.getpid():
             self._writer, self._pid = None, os.getpid()
 
@@ -594,15 +595,15 @@ def _reopen(folder: Path, timeout: float) -> MultiVectorIndex:
 
 
 def _begin(folder: Path, timeout: float, make: Callable[[], None]) -> None:
-    """Create an index in a new or empty folder."""
+    """Call `make` to create an index in a new or empty folder, under the lock."""
 
     def check() -> None:
         known = {LOCK, QUEUE, HOLDER} | {path.name for paths in segment_files(folder).values() for path in paths}
         names = {path.name for path in folder.iterdir() if not path.name.startswith(f"{DATABASE}.")} - known
         if names & {DATABASE, MANIFEST}:
-            raise ValueError(f"{folder} holds an index already; open it with MultiVectorIndex.open")
+            raise ValueError(f"{folder} already contains an index; open it with MultiVectorIndex.open")
         if names:
-            raise ValueError(f"{folder} is not empty: it holds {sorted(names)[0]!r}")
+            raise ValueError(f"{folder} is not empty: it contains {sorted(names)[0]!r}")
 
     with explained(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -615,7 +616,7 @@ def _begin(folder: Path, timeout: float, make: Callable[[], None]) -> None:
 
 
 def _write_folder(folder: Path, snapshot: Snapshot) -> None:
-    """Write a snapshot to a folder, the database last: it makes the index valid."""
+    """Write a snapshot to a folder. The database is written last and makes the index valid."""
     manifest = replace(snapshot.manifest, segment=None, base=0, rows=len(snapshot))
     manifest = replace(manifest, compactions=manifest.compactions + 1)
     segment, rows, sums = new_segment(), 0, [0]
@@ -638,7 +639,7 @@ def _write_folder(folder: Path, snapshot: Snapshot) -> None:
 def _read_old(folder: Path) -> Snapshot:
     """Return the state of a folder of format 1."""
     if not (folder / MANIFEST).exists():
-        raise FileNotFoundError(f"{folder} holds no index: there is no {DATABASE} in it")
+        raise FileNotFoundError(f"{folder} contains no index: {DATABASE} is missing")
     old: FormatOne = read_format_1(folder)
     catalog = Catalog.create_in_memory(old.manifest.as_json(), old.pca)
     catalog.add(0, ((i, "{}") for i in old.ids))

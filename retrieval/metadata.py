@@ -1,7 +1,7 @@
-"""The catalog of an index: ids, metadata, deletions, and which rows of which files count. One SQLite database.
+"""The catalog of an index, a SQLite database: ids, metadata, deletions, and how many rows of the files are valid.
 
-Every operation is committed by a transaction here. The database is in WAL mode: a reader keeps a transaction open and
-sees the state at its start, even if others write meanwhile. Every row that matters carries a CRC-32.
+Every operation is committed by one transaction here. The database is in WAL mode: a reader keeps a transaction open
+and sees the state at its start, even if others write meanwhile. Every important row has a CRC-32.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from .storage import DamagedIndexError, check_regular, flush_folder
 DATABASE = "index.sqlite"
 _APPLICATION = 0x4D455442
 _MOST_MANIFEST = 1 << 16  # bytes
-_PATIENCE = 60  # seconds that a statement waits for a lock of SQLite, which nobody holds for long
-_INHERITED: list[sqlite3.Connection] = []  # by a child process, which must not use, nor close them
+_PATIENCE = 60  # seconds that a statement waits for a lock of SQLite, which is never held for long
+_INHERITED: list[sqlite3.Connection] = []  # of the parent process: must be neither used nor closed
 _ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
 _SCHEMA = """
 CREATE TABLE manifest (one INTEGER PRIMARY KEY CHECK (one = 1), json TEXT NOT NULL, pca BLOB, sum INTEGER NOT NULL);
@@ -40,11 +40,11 @@ CREATE TABLE dead (number INTEGER PRIMARY KEY, slot INTEGER NOT NULL);
 
 
 class Catalog:
-    """A connection to the database of an index. Slots are the positions of documents: 0, 1, 2, ... in order of adding.
+    """A connection to the database of an index. A slot is the position of a document: 0, 1, 2, ... in insertion order.
 
     Args:
         folder: Of the index; without one the catalog lives in memory.
-        read: Begin to read, and keep seeing what is there now.
+        read: Start a read transaction, so that the connection keeps seeing the present state.
     """
 
     def __init__(self, folder: Path | None, *, read: bool = False):
@@ -61,13 +61,13 @@ class Catalog:
     def create(
         cls, folder: Path, manifest: Mapping[str, Any], pca: bytes | None, fill: Callable[[Catalog], None]
     ) -> None:
-        """Create the database of a folder, completely or not at all.
+        """Create the database of a folder, or leave nothing behind.
 
         Args:
             folder: Where.
             manifest: What `manifest` returns later.
             pca: What `pca` returns later.
-            fill: Adds what is in it from the start.
+            fill: Adds the initial contents.
         """
         path = folder / f"{DATABASE}.{os.urandom(6).hex()}.new"
         os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))  # with the permissions of the umask
@@ -125,38 +125,38 @@ class Catalog:
 
     @contextlib.contextmanager
     def errors(self) -> Iterator[None]:
-        """Explain an error of SQLite in terms of the index."""
+        """Turn errors of SQLite into errors about the index."""
         try:
             yield
         except (sqlite3.Error, UnicodeDecodeError) as error:
             raise _explained(error, self.folder) from error
 
     def checkpoint(self, how: str = "PASSIVE") -> None:
-        """Move what was written from the log into the database, as far as readers of earlier states allow."""
+        """Move the write-ahead log into the database, as far as readers of earlier states allow."""
         with contextlib.suppress(sqlite3.Error):
             self._db.execute("PRAGMA busy_timeout = 0").fetchall()  # waiting for readers is of no use
             self._db.execute(f"PRAGMA wal_checkpoint({how})").fetchall()
         self._db.execute(f"PRAGMA busy_timeout = {_PATIENCE * 1000}").fetchall()
 
     def log_size(self) -> int:
-        """Bytes of the log."""
+        """Return the size of the write-ahead log in bytes."""
         with contextlib.suppress(FileNotFoundError):
             return os.stat(f"{self.folder / DATABASE}-wal").st_size if self.folder else 0
         return 0
 
     def vacuum(self) -> None:
-        """Free the space of deleted rows. Nothing depends on it, so a failure is ignored."""
+        """Free the space of deleted rows. Nothing depends on it, so errors are ignored."""
         with contextlib.suppress(sqlite3.Error):
             self._db.execute("VACUUM")
 
     def manifest(self) -> dict[str, Any]:
-        """What the index is, and which rows of its files count."""
+        """Return the manifest: see `Manifest`."""
         rows = self._db.execute("SELECT length(CAST(json AS BLOB)), length(pca) FROM manifest").fetchall()
         if len(rows) != 1 or not 0 < rows[0][0] <= _MOST_MANIFEST:
             raise self._damaged("its manifest is missing or too large")
         text, pca, total = self._db.execute("SELECT json, pca, sum FROM manifest").fetchone()
         if not isinstance(text, str) or not isinstance(pca, bytes | None) or total != _sum(text, pca or b""):
-            raise self._damaged("its manifest is not what was written")
+            raise self._damaged("its manifest does not match its checksum")
         try:
             manifest = json.loads(text)
         except ValueError:
@@ -166,7 +166,7 @@ class Catalog:
         return manifest
 
     def pca(self) -> bytes | None:
-        """The matrix that documents and queries are multiplied by, if there is one."""
+        """Return the bytes of the PCA matrix, if there is one."""
         return self._db.execute("SELECT pca FROM manifest").fetchone()[0]
 
     def set_manifest(self, manifest: Mapping[str, Any]) -> None:
@@ -180,18 +180,18 @@ class Catalog:
     # Documents
 
     def add(self, first: int, documents: Iterable[tuple[str, str]]) -> None:
-        """Add documents, `(id, metadata as JSON)`, from slot `first` on; their ids are new."""
+        """Insert documents, `(id, metadata as JSON)`, from slot `first` on. Their ids must be new."""
         rows = ((slot, i, text, _sum(slot, i, text)) for slot, (i, text) in enumerate(documents, first))
         self._db.executemany("INSERT INTO documents VALUES (?, ?, ?, ?)", rows)
 
     def bury(self, slots: Sequence[int]) -> None:
-        """Delete documents: their slots are dead until the index is compacted."""
+        """Delete documents. Their slots stay dead until the index is compacted."""
         one = [(slot,) for slot in slots]
         self._db.executemany("DELETE FROM documents WHERE slot = ?", one)
         self._db.executemany("INSERT INTO dead (slot) VALUES (?)", one)
 
     def slots(self, ids: Sequence[str]) -> dict[str, int]:
-        """The slots of those ids that are there."""
+        """Return the slots of those ids that are in the index."""
         found = self._db.execute(
             "SELECT id, slot FROM documents WHERE id IN (SELECT value FROM json_each(?))",
             (json.dumps(list(ids), ensure_ascii=False),),
@@ -217,7 +217,7 @@ class Catalog:
         ).fetchall()
 
     def documents(self, slots: Sequence[int]) -> dict[int, tuple[str, dict[str, Any]]]:
-        """The id and the metadata of documents, for those of the slots that are not dead."""
+        """Return the ids and metadata of those slots that are not dead."""
         found = {}
         for slot in slots:
             row = self._db.execute("SELECT id, metadata FROM documents WHERE slot = ?", (slot,)).fetchone()
@@ -226,21 +226,21 @@ class Catalog:
         return found
 
     def all(self) -> Iterator[tuple[str, str]]:
-        """The id and the metadata, as JSON, of every document, in order of slots."""
+        """Return the id and the metadata (as JSON) of every document, in order of slots."""
         return self._db.execute("SELECT id, metadata FROM documents ORDER BY slot")
 
     def after(self, slot: int, count: int) -> list[int]:
-        """The slots of the next documents from a slot on, which is how to walk through all of them."""
+        """Return the next `count` slots from `slot` on that are not dead."""
         found = self._db.execute("SELECT slot FROM documents WHERE slot >= ? ORDER BY slot LIMIT ?", (slot, count))
         return [slot for (slot,) in found]
 
     def dead(self, after: int = 0) -> tuple[np.ndarray, int]:
-        """The dead slots, those since an earlier call only if given its number; and the number of this call."""
+        """Return the slots that died after deletion number `after`, and the number of the last deletion."""
         rows = self._db.execute("SELECT number, slot FROM dead WHERE number > ? ORDER BY number", (after,)).fetchall()
         return np.array([slot for _, slot in rows], np.int64), rows[-1][0] if rows else after
 
     def renumber(self) -> None:
-        """Close the gaps that dead slots leave."""
+        """Renumber the slots, without the dead ones."""
         run = self._db.execute
         run("CREATE TEMP TABLE kept AS SELECT id, metadata FROM documents ORDER BY slot")
         run("DELETE FROM documents")
@@ -251,56 +251,56 @@ class Catalog:
     # Vectors
 
     def tail(self, first: int) -> Iterator[tuple[int, int, bytes]]:
-        """The vectors of small adds from slot `first` on: the first slot, how many, and the bytes."""
+        """Yield the vectors of small adds from slot `first` on: first slot, number of documents, bytes."""
         for at, count, vectors, total in self._db.execute(
             "SELECT * FROM tail WHERE first >= ? ORDER BY first", (first,)
         ):
             if not isinstance(vectors, bytes) or total != _sum(at, count, vectors):
-                raise self._damaged(f"the vectors of documents {at} to {at + count - 1} are not what was written")
+                raise self._damaged(f"the vectors of documents {at} to {at + count - 1} do not match their checksum")
             yield at, count, vectors
 
     def tail_sizes(self) -> list[tuple[int, int, int]]:
-        """The same without the bytes: the first slot, how many, and how many bytes."""
+        """Return the same with the number of bytes instead of the bytes."""
         return self._db.execute("SELECT first, count, length(vectors) FROM tail ORDER BY first").fetchall()
 
     def add_tail(self, first: int, count: int, vectors: bytes) -> None:
-        """Keep the vectors of a small add."""
+        """Store the vectors of a small add."""
         self._db.execute("INSERT INTO tail VALUES (?, ?, ?, ?)", (first, count, vectors, _sum(first, count, vectors)))
 
     def chunks(self) -> list[tuple[int, int, list[int]]]:
-        """What was written to the files at a time: the first slot, how many, and the sum of every file."""
+        """Return what each append wrote to the files: first slot, number of documents, CRC-32 per file."""
         chunks = []
         for first, count, sums, total in self._db.execute("SELECT * FROM chunks ORDER BY first"):
             if total != _sum(first, count, sums):
-                raise self._damaged(f"the sums of documents {first} to {first + count - 1} are not what was written")
+                raise self._damaged(f"the checksums of documents {first} to {first + count - 1} are damaged")
             chunks.append((first, count, json.loads(sums)))
         return chunks
 
     def add_chunk(self, first: int, count: int, sums: Sequence[int]) -> None:
-        """Note what was written to the files at a time. Small adds are among it now."""
+        """Record an append to the files, which included the small adds before it."""
         text = json.dumps(list(sums))
         self._db.execute("DELETE FROM tail")
         self._db.execute("INSERT INTO chunks VALUES (?, ?, ?, ?)", (first, count, text, _sum(first, count, text)))
 
     def forget_vectors(self) -> None:
-        """Forget what was written: all of it will be written anew."""
+        """Delete all records of vectors, which will be written anew."""
         self._db.execute("DELETE FROM tail")
         self._db.execute("DELETE FROM chunks")
 
     def verify(self, rows: int) -> list[str]:
-        """Read all of the database and say what is wrong with it; `rows` is how many slots there are."""
+        """Read the whole database and return what is wrong with it, given the number of slots."""
         wrong = [f"{DATABASE}: {line}" for (line,) in self._db.execute("PRAGMA integrity_check(20)") if line != "ok"]
         alive = np.zeros(rows, np.uint8)
         for slot, document, metadata, total in self._db.execute("SELECT * FROM documents"):
             if not 0 <= slot < rows or total != _sum(slot, document, metadata):
-                wrong.append(f"{DATABASE}: document {slot} is not what was written")
+                wrong.append(f"{DATABASE}: document {slot} does not match its checksum")
             else:
                 alive[slot] += 1
         for (slot,) in self._db.execute("SELECT slot FROM dead"):
             if isinstance(slot, int) and 0 <= slot < rows:
                 alive[slot] += 1
         if (alive != 1).any():
-            wrong.append(f"{DATABASE}: {int((alive != 1).sum())} documents are lost, or deleted and there")
+            wrong.append(f"{DATABASE}: {int((alive != 1).sum())} documents are lost, or both deleted and present")
         return wrong
 
     def _damaged(self, what: str) -> DamagedIndexError:
@@ -350,19 +350,19 @@ def _expected_schema() -> frozenset[Any]:
 
 
 def _check_schema(db: sqlite3.Connection) -> None:
-    """Refuse a database with a trigger or a view, which our statements would run."""
+    """Raise if the database has other tables, or a trigger or view, which our statements would run."""
     if frozenset(db.execute("SELECT type, name, tbl_name, sql FROM sqlite_master LIMIT 100")) != _expected_schema():
-        raise DamagedIndexError("the database of the index does not hold the tables that it should")
+        raise DamagedIndexError("the database of the index does not have the expected tables")
 
 
 def _explained(error: sqlite3.Error | UnicodeDecodeError, folder: Path | None) -> Exception:
-    """The error of the operating system or of the index that an error of SQLite stands for."""
+    """Return the error of the operating system or the index that an error of SQLite stands for."""
     name = getattr(error, "sqlite_errorname", "") or ""
     where = "the index" if folder is None else folder / DATABASE
     if name.startswith("SQLITE_FULL"):
-        return OSError(errno.ENOSPC, f"the disk of {folder} is full; nothing of this operation was kept")
+        return OSError(errno.ENOSPC, f"the disk of {folder} is full; the operation was rolled back")
     if name.startswith(("SQLITE_READONLY", "SQLITE_PERM")):
-        return PermissionError(errno.EROFS, f"{where} may not be written to by this process; nothing was changed")
+        return PermissionError(errno.EROFS, f"{where} is not writable for this process; nothing was changed")
     if isinstance(error, UnicodeDecodeError) or name.startswith(
         ("SQLITE_CORRUPT", "SQLITE_NOTADB", "SQLITE_MISMATCH", "SQLITE_FORMAT", "SQLITE_ERROR")
     ):
@@ -382,11 +382,11 @@ def _sum(*values: Any) -> int:
 
 
 def to_json(metadata: Any) -> str:
-    """Return the metadata of a document as it is stored.
+    """Return the metadata of a document as JSON.
 
     Raises:
-        TypeError: if it is not a dict that JSON can hold.
-        ValueError: if it holds NaN, infinity, the character NUL, or a whole number of more than 64 bits.
+        TypeError: if it is not a dict, or JSON cannot represent a value.
+        ValueError: if it contains NaN, infinity, the character NUL, or an integer of more than 64 bits.
     """
     if metadata is None or metadata == {}:
         return "{}"
@@ -399,23 +399,23 @@ def to_json(metadata: Any) -> str:
     except RecursionError:
         raise ValueError("metadata is nested too deeply") from None
     except UnicodeEncodeError:
-        raise ValueError("metadata holds half a character (a lone surrogate), which UTF-8 cannot") from None
+        raise ValueError("metadata contains a lone surrogate, which UTF-8 cannot encode") from None
     return text
 
 
 def check_json(value: Any, depth: int = 0) -> None:
-    """Raise a `TypeError` or a `ValueError` unless the index can keep this value as JSON."""
+    """Raise a `TypeError` or a `ValueError` unless the value can be stored as JSON."""
     if isinstance(value, str):  # the usual types come first
         if "\0" in value:
-            raise ValueError("metadata cannot hold the character NUL")
+            raise ValueError("metadata cannot contain the character NUL")
     elif value is None or isinstance(value, bool):
         pass
     elif isinstance(value, int):
         if not -(2**63) <= value < 2**63:
-            raise ValueError(f"metadata can hold whole numbers of 64 bits, not {value}; give it as text")
+            raise ValueError(f"metadata can contain integers of up to 64 bits, not {value}; store it as text")
     elif isinstance(value, float):
         if not math.isfinite(value):
-            raise ValueError("metadata cannot hold NaN or infinity")
+            raise ValueError("metadata cannot contain NaN or infinity")
     elif depth > 100:
         raise ValueError("metadata is nested more than 100 levels deep")
     elif isinstance(value, Mapping):
@@ -428,4 +428,4 @@ def check_json(value: Any, depth: int = 0) -> None:
         for inner in value:
             check_json(inner, depth + 1)
     else:
-        raise TypeError(f"metadata must be what JSON can hold, not {type(value).__name__}")
+        raise TypeError(f"metadata must have values that JSON can represent, not {type(value).__name__}")

@@ -1,4 +1,4 @@
-"""A snapshot: the one state of an index that a reader sees, even if others write meanwhile."""
+"""A snapshot: one consistent state of an index, which a reader keeps seeing while others write."""
 
 from __future__ import annotations
 
@@ -30,19 +30,20 @@ _BLOCK_BYTES = 1 << 26  # that are copied at a time
 
 @dataclass(frozen=True)
 class Manifest:
-    """What an index is, and which rows of its files count.
+    """The settings of an index, and how many rows of its files are valid.
 
     Attributes:
-        vectors: How many vectors of a document are kept.
-        dim: Dimensions of what is added, and of queries.
-        kept_dim: Dimensions that are kept.
-        kept: For every role the quantization and the number of vectors.
-        pooling: The method that pools documents of any number of vectors, or `None`.
-        segment: The name of the files, if there are files.
-        base: How many rows of the files count.
-        rows: How many slots there are: `base`, and behind them what small adds left in the catalog.
-        compactions: How often slots were renumbered.
-        writes: How often anything was written.
+        vectors: Number of vectors stored per document.
+        dim: Dimensions of the embeddings and queries that are passed in.
+        kept_dim: Dimensions that are stored, after the PCA.
+        kept: Quantization and number of vectors of each role.
+        pooling: Method that pools documents of any number of vectors, or `None`.
+        segment: Name of the vector files, or `None` if there are none yet.
+        base: Number of valid rows in the files.
+        rows: Number of slots: `base`, plus the small adds that are still in the catalog.
+        compactions: Number of compactions, each of which renumbers the slots.
+        writes: Number of writes of any kind.
+        format: Version of the format.
     """
 
     vectors: int
@@ -59,7 +60,7 @@ class Manifest:
 
     @classmethod
     def read(cls, given: Mapping[str, Any], where: Any) -> Manifest:
-        """Check all of a manifest, before anything is opened or allocated by what it says."""
+        """Validate a manifest completely, before it is used to open or allocate anything."""
         if given.get("format") != 2:
             raise DamagedIndexError(
                 f"{where} is of format {given.get('format')!r}; this version reads formats 1 and 2"
@@ -84,16 +85,16 @@ class Manifest:
                 raise ValueError(f"pooling is {self.pooling!r}")
             kept = check_kept({role: tuple(kept) for role, kept in self.kept.items()}, self.vectors)
         except (TypeError, ValueError, AttributeError) as error:
-            raise DamagedIndexError(f"{where} is damaged: its manifest does not describe an index ({error})") from None
+            raise DamagedIndexError(f"{where} is damaged: its manifest is invalid ({error})") from None
         return cls(**{**given, "kept": kept})
 
     def as_json(self) -> dict[str, Any]:
-        """What `read` reads."""
+        """Return the manifest as `read` takes it."""
         return asdict(self)
 
     @property
     def layout(self) -> Layout:
-        """How documents are kept."""
+        """How documents are stored."""
         return _layout(tuple(self.kept.items()), self.kept_dim)
 
 
@@ -107,9 +108,9 @@ class Document:
     """A document of an index.
 
     Attributes:
-        id: Its id.
-        metadata: Its metadata.
-        embedding: `[vectors, dim]` float32, as the index keeps it (so rounded, and of the dimensions of the PCA).
+        id: The id.
+        metadata: The metadata.
+        embedding: `[vectors, dim]` float32, as stored: quantized, and after the PCA.
     """
 
     id: str
@@ -118,14 +119,14 @@ class Document:
 
 
 class Snapshot:
-    """One state of an index.
+    """One consistent state of an index.
 
     Args:
         catalog: A connection that sees this state.
-        folder: Of the index, if it has one.
-        before: An earlier snapshot, whose unchanged parts are used again.
-        buffers: The vectors, if they are in memory.
-        pieces: The vectors, if they are of a folder of format 1.
+        folder: Folder of the index, or `None` if it is in memory.
+        before: An earlier snapshot, whose unchanged parts are reused.
+        buffers: The vectors of an index in memory.
+        pieces: The vectors of a folder of format 1.
     """
 
     def __init__(
@@ -190,15 +191,15 @@ class Snapshot:
                 break
             expected += count
         if expected != self.manifest.rows:
-            raise DamagedIndexError(f"{self.folder} is damaged: the vectors of small adds are not what was written")
+            raise DamagedIndexError(f"{self.folder} is damaged: the vectors of small adds are incomplete")
 
     def _find_dead(self, before: Snapshot | None) -> None:
-        """Dead slots, as a bool for every slot, or `None` if there are none."""
+        """Set `dead`, a bool per slot, or `None` if no document was deleted."""
         rows = self.manifest.rows
         slots, self._dead_number = self.catalog.dead(before._dead_number if before else 0)
         self.dead_count = len(slots) + (before.dead_count if before else 0)
         if len(slots) and not (slots.min() >= 0 and slots.max() < rows):
-            raise DamagedIndexError(f"{self.folder} is damaged: it deletes documents that it does not have")
+            raise DamagedIndexError(f"{self.folder} is damaged: a deleted document does not exist")
         if self.dead_count:
             self.dead = torch.zeros(rows, dtype=torch.bool)
             if before is not None and before.dead is not None:
@@ -210,7 +211,7 @@ class Snapshot:
     def allowed(
         self, where: Mapping[str, Any] | None, include: Sequence[str] | None, exclude: Sequence[str] | None
     ) -> Tensor | None:
-        """A bool for every slot, whether a search may find it, or `None` if it may find all."""
+        """Return a bool per slot, whether a search may return it, or `None` if it may return all."""
         mask = self._alive
         if where is include is exclude is None:
             return mask
@@ -226,13 +227,13 @@ class Snapshot:
         return mask
 
     def matching(self, where: Mapping[str, Any]) -> list[int]:
-        """The slots of the documents that a filter selects, in order."""
+        """Return the slots of the documents that a filter selects, in order."""
         mask = self.allowed(where, None, None)
         assert mask is not None
         return mask.nonzero()[:, 0].tolist()
 
     def _selected(self, where: Mapping[str, Any]) -> Tensor:
-        """Return a bool for every slot, of which those of dead ones mean nothing."""
+        """Return a bool per slot, whether the filter selects it. Those of dead slots are arbitrary."""
         tree, rows = parse_where(where), self.manifest.rows
         for path in {condition.path for condition in conditions(tree)}:
             column = self._columns.setdefault(path, Column())
@@ -242,27 +243,27 @@ class Snapshot:
         return torch.from_numpy(evaluate(tree, self._columns, rows))
 
     def documents(self, slots: Sequence[int]) -> dict[int, tuple[str, dict[str, Any]]]:
-        """The ids and metadata of slots that are not dead."""
+        """Return the ids and metadata of those slots that are not dead."""
         with self._lock, self.catalog.errors():
             return self.catalog.documents(slots)
 
     def slots(self, ids: Sequence[str]) -> dict[str, int]:
-        """The slots of those ids that are there."""
+        """Return the slots of those ids that are in the index."""
         with self._lock, self.catalog.errors():
             return self.catalog.slots(ids)
 
     def after(self, slot: int, count: int) -> list[int]:
-        """The slots of the next documents from a slot on."""
+        """Return the next `count` slots from `slot` on that are not dead."""
         with self._lock, self.catalog.errors():
             return self.catalog.after(slot, count)
 
     def ids(self) -> list[str]:
-        """All ids, in order of slots."""
+        """Return all ids, in order of slots."""
         with self._lock, self.catalog.errors():
             return [i for i, _ in self.catalog.all()]
 
     def get(self, slots: Sequence[int]) -> list[Document]:
-        """The documents of slots that are not dead."""
+        """Return the documents of slots, none of which may be dead."""
         texts = self.documents(slots)
         embeddings = self.embeddings(slots)
         return [Document(*texts[slot], embedding) for slot, embedding in zip(slots, embeddings, strict=True)]
@@ -273,7 +274,7 @@ class Snapshot:
         return torch.cat([decode(s.stored, s.scales, store.quantization, dim) for s in store.slabs], dim=1)
 
     def verify(self) -> list[str]:
-        """Read every byte and return what is wrong."""
+        """Read everything, check it, and return what is wrong."""
         manifest, parts = self.manifest, self.layout.parts
         with self._lock, self.catalog.errors():
             wrong = self.catalog.verify(manifest.rows)
@@ -284,17 +285,17 @@ class Snapshot:
         starts = np.cumsum([0, *(count for _, count, _ in chunks)]).tolist()
         sound = all(len(sums) == len(parts) and count > 0 for _, count, sums in chunks)
         if not sound or starts != [*(first for first, _, _ in chunks), manifest.base]:
-            wrong.append("the sums of the files are not those of its documents")
+            wrong.append("the recorded checksums do not cover the documents")
         elif manifest.segment is not None:
             assert self.folder is not None
             wrong += check_rows(self.folder, manifest.segment, self.layout, chunks)
         for piece in self.pieces:
             if piece is not self._base and not all(t.isfinite().all() for t in piece if t.dtype.is_floating_point):
-                wrong.append("some vectors hold NaN or infinity")
+                wrong.append("some vectors contain NaN or infinity")
         return wrong
 
     def take(self, slots: Sequence[int] | Tensor) -> list[Tensor]:
-        """The vectors of slots, which are in any order: a tensor for every part."""
+        """Return the vectors of slots, in any order: one tensor per part."""
         at, start = torch.as_tensor(slots, dtype=torch.int64), 0
         out = [torch.empty(len(at), *part.shape, dtype=part.dtype) for part in self.layout.parts]
         for piece in self.pieces:
@@ -306,7 +307,7 @@ class Snapshot:
         return out
 
     def blocks(self) -> Iterator[list[Tensor]]:
-        """The vectors of all documents that are not dead, in order, some at a time."""
+        """Yield the vectors of all documents that are not dead, in order, in blocks."""
         step = max(1, _BLOCK_BYTES // self.layout.row_bytes)
         start = 0
         for piece in self.pieces:
@@ -418,11 +419,11 @@ class Snapshot:
 
 
 def check_ids(ids: Any) -> list[str]:
-    """Return the ids as a list if they are ids.
+    """Return the ids as a list, after checking them.
 
     Raises:
         TypeError: if they are not a list of text.
-        ValueError: if one is empty, or holds what UTF-8 or SQLite cannot.
+        ValueError: if one is empty, or contains NUL or a lone surrogate.
     """
     if isinstance(ids, str | bytes | Mapping) or not isinstance(ids, Iterable):
         raise TypeError(f"ids must be a list of str, not {ids!r}")
@@ -431,7 +432,7 @@ def check_ids(ids: Any) -> list[str]:
         if not isinstance(i, str):
             raise TypeError(f"ids must be str, not {i!r}")
         if not i or "\0" in i or (not i.isprintable() and not _encodable(i)):
-            raise ValueError(f"an id must not be empty, nor hold the character NUL or half a character: {i!r}")
+            raise ValueError(f"an id must not be empty, nor contain the character NUL or a lone surrogate: {i!r}")
     return ids
 
 
@@ -449,9 +450,9 @@ def _read_pca(raw: bytes | None, manifest: Manifest, folder: Path | None) -> Ten
         return None
     if raw is None or len(raw) != expected:
         raise DamagedIndexError(
-            f"{folder} is damaged: its PCA is not of {manifest.dim} and {manifest.kept_dim} dimensions"
+            f"{folder} is damaged: its PCA is not a matrix of {manifest.dim} x {manifest.kept_dim}"
         )
     pca = torch.from_numpy(np.frombuffer(raw, np.float32).copy()).view(manifest.dim, manifest.kept_dim)
     if not pca.isfinite().all():
-        raise DamagedIndexError(f"{folder} is damaged: its PCA holds NaN or infinity")
+        raise DamagedIndexError(f"{folder} is damaged: its PCA contains NaN or infinity")
     return pca

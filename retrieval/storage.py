@@ -2,9 +2,9 @@
 
 The first vector of every document is stored apart from the next three, these from the next four, and so on at the
 edges of the usual budgets, so that a budget reads only what it needs. Each such group (a *part*) is one file with one
-row for every document: adding documents appends rows, so there is one array for every part however often documents
-were added. Nothing that was written is ever changed. The catalog (see `metadata.py`) says how many rows count, and its
-transaction is the commit: rows behind them are of an interrupted `add`, and the next writer cuts them off.
+row per document. Adding documents appends rows, so there is one array per part however often documents were added.
+Rows are never changed. The catalog (see `metadata.py`) stores how many rows are valid, and its transaction is the
+commit: rows after the valid ones come from an interrupted `add`, and the next writer truncates them.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from ..scoring_metaembed import check_finite
 from .quantization import bytes_per_vector, check_quantization, encode
 from .search import Slab, Store
 
-ROLES = ("first", "main", "exact")  # the purposes of copies of the vectors; "main" always exists
+ROLES = ("first", "main", "exact")  # what a copy of the vectors is for; "main" always exists
 LOCK, QUEUE, HOLDER = "index.lock", "index.lock.queue", "index.lock.holder"
 
 _EDGES = tuple(r_c for _, r_c in DEFAULT_BUDGETS)
@@ -51,12 +51,12 @@ _FILE = re.compile(r"vectors-([0-9a-f]{16})\.[a-z]+\.[0-9]+\.(vectors|scales)")
 
 
 class DamagedIndexError(ValueError):
-    """A file of the index is missing, or does not hold what was written."""
+    """A file of the index is missing or damaged."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """An array with a row for every document: some consecutive vectors of one copy, or their scales."""
+    """An array with one row per document: some consecutive vectors of one copy, or their scales."""
 
     role: str
     slab: int
@@ -70,17 +70,17 @@ class Part:
         return int(np.prod(self.shape)) * self.dtype.itemsize
 
     def file_name(self, segment: str) -> str:
-        """The name of the part's file in a segment."""
+        """Return the name of the part's file in a segment."""
         return f"vectors-{segment}.{self.role}.{self.slab}.{self.kind}"
 
     def header(self, segment: str) -> bytes:
-        """What the file must begin with: a file that was swapped with another one is noticed when it is opened."""
+        """Return the first bytes of the file. They differ between files, so `open` notices swapped ones."""
         described = {"metaembed": "vectors", "format": 2, "file": self.file_name(segment)}
         described |= {"dtype": str(self.dtype).removeprefix("torch."), "row": self.shape}
         return json.dumps(described).encode().ljust(_HEADER)
 
     def view(self, raw: np.ndarray, rows: int) -> Tensor:
-        """Bytes as the tensor `[rows, *shape]`. Copies nothing."""
+        """Return bytes as a tensor `[rows, *shape]`, without a copy."""
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="The given NumPy array is not writable")  # nobody writes to it
             return torch.from_numpy(raw).view(self.dtype).view(rows, *self.shape)
@@ -88,7 +88,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Layout:
-    """The layout of a document: for every role the quantization and the number of vectors, of `dim` dimensions."""
+    """How a document is stored: for every role the quantization and the number of vectors, of `dim` dimensions."""
 
     kept: Mapping[str, tuple[str, int]]
     dim: int
@@ -111,11 +111,11 @@ class Layout:
         return sum(vectors * bytes_per_vector(q, self.dim) for q, vectors in self.kept.values())
 
     def blocks(self, stack: Tensor) -> Iterator[Tensor]:
-        """Split documents `[n, r, dim]` into so many as are written at a time."""
+        """Split documents `[n, r, dim]` into blocks, which are written one at a time."""
         yield from _split(stack, _WRITTEN_AT_ONCE)
 
     def encode(self, stack: Tensor) -> list[Tensor]:
-        """Documents `[n, r, dim]` float32 as they are kept: a tensor for every part."""
+        """Return documents `[n, r, dim]` float32 in their stored form: one tensor per part."""
         encoded = [torch.empty(len(stack), *part.shape, dtype=part.dtype) for part in self.parts]
         start = 0
         for some in _split(stack, _ENCODED_AT_ONCE):
@@ -133,7 +133,7 @@ class Layout:
                 yield from slab
 
     def stores(self, tensors: Sequence[Tensor]) -> dict[str, Store]:
-        """Tensors, one for every part, as what is searched, for every role."""
+        """Return what `search` takes for every role, given one tensor per part."""
         of = {(part.role, part.slab, part.kind): tensor for part, tensor in zip(self.parts, tensors, strict=True)}
         return {
             role: Store(
@@ -146,7 +146,7 @@ class Layout:
         }
 
     def pack(self, tensors: Sequence[Tensor]) -> bytes:
-        """The bytes of some documents, part after part."""
+        """Return the bytes of some documents, part after part."""
         return b"".join(_bytes(tensor).tobytes() for tensor in tensors)
 
     def unpack(self, packed: bytes, rows: int) -> list[Tensor]:
@@ -160,7 +160,7 @@ class Layout:
 
 
 def check_kept(quantization: Any, vectors: int) -> dict[str, tuple[str, int]]:
-    """Make `{role: (quantization, vectors)}` of what a caller gives, `"int8"` or `{"main": "int8", "first": ...}`."""
+    """Return `{role: (quantization, vectors)}` for `"int8"` or `{"main": "int8", "first": ...}`."""
     given = {"main": quantization} if isinstance(quantization, str) else quantization
     if not isinstance(given, Mapping) or "main" not in given or not set(given) <= set(ROLES):
         raise ValueError(
@@ -187,7 +187,7 @@ def _pair(value: Any) -> tuple[str, int]:
 
 
 def _split(stack: Tensor, numbers: int) -> Sequence[Tensor]:
-    """Documents `[n, r, dim]` in pieces of about so many numbers."""
+    """Split documents `[n, r, dim]` into pieces of about so many numbers."""
     return stack.split(max(1, numbers // max(1, stack.shape[1] * stack.shape[2])))
 
 
@@ -197,7 +197,7 @@ def _slabs(vectors: int) -> list[int]:
 
 
 class Buffers:
-    """Parts in memory that grow. Tensors taken from them never change, because rows are only appended."""
+    """Growing arrays in memory, one per part. Rows are only appended, so tensors taken from them never change."""
 
     def __init__(self, layout: Layout):
         self._layout, self._capacity = layout, 0
@@ -205,7 +205,7 @@ class Buffers:
         self.rows = 0
 
     def append(self, tensors: Sequence[Tensor], at: int) -> None:
-        """Put documents behind the first `at` ones."""
+        """Write documents after the first `at` ones."""
         rows = at + len(tensors[0])
         if rows > self._capacity:
             self._capacity = max(rows, self._capacity * 3 // 2)
@@ -217,29 +217,29 @@ class Buffers:
         self.rows = rows
 
     def take(self, rows: int) -> list[Tensor]:
-        """The first rows. Copies nothing."""
+        """Return the first rows, without a copy."""
         return [tensor[:rows] for tensor in self._tensors]
 
 
 def new_segment() -> str:
-    """A name that no other segment has."""
+    """Return a name that no other segment has."""
     return secrets.token_hex(8)
 
 
 def append_rows(
     folder: Path, segment: str, layout: Layout, at: int, blocks: Iterable[Sequence[Tensor]]
 ) -> tuple[int, list[int]]:
-    """Write documents behind the first `at` ones of a segment, and flush them to disk.
+    """Write documents after the first `at` ones of a segment, and flush them to disk.
 
     Args:
         folder: Of the index.
         segment: Its name; its files are created if `at` is 0.
         layout: What the files hold.
-        at: How many rows count; what is behind them is cut off.
+        at: How many rows are valid; the file is truncated after them.
         blocks: Tensors for every part, some documents at a time.
 
     Returns:
-        How many rows were written, and for every part the CRC-32 of them.
+        How many rows were written, and the CRC-32 of the rows of every part.
     """
     with contextlib.ExitStack() as opened:
         files = []
@@ -291,11 +291,11 @@ def _write_blocks(
 
 
 def map_rows(folder: Path, segment: str, layout: Layout, rows: int) -> list[Tensor]:
-    """Map the first rows of a segment into memory, after a look at whether the files are what was written.
+    """Check the headers and sizes of a segment's files and map their first rows into memory.
 
     Raises:
         FileNotFoundError: if a file is missing.
-        DamagedIndexError: if a file is not what it should be.
+        DamagedIndexError: if a file has another header or is too short.
     """
     tensors = []
     for part in layout.parts:
@@ -306,18 +306,18 @@ def map_rows(folder: Path, segment: str, layout: Layout, rows: int) -> list[Tens
 
 
 def open_part(folder: Path, segment: str, part: Part, rows: int) -> Any:
-    """Open the file of a part for reading, at its first row, if it is of that part and holds so many rows."""
+    """Check the header and size of a part's file and return it open for reading, at its first row."""
     path = folder / part.file_name(segment)
     file = open_regular(path)
     try:
         header, size = file.read(_HEADER), os.fstat(file.fileno()).st_size
         if header != part.header(segment):
             raise DamagedIndexError(
-                f"{path} is damaged: it does not begin as {part.role} {part.kind} of this index do"
+                f"{path} is damaged: its header is not that of the {part.role} {part.kind} of this index"
             )
         if size < _HEADER + rows * part.row_bytes:
             raise DamagedIndexError(
-                f"{path} is damaged: {rows} documents need {_HEADER + rows * part.row_bytes} bytes, and it has {size}"
+                f"{path} is damaged: {rows} documents need {_HEADER + rows * part.row_bytes} bytes, but it has {size}"
             )
     except BaseException:
         file.close()
@@ -326,7 +326,7 @@ def open_part(folder: Path, segment: str, part: Part, rows: int) -> Any:
 
 
 def check_rows(folder: Path, segment: str, layout: Layout, chunks: Sequence[tuple[int, int, list[int]]]) -> list[str]:
-    """Read all rows and say what is wrong with them.
+    """Read all rows and return what is wrong with them.
 
     Args:
         folder: Of the index.
@@ -341,14 +341,14 @@ def check_rows(folder: Path, segment: str, layout: Layout, chunks: Sequence[tupl
             for first, count, sums in chunks:
                 total, sound = _read_chunk(part, file, count)
                 if total != sums[i]:
-                    wrong.append(f"{file.name}: documents {first} to {first + count - 1} are not what was written")
+                    wrong.append(f"{file.name}: documents {first} to {first + count - 1} do not match their checksum")
                 elif not sound:
-                    wrong.append(f"{file.name}: documents {first} to {first + count - 1} hold NaN or infinity")
+                    wrong.append(f"{file.name}: documents {first} to {first + count - 1} contain NaN or infinity")
     return wrong
 
 
 def _read_chunk(part: Part, file: Any, count: int) -> tuple[int, bool]:
-    """The CRC-32 of the next rows, and whether there is no NaN or infinity among them."""
+    """Return the CRC-32 of the next rows, and whether they are free of NaN and infinity."""
     total, sound = 0, True
     step = max(1, (1 << 24) // part.row_bytes)
     for at in range(0, count, step):
@@ -359,12 +359,12 @@ def _read_chunk(part: Part, file: Any, count: int) -> tuple[int, bool]:
 
 
 def finite(part: Part, raw: np.ndarray, rows: int) -> bool:
-    """Whether there is no NaN or infinity in the bytes of a part."""
+    """Return whether the bytes of a part are free of NaN and infinity."""
     return not part.dtype.is_floating_point or bool(part.view(raw, rows).isfinite().all())
 
 
 def segment_files(folder: Path) -> dict[str, list[Path]]:
-    """The files of every segment in the folder, whether it counts or not."""
+    """Return the files of every segment in the folder, valid or not."""
     found: dict[str, list[Path]] = {}
     for path in folder.iterdir():
         if match := _FILE.fullmatch(path.name):
@@ -373,26 +373,26 @@ def segment_files(folder: Path) -> dict[str, list[Path]]:
 
 
 def is_segment(name: Any) -> bool:
-    """Whether this can be the name of a segment (and so leads to no file outside the folder)."""
+    """Return whether this is a valid name of a segment, which cannot lead out of the folder."""
     return isinstance(name, str) and _NAME.fullmatch(name) is not None
 
 
 def remove(paths: Iterable[Path]) -> None:
-    """Delete files. One that Windows still has mapped stays, for the next writer."""
+    """Delete files. A file that is still mapped on Windows is left for the next writer."""
     for path in paths:
         with contextlib.suppress(FileNotFoundError, PermissionError):
             path.unlink()
 
 
 def check_regular(path: Path) -> None:
-    """Raise unless this is a file, or nothing: a link or a FIFO could lead anywhere, or wait for ever."""
+    """Raise if the path is a link, a FIFO or the like, which could lead out of the folder or block forever."""
     with contextlib.suppress(FileNotFoundError):
         if not stat.S_ISREG(os.lstat(path).st_mode):
             raise DamagedIndexError(f"{path} is not a regular file")
 
 
 def open_regular(path: Path) -> Any:
-    """Open a file for reading that is a regular one."""
+    """Open a regular file for reading, and nothing else."""
     check_regular(path)
     flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     return open(path, "rb", buffering=0, opener=lambda name, _: os.open(name, flags))
@@ -410,11 +410,11 @@ def flush_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def writer_lock(folder: Path, timeout: float) -> Iterator[None]:
-    """Be the only writer of a folder.
+    """Hold the write lock of a folder.
 
     Raises:
-        TimeoutError: if another writer has it for that long; the message says who.
-        PermissionError: if the folder may not be written to.
+        TimeoutError: if another writer holds it for longer than the timeout; the message says who.
+        PermissionError: if the folder is not writable.
     """
     queue, lock = (_file_lock(folder / name, timeout) for name in (QUEUE, LOCK))
     try:
@@ -422,8 +422,8 @@ def writer_lock(folder: Path, timeout: float) -> Iterator[None]:
             lock.acquire()
     except filelock.Timeout:
         raise TimeoutError(
-            f"{folder} is being written to by {_holder(folder)}; this process waited for {timeout:g} seconds. "
-            "Try again later, or give the index a longer timeout"
+            f"{folder} is locked by {_holder(folder)}; this process waited for {timeout:g} seconds. "
+            "Try again later, or open the index with a longer timeout"
         ) from None
     except OSError as error:
         raise _explained(error, folder) from error
@@ -455,7 +455,7 @@ def _holder(folder: Path) -> str:
 
 @contextlib.contextmanager
 def explained(folder: Path) -> Iterator[None]:
-    """Explain an error of the operating system in terms of the index."""
+    """Turn errors of the operating system into errors about the index."""
     try:
         yield
     except FileNotFoundError:
@@ -466,19 +466,19 @@ def explained(folder: Path) -> Iterator[None]:
 
 def _explained(error: OSError, folder: Path) -> OSError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return OSError(error.errno, f"the disk of {folder} is full; nothing of this operation was kept")
+        return OSError(error.errno, f"the disk of {folder} is full; the operation was rolled back")
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return PermissionError(error.errno, f"{folder} may not be written to by this process; nothing was changed")
+        return PermissionError(error.errno, f"{folder} is not writable for this process; nothing was changed")
     return error
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    """The bytes of a contiguous tensor, flat. Copies nothing."""
+    """Return the bytes of a contiguous tensor, without a copy."""
     return tensor.contiguous().view(-1).view(torch.uint8).numpy().data
 
 
 def _write(file: Any, raw: Any) -> None:
-    """Write all of it: one call may write less, for instance when the disk is nearly full."""
+    """Write everything: a single call may write less, for instance when the disk is nearly full."""
     left = memoryview(raw)
     while left:
         left = left[file.write(left) :]

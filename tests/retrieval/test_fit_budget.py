@@ -36,7 +36,7 @@ def test_the_setting_fits_into_the_bytes_and_feeds_into_an_index(data, fitted, t
     exact = maxsim(queries, documents).topk(10).indices
     found = index.search(queries, k=10, budget=fitted.budget, stages=None).ids
     agreement = [len({str(i) for i in row} & set(ids)) / 10 for row, ids in zip(exact.tolist(), found, strict=True)]
-    assert torch.tensor(agreement[1::2]).mean().item() == pytest.approx(fitted.quality, abs=1e-6)
+    assert torch.tensor(agreement).mean().item() == pytest.approx(fitted.quality, abs=1e-6)
     assert fitted.create(None).dim == 16
 
 
@@ -45,7 +45,8 @@ def test_the_curve_holds_every_size_and_all_bytes_give_exact_agreement(fitted):
     assert all(setting.bytes_per_document <= size for size, setting in fitted.curve.items())
     assert fitted.curve[64].budget == fitted.budget
     assert fitted.curve[10_000].quality == 1
-    assert fitted.curve[8].quality < fitted.curve[32].quality < 1
+    qualities = [setting.quality for setting in fitted.curve.values()]
+    assert qualities == sorted(qualities) and qualities[0] < qualities[1] < 1
     sizes = [setting.bytes_per_document for setting in fitted.tried]
     assert sizes == sorted(sizes)
     assert len(set(fitted.tried)) == len(sizes)
@@ -61,7 +62,7 @@ def test_relevant_documents_measure_real_quality(data):
     options = {"k": 1, "dims": DIMS, "sizes": (), "quantizations": ["float32"], "metric": "recall"}
     fitted = fit_budget(documents, queries, 512, relevant=relevant, **options)
     right = (maxsim(queries, documents).argmax(dim=1) == torch.arange(60)).float()
-    assert fitted.budget == (4, 8) and fitted.quality >= right[1::2].mean().item() - 0.05
+    assert fitted.quality >= right.mean().item()
     few = fit_budget(documents, queries, 512, relevant=relevant, sample=60, **options)
     assert few.quality >= fitted.quality  # the same relevant documents among fewer others
 
@@ -109,5 +110,5 @@ def test_a_bad_argument_is_an_error_that_says_what_is_expected(data, options, er
         fit_budget(*data, **{"sizes": (), "dims": DIMS, **options})
     with pytest.raises(ValueError, match="16 dimensions"):
         fit_budget(data[0], data[1][..., :8])
-    with pytest.raises(ValueError, match="at least 2 queries"):
-        fit_budget(data[0], data[1][:1])
+    with pytest.raises(ValueError, match="documents and queries"):
+        fit_budget(data[0], data[1][:0])
