@@ -73,8 +73,8 @@ def describe(cells: Cells, sizes: list[int]) -> list[str]:
         f"{describe_machine()}.",
         "One thread and one query at a time, in milliseconds of processor time. The documents are scenes of the",
         "quickstart, embedded by its model: 64 vectors of 64 dimensions, in int8. Recall@10 is the share of the ten",
-        "best documents of an exact search in float32. `tune_cascade` chooses the stages on half of 200 queries, for a",
-        "recall of 0.95; the figures are those of the other half.",
+        "best documents of an exact search in float32. `tune_cascade` chooses the stages on half of 200 queries, for",
+        "a recall of 0.95; the figures are those of the other half.",
         "",
         markdown_table(head, rows),
         "",
@@ -146,7 +146,8 @@ def beside(cells: Cells) -> list[str]:
         "",
         "The same embeddings and queries on one core, each engine in an environment of its own. Of several settings",
         "of each, the table shows the fastest with a recall of 0.95 on half of the queries, or else the one with the",
-        "highest recall; times and recall are those of the other half. All times are processor time.",
+        "highest recall; times and recall are those of the other half. All times are processor time, and 20 minutes of",
+        "it the most that building may take.",
         "",
     ]
     for n in sorted({int(name.rpartition("-")[2]) for name in cells if name.startswith("peer-")}):

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -69,7 +72,7 @@ def install(peer: Peer) -> Path:
 
 
 def run(peer: Peer, action: str, arguments: list[str | Path], minutes: float) -> dict:
-    """Run `runner.py` in the engine's environment: what it prints, or `{"failed": why}`."""
+    """Run `runner.py` for at most so many minutes of processor time: what it prints, or `{"failed": why}`."""
     python, environment = install(peer), {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
     for threads in ("OMP_NUM_THREADS", "RAYON_NUM_THREADS", "OPENBLAS_NUM_THREADS", "LANCE_CPU_THREADS"):
         environment[threads] = "1"
@@ -77,11 +80,11 @@ def run(peer: Peer, action: str, arguments: list[str | Path], minutes: float) ->
         (packages,) = python.parent.parent.glob("lib/*/site-packages")
         python, environment["PYTHONPATH"] = Path(sys.executable), str(packages)
     command = [python, HERE / "runner.py", action, peer.module, *arguments]
-    try:
-        done = subprocess.run(
-            list(map(str, command)), env=environment, timeout=minutes * 60, stdout=subprocess.PIPE, text=True
-        )
-    except subprocess.TimeoutExpired:
+    limit = partial(resource.setrlimit, resource.RLIMIT_CPU, (int(minutes * 60), int(minutes * 60) + 10))
+    done = subprocess.run(
+        list(map(str, command)), env=environment, preexec_fn=limit, stdout=subprocess.PIPE, text=True
+    )
+    if -done.returncode in (signal.SIGXCPU, signal.SIGKILL):
         return {"failed": f"not {'built' if action == 'build' else 'searched'} within {minutes:g} minutes"}
     if done.returncode:
         return {"failed": f"{action} ended with {done.returncode}"}
