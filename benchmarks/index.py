@@ -36,7 +36,7 @@ LARGE = 10_000_000  # documents of 16 vectors; smaller sizes have 64
 REAL = 1_000_000  # scenes that are embedded; LARGE is made of them
 K, TARGET = 10, 0.95
 QUERIES = 200  # half of them choose the stages, the other half verify them
-MINUTES = 20  # of processor time for an engine to build its index, and as many for its searches
+MINUTES = 20  # of processor time for an engine to build its index; and as many of the clock for its searches
 
 Call = Callable[[], Any]
 

@@ -146,8 +146,8 @@ def beside(cells: Cells) -> list[str]:
         "",
         "The same embeddings and queries on one core, each engine in an environment of its own. Of several settings",
         "of each, the table shows the fastest with a recall of 0.95 on half of the queries, or else the one with the",
-        "highest recall; times and recall are those of the other half. All times are processor time, of which building",
-        "may take 20 minutes.",
+        "highest recall; times and recall are those of the other half. All times are processor time. An engine has 20",
+        "minutes to build its index.",
         "",
     ]
     for n in sorted({int(name.rpartition("-")[2]) for name in cells if name.startswith("peer-")}):

@@ -72,7 +72,7 @@ def install(peer: Peer) -> Path:
 
 
 def run(peer: Peer, action: str, arguments: list[str | Path], minutes: float) -> dict:
-    """Run `runner.py` for at most so many minutes of processor time: what it prints, or `{"failed": why}`."""
+    """Run `runner.py` for at most so many minutes: what it prints, or `{"failed": why}`."""
     python, environment = install(peer), {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
     for threads in ("OMP_NUM_THREADS", "RAYON_NUM_THREADS", "OPENBLAS_NUM_THREADS", "LANCE_CPU_THREADS"):
         environment[threads] = "1"
@@ -80,12 +80,16 @@ def run(peer: Peer, action: str, arguments: list[str | Path], minutes: float) ->
         (packages,) = python.parent.parent.glob("lib/*/site-packages")
         python, environment["PYTHONPATH"] = Path(sys.executable), str(packages)
     command = [python, HERE / "runner.py", action, peer.module, *arguments]
+    # A limit of processor time makes the clock of processor time coarse, so searches are limited by the other clock.
     limit = partial(resource.setrlimit, resource.RLIMIT_CPU, (int(minutes * 60), int(minutes * 60) + 10))
-    done = subprocess.run(
-        list(map(str, command)), env=environment, preexec_fn=limit, stdout=subprocess.PIPE, text=True
-    )
+    options = {"preexec_fn": limit} if action == "build" else {"timeout": 60 * minutes}
+    failed = {"failed": f"not {'built' if action == 'build' else 'searched'} within {minutes:g} minutes"}
+    try:
+        done = subprocess.run(list(map(str, command)), env=environment, stdout=subprocess.PIPE, text=True, **options)
+    except subprocess.TimeoutExpired:
+        return failed
     if -done.returncode in (signal.SIGXCPU, signal.SIGKILL):
-        return {"failed": f"not {'built' if action == 'build' else 'searched'} within {minutes:g} minutes"}
+        return failed
     if done.returncode:
         return {"failed": f"{action} ended with {done.returncode}"}
     return json.loads(done.stdout.strip().splitlines()[-1])
