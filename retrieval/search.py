@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias, runtime_checkable
+from typing import Any, Protocol, TypeAlias, TypeGuard, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -183,10 +183,13 @@ def run(
     """
     chosen = [choose_backend(backend, step.stores, step.queries) for step in steps]
     kernels, name = [kernel for kernel, _ in chosen], chosen[-1][1]
-    kernel = kernels[0]
-    if isinstance(kernel, SelectingKernel) and all(one is kernel for one in kernels) and all(map(_alike, steps)):
-        return *kernel.cascade(steps, allowed, margin), name
+    if _selects(kernels[0]) and all(one is kernels[0] for one in kernels) and all(map(_alike, steps)):
+        return *kernels[0].cascade(steps, allowed, margin), name
     return *_run_with_torch(steps, kernels, allowed, margin), name
+
+
+def _selects(kernel: Kernel | None) -> TypeGuard[SelectingKernel]:
+    return hasattr(kernel, "cascade")  # isinstance with a protocol takes longer than all else that a search does here
 
 
 def _alike(step: Step) -> bool:

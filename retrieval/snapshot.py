@@ -24,6 +24,7 @@ from .search import check_k, prepare, run
 from .storage import ROLES, Buffers, DamagedIndexError, Layout, check_kept, check_rows, is_segment, map_rows
 
 _FEW_DOCUMENTS = 4096  # are scored in full, which is faster than a cascade
+_MANY_DOCUMENTS = 100_000  # of which the first stage keeps 1,000; of four times as many, twice as many
 _MOST_PLANS = 64  # prepared stages that a snapshot remembers
 _BLOCK_BYTES = 1 << 26  # that are copied at a time
 
@@ -390,7 +391,12 @@ class Snapshot:
     def _auto_stages(self, r_q: int, budget: Budget | None, k: int) -> list[Stage]:
         r_q, r_c = budget or (r_q, self.manifest.vectors)
         kept, stages = self.manifest.kept, list[Stage]()
-        for (q, c), keep in (((1, 1), max(1000, 10 * k)), ((4, 8), max(200, 4 * k))):
+        # The more documents there are, the more of them have a first vector that is as good as those of the best ones.
+        most = 1000 * max(1, round((self.manifest.rows / _MANY_DOCUMENTS) ** 0.5))
+        chosen = [((1, 1), max(most, 100 * k)), ((2, 4), max(500, most // 4, 40 * k)), ((4, 8), max(150, 15 * k))]
+        if "first" in kept and kept["first"][0] == "binary":  # rounded so much that three times as many are needed
+            chosen.insert(0, (chosen[0][0], 3 * chosen[0][1]))
+        for (q, c), keep in chosen:
             if self.manifest.pooling is not None:
                 q = r_q  # the vectors of such queries are not ordered by importance
             if q <= r_q and c < r_c:

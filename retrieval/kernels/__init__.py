@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Protocol, runtime_checkable
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -107,7 +107,6 @@ class Kernel(Protocol):
         """
 
 
-@runtime_checkable
 class SelectingKernel(Kernel, Protocol):
     """A kernel that also selects the best documents while it scores them, in one call for all stages of a cascade."""
 

@@ -137,7 +137,7 @@ class CpuKernel:
         count, n = len(steps[0].queries), sum(map(len, steps[0].stores))
         if n > _MOST_DOCUMENTS:
             raise ValueError(f"the compiled kernel takes at most {_MOST_DOCUMENTS} documents, not {n}: split them")
-        width = min(steps[-1].keep, n)
+        width = min(steps[-1].keep, n if count or allowed is None else int(allowed.sum()))
         values, positions = torch.empty(count, width), torch.empty(count, width, dtype=torch.int64)
         scored = torch.zeros(count, len(steps), dtype=torch.int64)
         if not values.numel():

@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import normalize
 
-from metaembed.retrieval.cascade import cascade
+from metaembed.retrieval.cascade import Stage, cascade
 from metaembed.retrieval.collection import EmbeddingCollection
+from metaembed.retrieval.index import MultiVectorIndex
 from metaembed.retrieval.search import search
 from metaembed.retrieval.tune_cascade import tune_cascade
 from metaembed.scoring_metaembed import maxsim
@@ -141,3 +142,20 @@ def test_bad_tuning_is_an_error_that_says_what_to_do():
         tune_cascade(documents, queries, 1.5)
     with pytest.raises(ValueError, match="at least 2 queries"):
         tune_cascade(documents, queries[:1], 0.9)
+
+
+def test_tuning_an_index_uses_its_copies_and_leaves_out_what_was_deleted():
+    documents = nested(1, 1500, 8, 32)
+    index = MultiVectorIndex.create(None, 8, 32, {"first": ("binary", 1), "main": "int8"})
+    index.add(documents, ids=[f"d{i}" for i in range(1500)])
+    index.delete(ids=[f"d{i}" for i in range(0, 1500, 3)])
+    queries = normalize(documents[1:120:2, :4] + 0.3 * torch.randn(60, 4, 32), dim=-1)
+    tuned = tune_cascade(index, queries, 0.9, k=5, budgets=[(1, 1), (2, 4)])
+    assert {stage.quantization for option in tuned.curve for stage in option.stages} <= {"first", "main"}
+    assert tuned.recall >= 0.9
+    found, truth = (index.search(queries, 5, stages=stages).ids for stages in (tuned.stages, None))
+    assert sum(len(set(a) & set(b)) for a, b in zip(found, truth, strict=True)) >= 0.85 * 300
+    with pytest.raises(ValueError, match="keeps its own exact copy"):
+        tune_cascade(index, queries, 0.9, exact=documents)
+    with pytest.raises(ValueError, match="only a MultiVectorIndex keeps several copies"):
+        cascade(queries, documents, 5, stages=[Stage((1, 1), 50, "first")])
