@@ -328,39 +328,47 @@ class MultiVectorIndex:
         """Take the write lock, load the latest state, and commit everything the block does or nothing."""
         with self._mutex:
             self._compacted = None
-            if self.folder is None:
-                assert self._writer is not None
+            with self._writing_memory() if self.folder is None else self._writing_folder(self.folder) as state:
+                yield state
+
+    @contextlib.contextmanager
+    def _writing_memory(self) -> Iterator[tuple[Catalog, Manifest]]:
+        assert self._writer is not None
+        with self._writer.transaction() as catalog:
+            yield catalog, self._snapshot.manifest
+        buffers = self._snapshot.buffers if self._compacted is None else self._compacted
+        self._snapshot = Snapshot(self._writer, None, self._snapshot, buffers=buffers)
+
+    @contextlib.contextmanager
+    def _writing_folder(self, folder: Path) -> Iterator[tuple[Catalog, Manifest]]:
+        with writer_lock(folder, self.timeout), explained(folder):
+            self._after_fork()
+            if not (folder / DATABASE).exists():
+                self._migrate()
+            if self._writer is None:
+                self._writer = Catalog(folder)
+            try:
                 with self._writer.transaction() as catalog:
-                    yield catalog, self._snapshot.manifest
-                buffers = self._snapshot.buffers if self._compacted is None else self._compacted
-                self._snapshot = Snapshot(self._writer, None, self._snapshot, buffers=buffers)
-                return
-            with writer_lock(self.folder, self.timeout), explained(self.folder):
-                self._after_fork()
-                if not (self.folder / DATABASE).exists():
-                    self._migrate()
-                if self._writer is None:
-                    self._writer = Catalog(self.folder)
-                try:
-                    with self._writer.transaction() as catalog:
-                        manifest = Manifest.read(catalog.manifest(), self.folder)
-                        if manifest != self._snapshot.manifest:  # others have written
-                            self.refresh()
-                        self._clean()
-                        manifest = replace(manifest, writes=manifest.writes + 1)
-                        catalog.set_manifest(manifest.as_json())
-                        yield catalog, manifest
-                    if self._compacted is not None:
-                        self._writer.vacuum()
-                    self.refresh()
-                finally:
+                    manifest = Manifest.read(catalog.manifest(), folder)
+                    if manifest != self._snapshot.manifest:  # another process has written
+                        self.refresh()
                     self._clean()
-                if (
-                    self._compacted is not None or self._writer.log_size() > _LONG_LOG
-                ):  # SQLite starts the log anew when no reader needs it
-                    self._writer.checkpoint()
-                    self.refresh()
-                    self._writer.checkpoint("TRUNCATE")
+                    manifest = replace(manifest, writes=manifest.writes + 1)
+                    catalog.set_manifest(manifest.as_json())
+                    yield catalog, manifest
+                if self._compacted is not None:
+                    self._writer.vacuum()
+                self.refresh()
+            finally:
+                self._clean()
+            if self._compacted is not None or self._writer.log_size() > _LONG_LOG:
+                self._shorten_log(self._writer)
+
+    def _shorten_log(self, writer: Catalog) -> None:
+        """Empty SQLite's write-ahead log, which works once no reader needs it: not even our own, hence the refresh."""
+        writer.checkpoint()
+        self.refresh()
+        writer.checkpoint("TRUNCATE")
 
     def _clean(self) -> None:
         """Delete the files of interrupted writes and of earlier compactions. Call it only under the lock."""

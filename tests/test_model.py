@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import TEXTS, build_bert, build_qwen2_5_vl
+from PIL import Image
 from torch.nn.functional import normalize
 from transformers import AutoModel, AutoProcessor
 
 from metaembed import MetaEmbedConfig, MetaEmbedModel
 from metaembed.configuration_metaembed import BackboneTraits
+from metaembed.inputs_metaembed import InputPolicy, image_size
 
 SIDES = ("query", "document")
 
@@ -171,6 +173,28 @@ def test_encoding_returns_float32_unit_rows_in_input_order(qwen, mixed):
         single = qwen.encode_documents(item, num_meta=6)
         assert single.shape == (6, 64)
         torch.testing.assert_close(single, expected, atol=1e-5, rtol=0)
+
+
+def test_batches_of_pictures_of_mixed_sizes_pad_little(qwen, tmp_path):
+    generator = np.random.default_rng(0)
+    sizes = generator.integers(16, 200, (64, 2))
+    pictures = [Image.new("RGB", (int(width), int(height))) for width, height in sizes]
+    for i in range(0, 62, 3):  # a file's header is read too; an array's shape is known
+        pictures[i].save(tmp_path / f"{i}.png")
+        pictures[i], pictures[i + 1] = tmp_path / f"{i}.png", np.asarray(pictures[i + 1])
+    batches = list(qwen._batches(qwen.processor.parse(pictures), 4, qwen.policy))
+    assert sorted(i for batch in batches for i in batch) == list(range(64))
+    masks = [qwen.processor.process_documents([pictures[i] for i in b], 1)["attention_mask"] for b in batches]
+    assert 1 - sum(mask.sum() for mask in masks) / sum(mask.numel() for mask in masks) < 0.1
+
+
+def test_estimating_sizes_reads_no_file_that_the_policy_forbids(tmp_path):
+    Image.new("RGB", (30, 20)).save(tmp_path / "picture.png")
+    path = tmp_path / "picture.png"
+    assert image_size(path, InputPolicy()) == image_size(str(path), InputPolicy()) == (20, 30)
+    assert image_size(path, InputPolicy.server()) == (1, 1)
+    assert image_size("https://example.com/picture.png", InputPolicy()) == (1, 1)
+    assert image_size(tmp_path / "missing.png", InputPolicy()) == (1, 1)
 
 
 def test_half_precision_model_gives_float32_embeddings(qwen):
