@@ -36,6 +36,7 @@ LARGE = 10_000_000  # documents of 16 vectors; smaller sizes have 64
 REAL = 1_000_000  # scenes that are embedded; LARGE is made of them
 K, TARGET = 10, 0.95
 QUERIES = 200  # half of them choose the stages, the other half verify them
+FEW = 40  # the same for LARGE
 MINUTES = 20  # of processor time for an engine to build its index; and as many of the clock for its searches
 
 Call = Callable[[], Any]
@@ -82,11 +83,13 @@ def documents(count: int) -> Iterator[Tensor]:
             yield part.float()
         return
     generator = torch.Generator().manual_seed(0)
+    some = next(iterate_scenes(PART))[:, :16]
+    noise = torch.randn(2 * PART, *some.shape[1:], generator=generator) * (0.5 / some.shape[2] ** 0.5)
     for turn in range(count // REAL):
         for part in iterate_scenes(REAL):
             vectors = part[:, :16].float()
-            noise = torch.randn(vectors.shape, generator=generator) * (0.5 / vectors.shape[2] ** 0.5)
-            yield normalize(vectors + noise, dim=-1) if turn else vectors
+            start = int(torch.randint(PART, (1,), generator=generator))
+            yield normalize(vectors + noise[start : start + PART], dim=-1) if turn else vectors
 
 
 def metadata(first: int, count: int) -> list[dict]:
@@ -97,6 +100,17 @@ def metadata(first: int, count: int) -> list[dict]:
 def folder(count: int) -> Path:
     """Return where the index of a size is."""
     return CACHE / f"indexes/{count}"
+
+
+def write_plainly(file: Path, size: int) -> float:
+    """Write so many bytes to a file, wait until the disk has them, and return the seconds."""
+    content = (os.urandom(1 << 20) * (size // (1 << 20) + 1))[:size]
+    start = time.perf_counter()
+    with file.open("wb") as f:
+        f.write(content)
+        f.flush()
+        os.fsync(f.fileno())
+    return time.perf_counter() - start
 
 
 def build(count: int) -> dict:
@@ -117,17 +131,12 @@ def build(count: int) -> dict:
         index.add(part, ids, about)
         seconds["add"] += time.perf_counter() - start
         seconds["add, processor"] += time.process_time() - processor
-        content = os.urandom(1 << 20) * (index.bytes_per_document * len(part) // (1 << 20) + 1)
-        start = time.perf_counter()
-        with raw.open("wb") as f:
-            f.write(content[: index.bytes_per_document * len(part)])
-            f.flush()
-            os.fsync(f.fileno())
-        seconds["write"] += time.perf_counter() - start
+        if count <= REAL:
+            seconds["write"] += write_plainly(raw, index.bytes_per_document * len(part))
         done += len(part)
         if done % (10 * PART) == 0:
             print(f"added {done:,} of {count:,}", file=sys.stderr, flush=True)
-    raw.unlink()
+    raw.unlink(missing_ok=True)
     index.close()
     bytes_on_disk = sum(path.stat().st_blocks * 512 for path in place.iterdir())
     return seconds | {"bytes": bytes_on_disk, "bytes a document": index.bytes_per_document}
@@ -151,12 +160,12 @@ def recall(found: list[list[str]], truth: Tensor) -> float:
 
 
 def best(index: MultiVectorIndex, count: int) -> Tensor:
-    """Return the true best ten `[QUERIES, K]`: by float32; for `LARGE`, by the index's full scan."""
+    """Return the true best ten of every query: by float32; for `LARGE`, by the index's full scan."""
     if count <= REAL:
         return find_best(count, K, QUERIES)
     file = CACHE / f"best/{count}.npy"
     if not file.exists():
-        found = [index.search(q, K, stages=None).ids[0] for q in load_queries(QUERIES)]
+        found = [index.search(q, K, stages=None).ids[0] for q in load_queries(FEW)]
         save_whole(file, np.array([[int(i.split("-")[1]) for i in ids] for ids in found]))
     return torch.from_numpy(np.load(file))
 
@@ -181,7 +190,7 @@ def latency(count: int) -> dict:
     """Choose stages on half of the queries; on the other half compare them with a full scan and with reading."""
     torch.set_num_threads(1)
     index = open_index(count)
-    queries, truth = load_queries(QUERIES), best(index, count)
+    queries, truth = load_queries(QUERIES if count <= REAL else FEW), best(index, count)
     curve = tune(index, queries[::2], truth[::2])
     verify, expected = queries[1::2], truth[1::2]
     for one in curve:

@@ -123,7 +123,7 @@ def compare(cells: Cells) -> list[str]:
         elif kind == "small-adds":
             ratio = it["1,000 adds"] / it["compacted"]
             kinds.setdefault("after 1,000 adds, before `compact`, against after it", {})[int(n)] = f"{ratio:.2f}"
-        elif kind == "build" and int(n) >= 100_000:
+        elif kind == "build" and it["write"] and int(n) >= 100_000:
             rate = f"{it['write'] / it['add']:.2f} ({int(n) / it['add']:,.0f} documents a second)"
             kinds.setdefault("speed of adding, against writing the same bytes to disk", {})[int(n)] = rate
     counts = sorted({n for row in kinds.values() for n in row})
