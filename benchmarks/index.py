@@ -331,7 +331,6 @@ def main() -> None:
         for count in {100_000, REAL} & set(arguments.sizes):
             cell(f"batch-{count}", lambda count=count: batch(count))
             cell(f"filtered-{count}", lambda count=count: filtered(count))
-        for count in {REAL} & set(arguments.sizes):
             cell(f"small-adds-{count}", lambda count=count: small_adds(count))
         for count in sorted(set(arguments.peer_sizes) & set(arguments.sizes)):
             for module in arguments.peers:

@@ -122,7 +122,9 @@ def compare(cells: Cells) -> list[str]:
                     kinds.setdefault(f"filter of {what}, against none", {})[int(n)] = f"{ms / base:.2f}"
         elif kind == "small-adds":
             ratio = it["1,000 adds"] / it["compacted"]
-            kinds.setdefault("after 1,000 adds, before `compact`, against after it", {})[int(n)] = f"{ratio:.2f}"
+            kinds.setdefault("a search after 1,000 adds, before `compact`, against one after it", {})[int(n)] = (
+                f"{ratio:.2f}"
+            )
         elif kind == "build" and it["write"] and int(n) >= 100_000:
             rate = f"{it['write'] / it['add']:.2f} ({int(n) / it['add']:,.0f} documents a second)"
             kinds.setdefault("speed of adding, against writing the same bytes to disk", {})[int(n)] = rate
@@ -245,15 +247,15 @@ def plot_recall(cells: Cells) -> None:
         for module, peer in PEERS.items():
             it = cells.get(f"peer-{module}-{n}", {})
             if "curve" in it:
-                points = sorted((one["p50"], one["recall"]) for one in it["curve"])
-                curves[peer.title] = (COLORS[module], points)
+                curves[peer.title] = (COLORS[module], [(one["p50"], one["recall"]) for one in it["curve"]])
         for title, (color, points) in curves.items():
+            points = sorted(points)
             best = [p for i, p in enumerate(points) if all(p[1] > before[1] for before in points[:i])]
             wide = 2.2 if title == "metaembed" else 1.2
             (labels[title],) = axes.plot(
                 *zip(*best, strict=True), color=color, marker="o", markersize=3, linewidth=wide
             )
-        axes.set(xscale="log", xlabel="milliseconds a query, one core", ylabel="recall@10", ylim=(0.5, 1.01))
+        axes.set(xscale="log", xlabel="milliseconds a query, one core", ylabel="recall@10", ylim=(0.8, 1.005))
         axes.set_title(f"{n:,} documents", fontsize=9)
         axes.grid(alpha=0.25)
     drawing.legend(labels.values(), labels.keys(), loc="outside right upper", fontsize=8)
