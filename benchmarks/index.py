@@ -30,6 +30,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from metaembed import MultiVectorIndex, tune_cascade
+from metaembed.retrieval.cascade import Stage
 
 SIZES = (1000, 3000, 10_000, 30_000, 100_000, 300_000, 1_000_000, 10_000_000)
 LARGE = 10_000_000  # documents of 16 vectors; smaller sizes have 64
@@ -165,7 +166,7 @@ def best(index: MultiVectorIndex, count: int) -> Tensor:
         return find_best(count, K, QUERIES)
     file = CACHE / f"best/{count}.npy"
     if not file.exists():
-        found = [index.search(q, K, stages=None).ids[0] for q in load_queries(FEW)]
+        found = index.search(load_queries(FEW), K, stages=None).ids
         save_whole(file, np.array([[int(i.split("-")[1]) for i in ids] for ids in found]))
     return torch.from_numpy(np.load(file))
 
@@ -174,12 +175,19 @@ def best(index: MultiVectorIndex, count: int) -> Tensor:
 
 
 def tune(index: MultiVectorIndex, queries: Tensor, truth: Tensor) -> list[dict]:
-    """Return stages for every recall, by `tune_cascade`, cheapest first, with their recall of the truth."""
-    options = [option.stages for option in tune_cascade(index, queries, TARGET).curve if option.stages]
+    """Return stages for every recall, by `tune_cascade`, cheapest first, with their recall of the truth.
+
+    An index with a copy for the first stage is too large to be tuned by many full scans: it tries a few stages.
+    """
+    if "first" in index.quantization:
+        pairs = ((1000, 100), (3000, 200), (10_000, 200), (30_000, 300), (100_000, 500), (300_000, 1000))
+        options = [(Stage((1, 1), n, "first"), Stage((4, 8), m, "main")) for n, m in pairs]
+    else:
+        options = [option.stages for option in tune_cascade(index, queries, TARGET).curve if option.stages]
     tried: list[dict] = []
     for stages in options:
         recalled = recall(index.search(queries, K, stages=stages).ids, truth)
-        if recalled > (tried[-1]["recall"] + 0.005 if tried else 0.5):
+        if recalled > (tried[-1]["recall"] + 0.005 if tried else 0.1):
             tried.append({"stages": [[s.budget, s.quantization, s.keep] for s in stages], "recall": recalled})
             if recalled > 0.985:
                 break
@@ -199,10 +207,9 @@ def latency(count: int) -> dict:
         one["verified"] = recall(index.search(verify, K, stages=one["stages"]).ids, expected)
     # The first that the first half chooses, unless the second half does not confirm it: then the next.
     good = [one for one in curve if one["recall"] >= TARGET and one["verified"] >= TARGET]
-    stages = good[0]["stages"] if good else None
-    first = index.quantization[stages[0][1] if stages else "main"][0]
-    read = stages[0][0][1] if stages else index.vectors
-    size = count * read * {"binary": index.dim // 8 + 4, "int8": index.dim + 4}[first]
+    stages = (good or curve[-1:])[0]["stages"]
+    first = index.quantization[stages[0][1]][0]
+    size = count * stages[0][0][1] * {"binary": index.dim // 8 + 4, "int8": index.dim + 4}[first]
     memory = torch.ones(size // 4 + 1)
     best_ms = take_turns(
         {
