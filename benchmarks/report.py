@@ -15,7 +15,8 @@ REPORT = Path(__file__).parent.parent / "docs/performance.md"
 TITLE = """\
 # Performance
 
-`make benchmark`, `make benchmark-encode` and `make benchmark-training` measured every number here and wrote the page.
+Commands measured every number here and wrote the page: `make benchmark-index` (search), `make benchmark` (scoring and
+smaller documents), `make benchmark-encode` and `make benchmark-training`.
 """
 
 

@@ -3,10 +3,10 @@
     make benchmark                                       everything; writes docs/performance.md
     python benchmarks/scoring.py --quick                 a tenth of the documents, prints only
     python benchmarks/scoring.py --full                  more documents, dimensions and threads; needs memory and time
-    python benchmarks/scoring.py --sections quality      one or more of: speed, cascade, quality
+    python benchmarks/scoring.py --sections quality      speed, or quality, or both
 
 All implementations take turns in one process, and the best turn of each counts; their scores are checked first.
-`cascade` and a part of `quality` need the model that `make quickstart` saves, and embed scenes with it once.
+A part of `quality` needs the model that `make quickstart` saves, and embeds scenes with it once.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import psutil
 import sentence_transformers
 import torch
 from peers import find_peers, install_peers
-from quality import measure_cascade, measure_quality
+from quality import measure_quality
 from report import describe_load, describe_machine, write_report
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -141,30 +141,24 @@ def measure_speed(n: int, dim: int, threads: int, sides: list[int]) -> tuple[lis
     return lines, results | {"peers": list(peers)}
 
 
-def compare(results: dict) -> list[list[str]]:
-    """Return the ratios of one measurement, as rows of a table."""
-    rows = []
-    for count in (1, 32):
-        s = {key[2]: value for key, value in results.items() if key[:2] == (count, BUDGETS[-1])}
-        if not s:
-            continue
-        ours, st = s["metaembed, compiled, float32"], s["sentence-transformers"]
-        least = min(
-            min(results[count, b, name] for name in results["peers"])
-            / results[count, b, "metaembed, compiled, float32"]
-            for b in BUDGETS
-        )
-        for what, ratio in (
-            ("torch: times faster than sentence-transformers", st / s["metaembed, torch, float32"]),
-            ("compiled: times faster than sentence-transformers", st / ours),
-            ("compiled: times faster than the fastest peer", min(s[name] for name in results["peers"]) / ours),
-            ("the same, the smallest of all budgets", least),
-            ("compiled: time over the limit's", ours / s["the limit, float32"]),
-            ("bfloat16: times faster than float32", ours / s["metaembed, compiled, bfloat16"]),
-            ("int8: times faster than float32", ours / s["metaembed, compiled, int8"]),
-        ):
-            rows.append([str(count), what, f"{ratio:.2f}"])
-    return rows
+def compare(results: dict, count: int) -> dict[str, str]:
+    """Return the ratios of one measurement at (16, 64), by what they compare."""
+    s = {key[2]: value for key, value in results.items() if key[:2] == (count, BUDGETS[-1])}
+    ours, st = s["metaembed, compiled, float32"], s["sentence-transformers"]
+    least = min(
+        min(results[count, b, name] for name in results["peers"]) / results[count, b, "metaembed, compiled, float32"]
+        for b in BUDGETS
+    )
+    ratios = {
+        "torch: times faster than sentence-transformers": st / s["metaembed, torch, float32"],
+        "compiled: times faster than sentence-transformers": st / ours,
+        "compiled: times faster than the fastest peer": min(s[name] for name in results["peers"]) / ours,
+        "the same, the smallest of all budgets": least,
+        "compiled: time over the limit's": ours / s["the limit, float32"],
+        "bfloat16: times faster than float32": ours / s["metaembed, compiled, bfloat16"],
+        "int8: times faster than float32": ours / s["metaembed, compiled, int8"],
+    }
+    return {what: f"{ratio:.2f}" for what, ratio in ratios.items()}
 
 
 def title(n: int, dim: int, threads: int) -> str:
@@ -198,27 +192,25 @@ def speed(size: str) -> list[str]:
         ],
         "full": [(n, dim, t, [1, 32]) for n in (10_000, 100_000) for dim in (128, 2048) for t in (1, 2)],
     }[size]
-    ratios, details = [], []
+    ratios: dict[str, dict[str, str]] = {}
+    notes, details = [], []
     for n, dim, threads, sides in plan:
         kept = (*QUANTIZATIONS, "float32")  # an index of each, and a tensor
         needed = n * 64 * sum(bytes_per_vector(p, dim) for p in kept)
         if needed > 0.7 * psutil.virtual_memory().available:
-            details += [
-                f"{title(n, dim, threads)}: left out, because it needs {needed / 2**30:.0f} GiB of memory.",
-                "",
-            ]
+            notes += [f"{title(n, dim, threads)}: left out, because it needs {needed / 2**30:.0f} GiB of memory.", ""]
             continue
         lines, results = measure_speed(n, dim, threads, sides)
-        details += lines
-        rows = compare(results)
-        ratios += [
-            f"{title(n, dim, threads)}:",
-            "",
-            markdown_table(["queries", "at (16, 64)", "ratio"], rows),
-            "",
-        ]
-        print("\n".join(ratios[-4:]), flush=True)
-    return ["## Speed", "", *describe_method(), "", describe_load(), "", "### Ratios", "", *ratios, *details]
+        details += lines if not details else []  # all are printed, the first goes into the document
+        for count in sides:
+            column = (
+                f"{n:,} x {dim}, {threads} thread{'s' * (threads > 1)}, {count} quer{'y' if count == 1 else 'ies'}"
+            )
+            ratios[column] = compare(results, count)
+    whats = next(iter(ratios.values()))
+    table = markdown_table(["", *ratios], [[what, *(column[what] for column in ratios.values())] for what in whats])
+    head = ["Ratios at (16, 64), by documents x dimensions:", "", table, ""]
+    return ["## Scoring", "", *describe_method(), "", describe_load(), "", *head, *notes, *details]
 
 
 def main() -> None:
@@ -227,9 +219,9 @@ def main() -> None:
     sizes = parser.add_mutually_exclusive_group()
     sizes.add_argument("--quick", dest="size", action="store_const", const="quick", default="usual")
     sizes.add_argument("--full", dest="size", action="store_const", const="full", help="hours, and 140 GiB of memory")
-    parser.add_argument("--sections", nargs="+", choices=["speed", "cascade", "quality"])
+    parser.add_argument("--sections", nargs="+", choices=["speed", "quality"])
     arguments = parser.parse_args()
-    sections = {"speed": speed, "cascade": measure_cascade, "quality": measure_quality}
+    sections = {"speed": speed, "quality": measure_quality}
     wanted = arguments.sections or list(sections)
     parts = {name: "\n".join(sections[name](arguments.size)) for name in sections if name in wanted}
     print("\n\n".join(parts.values()))
