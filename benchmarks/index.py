@@ -177,11 +177,12 @@ def best(index: MultiVectorIndex, count: int) -> Tensor:
 def tune(index: MultiVectorIndex, queries: Tensor, truth: Tensor) -> list[dict]:
     """Return stages for every recall, by `tune_cascade`, cheapest first, with their recall of the truth.
 
-    An index with a copy for the first stage is too large to be tuned by many full scans: it tries a few stages.
+    From a million documents on, where each full scan of `tune_cascade` takes its time, a few stages are tried instead.
     """
-    if "first" in index.quantization:
-        pairs = ((1000, 100), (3000, 200), (10_000, 200), (30_000, 300), (100_000, 500), (300_000, 1000))
-        options = [(Stage((1, 1), n, "first"), Stage((4, 8), m, "main")) for n, m in pairs]
+    first = "first" if "first" in index.quantization else "main"
+    if len(index) >= REAL:
+        pairs = ((1000, 100), (2000, 100), (3000, 200), (6000, 200), (10_000, 300), (30_000, 300), (100_000, 500))
+        options = [(Stage((1, 1), n, first), Stage((4, 8), m, "main")) for n, m in pairs]
     else:
         options = [option.stages for option in tune_cascade(index, queries, TARGET).curve if option.stages]
     tried: list[dict] = []
