@@ -17,7 +17,7 @@ class Engine:
     def build(self, folder, parts, count):
         """Build with the defaults, but for a smaller sample to find the centroids."""
         torch.set_num_threads(1)
-        documents = torch.cat([torch.from_numpy(part).half() for part in parts()])
+        documents = [document for part in parts() for document in torch.from_numpy(part).half()]
         search.FastPlaid(folder, device="cpu").create(documents, n_samples_kmeans=10_000)
 
     def open(self, folder):

@@ -9,7 +9,7 @@ from xtr_warp.search import XTRWarp
 class Engine:
     """See `runner.py`."""
 
-    settings = [{"probe": probe, "bound": bound} for probe in (8, 32, 64, 128) for bound in (128, 512)]
+    settings = [{"probe": probe, "bound": 1024} for probe in (16, 64, 128, 256, 512)]
 
     def build(self, folder, parts, count):
         """Build with the defaults, but for a smaller sample to find the centroids."""
