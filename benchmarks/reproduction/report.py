@@ -19,6 +19,7 @@ import matplotlib.pyplot as plt
 
 METRIC = "ndcg@10"
 SIZES = tuple(256 * 2**i for i in range(7))  # 256 B to 16 KB
+LEAST_COMPARED = 3  # methods of a task, for its panel in the picture of the README
 TITLES = {
     "pictures": "Pictures: scenes of pictograms, a tiny model from random weights",
     "manuals": "Manuals: headings and sections, a pretrained MiniLM",
@@ -283,9 +284,9 @@ def draw(axes, measured: Measured, title: str) -> None:
         else:
             axes.errorbar(sizes, means, [means - low, high - means], color=colour, capsize=3)
     axes.set_xscale("log", base=2)
-    ticks = [64 * 4**i for i in range(6)]
+    ticks = [64 * 4**i for i in range(5)]
     axes.set_xticks(ticks, [f"{tick} B" if tick < 1024 else f"{tick // 1024} KB" for tick in ticks])
-    axes.set(title=title, xlabel="bytes per document", ylabel="nDCG@10")
+    axes.set(xlim=(45, 38_000), ylim=(0, 1.02), title=title, xlabel="bytes per document", ylabel="nDCG@10")
     axes.grid(alpha=0.3)
 
 
@@ -303,16 +304,19 @@ def draw_all(results: Results, images: Path) -> list[str]:
         figure.savefig(images / f"reproduction-{task}.png", dpi=110)
         plt.close(figure)
         drawn.append(task)
-    if drawn:
+    compared = [task for task in drawn if len(Measured(results, task).found) >= LEAST_COMPARED]
+    if compared:
         figure, panels = plt.subplots(
-            1, len(drawn), figsize=(5.2 * len(drawn), 4.3), layout="constrained", squeeze=False
+            1, len(compared), figsize=(5.6 * len(compared), 4.4), layout="constrained", squeeze=False
         )
-        for axes, task in zip(panels[0], drawn, strict=True):
+        for axes, task in zip(panels[0], compared, strict=True):
             draw(axes, Measured(results, task), TITLES[task].split(",")[0])
         handles = {}
         for axes in panels[0]:
             handles.update({label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)})
-        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, fontsize=8)
+        figure.legend(
+            handles.values(), handles.keys(), loc="outside lower center", ncols=2 * len(compared), fontsize=8
+        )
         figure.savefig(images / "quality-against-bytes.png", dpi=110)
         plt.close(figure)
     return drawn
