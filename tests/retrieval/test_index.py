@@ -333,6 +333,16 @@ def test_add_upsert_delete_and_compact_behave_like_a_dict(place):
     index.verify()
 
 
+def test_a_filter_finds_no_deleted_document(place):
+    index = MultiVectorIndex.create(place, 2, 8, "float32")
+    index.add(vectors(0, 9, 2, 8), [str(i) for i in range(9)], [{"even": i % 2 == 0} for i in range(9)])
+    index.search(vectors(1, 1, 2, 8), k=9, where={"even": True})  # columns are read before the documents are deleted
+    index.delete(["0", "1", "4"])
+    for stages in ("auto", None):
+        found = index.search(vectors(1, 1, 2, 8), k=9, stages=stages, where={"even": True})
+        assert sorted(found.ids[0]) == ["2", "6", "8"]
+
+
 @pytest.mark.parametrize(
     ("change", "error", "match"),
     [
