@@ -111,7 +111,7 @@ class EngineStore(ABC):
         if not len(ids) == len(metadata) == len(stack):
             raise ValueError(f"there are {len(stack)} documents, but {len(ids)} ids and {len(metadata)} metadata")
         if len(set(ids)) < len(ids):
-            raise ValueError("ids must all be different")
+            raise ValueError("ids must be unique")
         for one in metadata:
             to_json(one)
         if not ids:

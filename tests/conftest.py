@@ -6,6 +6,7 @@ import threading
 
 import pytest
 import torch
+from engines import postgres, qdrant  # noqa: F401
 from fresh import FreshProcesses
 from PIL import Image
 from scenes import make_scene

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -178,14 +179,23 @@ def test_serve_and_demo_say_what_to_install_when_a_part_is_missing(made, capsys,
 
 
 def test_serve_and_demo_pass_on_where_to_listen(made, capsys, monkeypatch):
-    import types
-
     for command, module, name, port in (("serve", "server", "serve", 8000), ("demo", "page", "launch", 7860)):
         asked = {}
         part = types.SimpleNamespace(**{name: lambda index, asked=asked, **kwargs: asked.update(kwargs, index=index)})
         monkeypatch.setitem(sys.modules, f"metaembed.app.{module}", part)
         assert run(command, made[0]) == 0
-        assert asked == {"index": str(made[0]), "host": "127.0.0.1", "port": port, "model": None, "device": None}
+        expected = {"index": str(made[0]), "host": "127.0.0.1", "port": port, "model": None, "device": None}
+        assert {name: asked.get(name, "not there") for name in expected} == expected
+
+
+def test_serve_passes_on_what_requests_may_do(made, monkeypatch):
+    asked = {}
+    part = types.SimpleNamespace(serve=lambda index, **kwargs: asked.update(kwargs))
+    monkeypatch.setitem(sys.modules, "metaembed.app.server", part)
+    allowed = ["--allow-host", "*.example.com", "--allow-folder", "photos", "--allow-folder", "papers"]
+    assert run("serve", made[0], "--read-only", *allowed) == 0
+    assert asked["read_only"] and asked["allow_hosts"] == ("*.example.com",)
+    assert asked["allow_folders"] == ("photos", "papers")
 
 
 def test_a_pipe_that_is_closed_early_ends_in_silence(made, capsys, monkeypatch):

@@ -1,4 +1,4 @@
-"""Real engines, started once."""
+"""Fixtures: real engines, started once. Not in a conftest of its folder, or `from conftest import` would find that."""
 
 import os
 import shutil
