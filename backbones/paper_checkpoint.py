@@ -21,7 +21,7 @@ from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoConfig, AutoP
 
 from ..configuration_metaembed import check_count
 from ..loading_metaembed import HUB_ARGUMENTS, check_loading, headless, names_inside
-from .create import SETTINGS, mark_trained, set_linear
+from .create import SETTINGS, set_linear
 from .loading import load_backbone
 
 WEIGHTS = re.compile(r"(adapter_model|model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)")
@@ -119,7 +119,7 @@ def convert(
     if projection:
         set_linear(model.projection, projection["weight"], projection.get("bias"))
     model.config.base_model = str(base) if base else model.config.base_model
-    mark_trained(model)
+    model.is_untrained = False
     return model
 
 

@@ -69,10 +69,28 @@ def test_a_model_just_made_says_once_that_it_is_untrained(tmp_path):
     assert told([lambda: MetaEmbedModel.from_pretrained(tmp_path).encode_queries("a")]) == 0
 
 
-def test_a_model_that_trains_does_not_say_that_it_is_untrained():
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_model_that_trains_does_not_say_that_it_is_untrained(compiled):
     backbone, processor = build("bert")
     encoder = to_multi_vector_encoder(MetaEmbedModel.from_backbone(backbone, processor=processor, **SIZES))
     encoder.train()
     columns = [encoder.preprocess(["a red apple", "a cat"], task=side) for side in ("query", "document")]
-    loss = CachedMMRLoss(encoder, mini_batch_size=1)  # its first pass is without gradients
-    assert told([lambda: sum(loss(columns, None).values()).backward(), lambda: encoder.encode_query(["a"])]) == 0
+    if compiled:
+        torch.compiler.reset()
+        forward = torch.compile(encoder[0].model, fullgraph=True, backend="eager")
+        train = [lambda: forward(**columns[0]).embeddings.sum().backward()]
+    else:  # its first pass is without gradients
+        train = [lambda: sum(CachedMMRLoss(encoder, mini_batch_size=1)(columns, None).values()).backward()]
+    assert told([*train, lambda: encoder.encode_query(["a"])]) == 0
+
+
+def test_a_model_just_made_is_compiled_and_exported_whole():
+    backbone, processor = build("bert")
+    model = MetaEmbedModel.from_backbone(backbone, processor=processor, **SIZES)
+    inputs = {**model.processor.process_queries(["a red apple"]), "num_meta": 2}
+    torch.compiler.reset()
+    with torch.no_grad():
+        compiled = torch.compile(model, fullgraph=True, backend="eager")(**inputs).embeddings
+        exported = torch.export.export(model, (), inputs).module()(**inputs).embeddings
+    assert torch.equal(compiled, exported)
+    assert told([lambda: model.encode_queries("a")]) == 1
