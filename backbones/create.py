@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,7 +107,25 @@ def from_backbone(
     measure(model)
     if source.missing:
         check_unused(source.name, source.backbone, set(source.missing), probe_rows(model))
+    model.is_untrained = True  # of this instance alone: it is not saved
+    model.register_forward_pre_hook(warn_untrained)
     return model
+
+
+def warn_untrained(model: nn.Module, *_: Any) -> None:
+    """Warn if the first thing that a model from [`from_backbone`] does is to encode, and not to train."""
+    if model.training:  # set without a look before, so that a compiled model is not compiled again
+        model.is_untrained = False
+    elif not torch.compiler.is_compiling() and model.is_untrained:
+        model.is_untrained = False
+        if not torch.is_grad_enabled():
+            warnings.warn(
+                "this model was just made by from_backbone and is untrained: its Meta Tokens are random, so its "
+                "embeddings mean nothing yet. Train it (MMRLoss, or examples/train.py), or load a trained one with "
+                "MetaEmbedModel.from_pretrained.",
+                UserWarning,
+                stacklevel=2,
+            )
 
 
 def find_source(backbone: Any, processor: Any, loading: dict[str, Any]) -> Source:

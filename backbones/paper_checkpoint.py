@@ -119,6 +119,7 @@ def convert(
     if projection:
         set_linear(model.projection, projection["weight"], projection.get("bias"))
     model.config.base_model = str(base) if base else model.config.base_model
+    model.is_untrained = False
     return model
 
 

@@ -338,6 +338,10 @@ def _allowed(include: Positions | None, exclude: Positions | None, n: int) -> Te
 
 
 def _mask(positions: Positions, n: int, name: str) -> Tensor:
+    if isinstance(positions, (str, list, tuple)) and any(isinstance(position, str) for position in positions):
+        raise TypeError(
+            f"{name} must be positions (whole numbers), got ids: search a MultiVectorIndex, which takes {name}_ids."
+        )
     at = torch.as_tensor(positions).cpu()
     if at.dtype == torch.bool and at.shape == (n,):
         return at

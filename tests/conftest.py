@@ -33,6 +33,7 @@ class RootIsNoTestPackage:
 
 def pytest_configure(config):
     config.pluginmanager.register(RootIsNoTestPackage())
+    config.addinivalue_line("filterwarnings", "ignore:this model was just made by from_backbone:UserWarning")
 
 
 @pytest.hookimpl(trylast=True)

@@ -246,3 +246,10 @@ def test_bad_input_is_an_error_that_says_what_to_do(change, error, match, backen
     }
     with pytest.raises(error, match=match):
         search(**{**good, **change})
+
+
+@pytest.mark.parametrize("name", ["include", "exclude"])
+def test_ids_in_place_of_positions_are_named(name):
+    vectors = torch.eye(3)[:, None]
+    with pytest.raises(TypeError, match=rf"{name} must be positions .*, got ids: .*{name}_ids"):
+        search(vectors, vectors, 1, **{name: ["apples"]})

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import sys
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
     from sentence_transformers import MultiVectorEncoder
 
     from ..evaluation.budgets import BudgetEvaluator
+
+logger = logging.getLogger(__name__)
 
 MODEL_OPTIONS = (
     "num_query_tokens",
@@ -90,6 +94,11 @@ def make_model(arguments: Arguments, training: TrainingArguments) -> MetaEmbedMo
         options["attn_implementation"] = arguments.attn_implementation
     sizes, recipe = given(arguments, MODEL_OPTIONS), given(arguments, LORA_OPTIONS)
     sizes |= {"token_projection": True} if arguments.token_terms else {}
+    if not arguments.lora and options["dtype"] in (torch.bfloat16, torch.float16):
+        logger.warning(
+            f"--no_lora trains weights in {arguments.dtype}, which round most steps at the usual learning rates away: "
+            "the model hardly changes. Leave --dtype out; --bf16 still computes in bfloat16."
+        )
     source = arguments.backbone
     adapter = find_adapter(source) is not None
     if not adapter and AutoConfig.from_pretrained(source).model_type != "metaembed":
@@ -132,9 +141,11 @@ def make_loss(encoder: MultiVectorEncoder, arguments: Arguments) -> MMRLoss | Ca
         gather_across_devices=arguments.gather_across_devices,
         token_terms=bool(arguments.token_terms),
     )
-    if arguments.mini_batch_size:
-        return CachedMMRLoss(encoder, mini_batch_size=arguments.mini_batch_size, **options)
-    return MMRLoss(encoder, **options)
+    with warnings.catch_warnings():  # `make_model` said it, in terms of the command line
+        warnings.filterwarnings("ignore", "the weights to train are", UserWarning)
+        if arguments.mini_batch_size:
+            return CachedMMRLoss(encoder, mini_batch_size=arguments.mini_batch_size, **options)
+        return MMRLoss(encoder, **options)
 
 
 def learning_rates(arguments: Arguments, model: MetaEmbedModel) -> dict[str, float]:

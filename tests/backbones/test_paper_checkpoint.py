@@ -106,6 +106,7 @@ def test_a_full_state_dict(tmp_path, projected, old_names):
         tmp_path / "paper", processor=processor, num_query_tokens=R_Q, dtype=torch.float64
     )
     assert model.config.document_sees_query_tokens and model.config.num_document_tokens == R_C
+    assert not model.is_untrained
     assert_equal(model, headed, processor, tokens, projection)
 
 

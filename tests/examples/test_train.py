@@ -29,7 +29,7 @@ from metaembed.training import data as training_data
 from metaembed.training.arguments import GROUPS, parse_arguments
 from metaembed.training.data import load_pairs
 from metaembed.training.losses import MMRLoss
-from metaembed.training.run import check_run, learning_rates, make_model
+from metaembed.training.run import check_run, learning_rates, make_loss, make_model
 from metaembed.training.trainer import MetaEmbedTrainer
 
 SIZES = ["--num_query_tokens", 4, "--num_document_tokens", 8]
@@ -305,6 +305,16 @@ def test_full_finetuning_in_bfloat16_with_gradient_checkpointing(data, tmp_path)
     losses = history(tmp_path)
     assert losses[max(losses)] < losses[1]
     assert embedding(tmp_path / "final").shape == (8, 32)
+
+
+@pytest.mark.parametrize("more", [["--no_lora", "--dtype", "bfloat16"], ["--no_lora"], ["--dtype", "bfloat16"]])
+def test_training_every_weight_in_bfloat16_is_warned_of_in_one_line(data, tmp_path, caplog, recwarn, more):
+    options, training = arguments(data, tmp_path, *SIZES, *more)
+    make_loss(to_multi_vector_encoder(make_model(options, training)), options)
+    told = [record.getMessage() for record in caplog.records if "hardly changes" in record.getMessage()]
+    assert len(told) == (len(more) == 3)
+    assert not told or "Leave --dtype out" in told[0]
+    assert not [warning for warning in recwarn if "weights to train" in str(warning.message)]
 
 
 # The run of one process, which those of two processes with half the batch must equal: all documents are negatives.
