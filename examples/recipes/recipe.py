@@ -1,7 +1,7 @@
-"""What the recipes share: presets of backbones, the command line, training through `examples/train.py`, one GPU or many.
+"""What the recipes share: presets of backbones, the command line, training through `examples/train.py`.
 
-A recipe prepares a folder of pairs, trains on it, and evaluates. Options that it does not know go to `examples/train.py`
-and win over its preset.
+A recipe prepares a folder of pairs, trains on it, and evaluates. Options that it does not know go to
+`examples/train.py` and win over its preset.
 """
 
 from __future__ import annotations
@@ -14,8 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
-
-from metaembed.processing_metaembed import MetaEmbedProcessor
 
 EXAMPLES = Path(__file__).parent.parent
 sys.path.append(str(EXAMPLES))
@@ -77,6 +75,11 @@ def parser(description: str) -> argparse.ArgumentParser:
     return made
 
 
+def pixels(arguments: argparse.Namespace) -> int:
+    """Return the number of pixels of an image at most."""
+    return arguments.image_tokens * PRESETS[arguments.preset].pixels
+
+
 def shrink(image: Image.Image, pixels: int) -> Image.Image:
     """Return an image in RGB of at most so many pixels, in the same proportions."""
     scale = min(1.0, (pixels / (image.width * image.height)) ** 0.5)
@@ -84,23 +87,16 @@ def shrink(image: Image.Image, pixels: int) -> Image.Image:
     return image.convert("RGB") if scale == 1.0 else image.convert("RGB").resize(size, Image.Resampling.LANCZOS)
 
 
-def run_training(arguments: argparse.Namespace, more: Sequence[str]) -> Path:
-    """Train on what was prepared, on one GPU in this process or on several by accelerate; return the model's folder."""
+def run_training(arguments: argparse.Namespace, more: Sequence[str]) -> None:
+    """Train on what was prepared, on one GPU in this process or on several by accelerate."""
     preset, output = PRESETS[arguments.preset], arguments.output_dir
     options = ["--dataset", str(output / DATASET), "--output_dir", str(output), *preset.options()]
+    options += ["--max_pixels", str(pixels(arguments))]  # searched images must be as large as those trained on
     options += ["--use_cpu"] if arguments.cpu else ON_A_GPU
     if arguments.gpus == 1:
         train.main([*options, *more])
     else:
         launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(arguments.gpus)]
-        launch += (
-            ["--num_cpu_threads_per_process", "4"] if arguments.cpu else ["--multi_gpu", "--mixed_precision=bf16"]
-        )
+        launch += ["--cpu", "--mixed_precision=no"] if arguments.cpu else ["--multi_gpu", "--mixed_precision=bf16"]
         command = [*launch, str(EXAMPLES / "train.py"), *options, "--gather_across_devices", *more]
         subprocess.run(command, check=True)
-    # Images that are searched must be as large as those trained on: the limit is saved with the model.
-    processor = MetaEmbedProcessor.from_pretrained(output / "final")
-    images = processor.image_processor
-    images.size = {**dict(images.size), "longest_edge": arguments.image_tokens * preset.pixels}
-    processor.save_pretrained(output / "final")
-    return output / "final"

@@ -54,8 +54,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--benchmarks", nargs="*", default=BENCHMARKS, help="of MTEB; their public tasks are run")
     arguments, more = parser.parse_known_args(argv)
     if "prepare" in arguments.steps:
-        pixels = arguments.image_tokens * recipe.PRESETS[arguments.preset].pixels
-        prepare(load_dataset(arguments.training_set), arguments.output_dir / recipe.DATASET, pixels)
+        folder = arguments.output_dir / recipe.DATASET
+        prepare(load_dataset(arguments.training_set), folder, recipe.pixels(arguments))
     if "train" in arguments.steps:
         recipe.run_training(arguments, ["--eval_split", "test", *more])
     if "evaluate" in arguments.steps:
