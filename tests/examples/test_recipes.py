@@ -8,10 +8,12 @@ from tiny_models import ROOT, WORDS, picture, save_tiny_backbone
 
 sys.path.append(str(ROOT / "examples" / "recipes"))
 
+import mine_negatives
 import mmeb
 import vidore
 
-from metaembed import MetaEmbedModel
+from metaembed import MetaEmbedModel, maxsim
+from metaembed.training.data import identity, load_pairs
 
 TINY = ["--num_query_tokens", 4, "--num_document_tokens", 8, "--per_device_train_batch_size", 4]
 TINY += ["--mini_batch_size", 2, "--max_steps", 2, "--save_steps", 2, "--report_to", "none", "--warmup_steps", 0]
@@ -119,3 +121,29 @@ def test_the_cost_table_is_calculated_for_every_preset(capsys):
     assert "By calculation" in printed and printed.count("\n| vidore | ") == printed.count("\n| mmeb | ") == 8
     readme = (ROOT / "examples" / "recipes" / "README.md").read_text()
     assert printed.split("\n\n")[1].strip() in readme
+
+
+def test_mined_negatives_are_the_models_mistakes_and_are_trained_on(backbone, tmp_path):
+    (tmp_path / "pairs").mkdir()
+    pages = [picture(i % 10, 64, 48) for i in range(12)]  # two pages are the positives of two questions
+    columns = {"query": [f"{WORDS[i]} {WORDS[-i]}" for i in range(12)], "positive_image": pages}
+    Dataset.from_dict(columns).to_parquet(tmp_path / "pairs" / "train.parquet")
+    Dataset.from_dict({name: values[:5] for name, values in columns.items()}).to_parquet(
+        tmp_path / "pairs" / "test.parquet"
+    )
+    model = MetaEmbedModel.from_backbone(backbone, num_query_tokens=4, num_document_tokens=8)
+    model.save_pretrained(tmp_path / "model")
+    options = ["--model", tmp_path / "model", "--pairs", tmp_path / "pairs", "--output", tmp_path / "out" / "pairs"]
+    mine_negatives.main(list(map(str, [*options, "--negatives", 2])))
+    pairs, _ = load_pairs(str(tmp_path / "out" / "pairs"))
+    assert pairs.columns == ["query", "positive", "negative_1", "negative_2"] and len(pairs) == 12
+    for row in pairs.inputs():
+        names = [identity(row[column]) for column in pairs.columns[1:]]
+        assert len(set(names)) == 3, "a query's own page, or one page twice"
+        query = model.encode_queries(row["query"])
+        scores = [maxsim(query[None], model.encode_documents(row[c])[None]).item() for c in pairs.columns[1:]]
+        easier = [maxsim(query[None], model.encode_documents(p)[None]).item() for p in pages]
+        allowed = [score for score in easier if score <= 0.95 * scores[0]]
+        assert not allowed or scores[1] == pytest.approx(max(allowed), abs=1e-4), "the hardest below the margin"
+    run(vidore.main, backbone, tmp_path / "out", "--steps", "train")
+    assert (tmp_path / "out" / "final" / "config.json").is_file()
