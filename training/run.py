@@ -118,7 +118,7 @@ def limit_pixels(processor: Any, pixels: int) -> None:
     Raises:
         ValueError: If it does not bound images by their number of pixels.
     """
-    images = getattr(processor, "image_processor", None)
+    images: Any = getattr(processor, "image_processor", None)
     size = dict(getattr(images, "size", None) or {})
     if "longest_edge" not in size or "shortest_edge" not in size:  # as in Qwen's: numbers of pixels
         raise ValueError(
