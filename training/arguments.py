@@ -36,6 +36,7 @@ class Arguments:
     embedding_dim: int | None = option(None, "dimension of a vector; none: the hidden size")
     query_instruction: str | None = option(None, "text put before every query")
     document_instruction: str | None = option(None, "text put before every document")
+    max_pixels: int | None = option(None, "of an image, now and in the saved model: larger ones are shrunk")
     dtype: str | None = option(None, "of the backbone; none: bfloat16 for LoRA with --bf16, else float32")
     attn_implementation: str | None = option(None, "sdpa, flash_attention_2, ...")
     lora: bool = option(True, "train LoRA, as the paper does; --no_lora trains every weight")
@@ -67,8 +68,8 @@ GROUPS = {  # of --help, in this order; all other options come last
     "the ten that matter": "backbone dataset output_dir eval_size per_device_train_batch_size mini_batch_size "
     "num_train_epochs learning_rate bf16 resume",
     "data": "dataset_config train_split eval_split query_column positive_column",
-    "model": "num_query_tokens num_document_tokens embedding_dim query_instruction document_instruction dtype "
-    "attn_implementation",
+    "model": "num_query_tokens num_document_tokens embedding_dim query_instruction document_instruction max_pixels "
+    "dtype attn_implementation",
     "LoRA": "lora lora_r lora_alpha lora_dropout merge",
     "loss and learning rates": "temperature normalize token_terms gather_across_devices meta_token_learning_rate "
     "projection_learning_rate",

@@ -116,7 +116,26 @@ def make_model(arguments: Arguments, training: TrainingArguments) -> MetaEmbedMo
         merge_adapter(model)
     elif arguments.lora:
         model.add_adapter(lora_config(model, **{name.replace("lora_r", "r"): recipe[name] for name in recipe}))
+    if arguments.max_pixels is not None:
+        limit_pixels(model.processor, arguments.max_pixels)
     return model
+
+
+def limit_pixels(processor: Any, pixels: int) -> None:
+    """Make a processor shrink larger images, which it is saved with.
+
+    Raises:
+        ValueError: If it does not bound images by their number of pixels.
+    """
+    images: Any = getattr(processor, "image_processor", None)
+    size = dict(getattr(images, "size", None) or {})
+    if "longest_edge" not in size or "shortest_edge" not in size:  # as in Qwen's: numbers of pixels
+        raise ValueError(
+            "--max_pixels does not fit this backbone, whose images have another kind of size: leave it out."
+        )
+    if pixels < size["shortest_edge"]:
+        raise ValueError(f"--max_pixels {pixels} is below the {size['shortest_edge']} that an image is enlarged to.")
+    images.size = {**size, "longest_edge": pixels}
 
 
 def check_equal(source: str, present: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

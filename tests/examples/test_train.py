@@ -130,6 +130,7 @@ def test_help_starts_with_the_ten_options_that_matter_and_lists_every_one_once(c
         (["--positive_column", "answer"], "the dataset has no column 'answer'"),
         (["--backbone", "./nowhere"], "nowhere"),
         (["--no_lora", "--lora_r", 4], "--no_lora trains every weight and does not use --lora_r"),
+        (["--max_pixels", 1], "--max_pixels 1 is below the 3136 that an image is enlarged to"),
         (["--normalize", "max"], 'normalize must be "sum", "mean" or "sqrt"'),
         (["--save_strategy", "best", "--metric_for_best_model", "loss"], "every checkpoint is evaluated"),
         (["--eval_strategy", "epoch"], "every checkpoint is evaluated, and the best is kept"),
