@@ -183,16 +183,17 @@ def tune(index: MultiVectorIndex, queries: Tensor, truth: Tensor) -> list[dict]:
     if len(index) >= REAL:
         pairs = ((1000, 100), (2000, 100), (3000, 200), (6000, 200), (10_000, 300), (30_000, 300), (100_000, 500))
         options = [(Stage((1, 1), n, first), Stage((4, 8), m, "main")) for n, m in pairs]
+        triples = ((2500, 700, 60), (3000, 800, 100), (4000, 1000, 100))
+        options += [(Stage((1, 1), a, first), Stage((2, 4), b), Stage((4, 8), c)) for a, b, c in triples]
     else:
-        options = [option.stages for option in tune_cascade(index, queries, TARGET).curve if option.stages]
+        tuned = tune_cascade(index, queries, TARGET)
+        options = [tuned.stages, *(option.stages for option in tuned.curve)]
     tried: list[dict] = []
-    for stages in options:
+    for stages in dict.fromkeys(filter(None, options)):
         recalled = recall(index.search(queries, K, stages=stages).ids, truth)
-        if recalled > (tried[-1]["recall"] + 0.005 if tried else 0.1):
+        if recalled > 0.1 and all(abs(recalled - one["recall"]) > 0.004 for one in tried):
             tried.append({"stages": [[s.budget, s.quantization, s.keep] for s in stages], "recall": recalled})
-            if recalled > 0.985:
-                break
-    return tried
+    return sorted(tried, key=lambda one: one["recall"])
 
 
 def latency(count: int) -> dict:
@@ -206,9 +207,9 @@ def latency(count: int) -> dict:
         calls = [lambda q=q, s=one["stages"]: index.search(q, K, stages=s) for q in verify[:20]]
         one["p50"] = float(np.median(take_turns({"search": calls}, 2, time.process_time)["search"]))
         one["verified"] = recall(index.search(verify, K, stages=one["stages"]).ids, expected)
-    # The first that the first half chooses, unless the second half does not confirm it: then the next.
+    # The fastest of those that reach the recall on both halves.
     good = [one for one in curve if one["recall"] >= TARGET and one["verified"] >= TARGET]
-    stages = (good or curve[-1:])[0]["stages"]
+    stages = min(good, key=lambda one: one["p50"])["stages"] if good else curve[-1]["stages"]
     first = index.quantization[stages[0][1]][0]
     size = count * stages[0][0][1] * {"binary": index.dim // 8 + 4, "int8": index.dim + 4}[first]
     memory = torch.ones(size // 4 + 1)
