@@ -88,6 +88,14 @@ def test_the_wheel_holds_the_package_and_nothing_else(clone, wheel):
     assert "metaembed/__init__.py" in names
 
 
+def test_no_link_is_in_the_repository():
+    """A link leads to a place of one machine; in a clone, `make quickstart` would try to write through it."""
+    listed = subprocess.run(["git", "ls-files", "--stage"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("this is no clone")
+    assert [line for line in listed.stdout.splitlines() if line.startswith("120000")] == []
+
+
 def test_the_source_distribution_builds_the_same_wheel(unpacked, wheel, tmp_path):
     assert names_in_wheel(build("wheel", unpacked, tmp_path / "dist")) == names_in_wheel(wheel)
 
