@@ -251,7 +251,7 @@ def read_video(source: Any, policy: InputPolicy, stack: ExitStack) -> str | Arra
     """
     if isinstance(source, (str, Path)):
         with _reading("video", source):
-            found = _find(source, policy)
+            found = find_source(source, policy)
             if isinstance(found, str):
                 check_size(os.path.getsize(found), policy)
                 return found
@@ -311,7 +311,7 @@ def _open(source: Any, policy: InputPolicy) -> tuple[Image.Image, bytes]:
     if isinstance(source, np.ndarray):
         return _from_array(source), b""
     if isinstance(source, (str, Path)):
-        source = _find(source, policy)
+        source = find_source(source, policy)
     if isinstance(source, str):
         with open(source, "rb") as file:
             source = file.read(policy.max_bytes + 1)
@@ -351,7 +351,7 @@ def _check_png(content: bytes, width: int, height: int) -> None:
         raise ValueError(f"its pixels end {missing} bytes early")
 
 
-def _find(source: str | Path, policy: InputPolicy) -> bytes | str:
+def find_source(source: str | Path, policy: InputPolicy) -> bytes | str:
     """Return the bytes that a URL or base64 stands for, or the path of the file that a name stands for."""
     name = str(source)
     scheme = name.partition(":")[0].lower() if isinstance(source, str) else ""

@@ -296,9 +296,7 @@ class _Run:
     bar: Any = None
     planned: int = 0  # documents to encode in this run, as far as they are known
     _mutex: threading.Lock = field(default_factory=threading.Lock)
-    _files: dict[tuple[int, str], list[Any]] = field(
-        default_factory=dict
-    )  # [File, documents to come, all stored, noted]
+    _files: dict[tuple[int, str], _Progress] = field(default_factory=dict)
     _seen: dict[int, set[str]] = field(default_factory=dict)  # files of each source that is a folder
     _seen_rows: dict[tuple[int, str], set[str]] = field(default_factory=dict)  # ids of each dataset
     _hidden: list[tuple[int, str]] = field(default_factory=list)  # folders that could not be listed

@@ -433,6 +433,7 @@ def _handle_errors(app: FastAPI) -> None:
     @app.exception_handler(ValueError)
     @app.exception_handler(TypeError)
     async def bad_input(request: Request, error: Exception) -> Response:
+        _log.info("%s %s was refused", request.method, request.url.path, exc_info=error)  # or it is a fault of ours
         return _error(400, str(error))
 
     @app.exception_handler(Busy)

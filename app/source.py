@@ -13,7 +13,7 @@ from PIL import Image
 from ..inputs_metaembed import InputPolicy, read_image
 from .pdf import PdfReader
 from .settings import Settings
-from .sources import File, Reading, _load
+from .sources import File, Reading, load
 
 
 class Source:
@@ -47,7 +47,7 @@ class Source:
             file = File(metadata["source"], name, path, metadata["kind"], str(metadata.get("sha256")), 1, stamp)
             with self._lock:
                 number = metadata.get("page") or metadata.get("part") or 1
-                value, _ = _load(file, number, self._reading, self._pdf)
+                value, _ = load(file, number, self._reading, self._pdf)
             return read_image(value, InputPolicy.server()) if isinstance(value, bytes) else value
         except (OSError, IndexError) as error:
             raise ValueError(f"{name} cannot be read any more: {error}") from error

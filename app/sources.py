@@ -18,7 +18,7 @@ from PIL import Image
 from ..inputs_metaembed import InputPolicy
 from .pdf import PdfReader
 
-__all__ = ["Columns", "Document", "File", "Problem", "Reading", "documents_of", "inspect", "rows", "walk"]
+__all__ = ["Columns", "Document", "File", "Problem", "Reading", "documents_of", "inspect", "load", "rows", "walk"]
 
 _TEXT = {".txt", ".text", ".md", ".markdown", ".rst"}
 _PICTURE = {
@@ -280,7 +280,7 @@ def documents_of(file: File, reading: Reading) -> Iterator[Document]:
             file.kind,
             file.sha256,
             place,
-            lambda reader, number=number: _load(file, number, reading, reader),
+            lambda reader, number=number: load(file, number, reading, reader),
         )
 
 
@@ -289,7 +289,13 @@ def _prefixed(source: int, file: str) -> str:
     return f"{source}:{file}" if source or re.match(r"\d+:", file) else file
 
 
-def _load(file: File, number: int, reading: Reading, reader: PdfReader) -> tuple[Any, dict[str, Any]]:
+def load(file: File, number: int, reading: Reading, reader: PdfReader) -> tuple[Any, dict[str, Any]]:
+    """Read document `number`, from 1, of a file: the input of the encoder, and metadata that was found.
+
+    Raises:
+        OSError: if the file is gone.
+        ValueError: if it cannot be read, or changed since it was looked at.
+    """
     value: Any
     extra: dict[str, Any] = {}
     if file.kind == "image":
@@ -343,7 +349,7 @@ def rows(
         ValueError: if a column is not there.
     """
     if not (columns.text or columns.image):
-        raise ValueError(f"{place} is a dataset: name its columns with --text and/or --image")
+        raise ValueError(f"{place} is a dataset: name its columns, as in --columns text=caption,image=file")
     local = Path(place)
     file, base = (local.name, local.parent) if local.is_file() else (place, None)
     seen: set[str] = set()

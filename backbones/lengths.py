@@ -10,7 +10,7 @@ from typing import Any
 
 from PIL import Image
 
-from ..inputs_metaembed import InputPolicy, Item, _find
+from ..inputs_metaembed import InputPolicy, Item, find_source
 
 _CHARACTERS = 4  # of a token
 _PIXELS = 28**2  # of a token, where a processor does not say
@@ -36,7 +36,7 @@ def image_size(source: Any, policy: InputPolicy) -> tuple[int, int]:
     """Return (height, width) of a picture in memory or in a file, whose header is read; of others (1, 1)."""
     with suppress(Exception):  # reading the picture will say what is wrong
         if isinstance(source, str | Path) and not str(source).lower().startswith("http"):
-            source = _find(source, policy)
+            source = find_source(source, policy)
         if isinstance(source, bytes | bytearray):
             source = io.BytesIO(source)
         if isinstance(source, str | Path | io.BytesIO):

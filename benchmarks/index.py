@@ -1,7 +1,7 @@
 """The speed of the index, from 1,000 documents to 10,000,000, and beside other engines.
 
     make benchmark-index                                     everything; writes docs/performance.md and its plots
-    python benchmarks/index.py --sizes 1000 10000 --peers    only these sizes, and no other engines
+    python benchmarks/index.py --sizes 1000 10000 --peers    these sizes alone, without other engines
     python benchmarks/index.py --report                      writes the document from what was measured
 
 Needs the model that `make quickstart` saves. The first run embeds a million scenes with it and keeps them in
@@ -33,11 +33,10 @@ from metaembed import MultiVectorIndex, tune_cascade
 from metaembed.retrieval.cascade import Stage
 
 SIZES = (1000, 3000, 10_000, 30_000, 100_000, 300_000, 1_000_000, 10_000_000)
-LARGE = 10_000_000  # documents of 16 vectors; smaller sizes have 64
-REAL = 1_000_000  # scenes that are embedded; LARGE is made of them
+REAL = 1_000_000  # scenes that are embedded; a larger index is made of their first 16 vectors
 K, TARGET = 10, 0.95
 QUERIES = 200  # half of them choose the stages, the other half verify them
-FEW = 40  # the same for LARGE
+FEW = 40  # the same for more documents than REAL
 MINUTES = 20  # of processor time for an engine to build its index; and as many of the clock for its searches
 
 Call = Callable[[], Any]
@@ -74,7 +73,7 @@ def take_turns(calls: dict[str, list[Call]], turns: int, clock: Callable[[], flo
 
 
 def documents(count: int) -> Iterator[Tensor]:
-    """Yield documents, a part at a time: scenes; or for `LARGE`, the first 16 vectors of scenes, again and again.
+    """Yield documents, a part at a time: scenes; or for more than `REAL`, the first 16 vectors of scenes, again and again.
 
     The first million are the scenes as they are. Of every further million, each vector has noise of half its length
     added and is normalized again, so no two documents are equal.
@@ -161,7 +160,7 @@ def recall(found: list[list[str]], truth: Tensor) -> float:
 
 
 def best(index: MultiVectorIndex, count: int) -> Tensor:
-    """Return the true best ten of every query: by float32; for `LARGE`, by the index's full scan."""
+    """Return the true best ten of every query: by float32; for more than `REAL`, by the index's full scan."""
     if count <= REAL:
         return find_best(count, K, QUERIES)
     file = CACHE / f"best/{count}.npy"

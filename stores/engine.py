@@ -13,11 +13,12 @@ from typing import Any, Self, TypeVar
 import torch
 from torch import Tensor
 
+from ..retrieval.cascade import Stage, check_stages
 from ..retrieval.filters import parse_where
 from ..retrieval.index import Document, SearchHits
 from ..retrieval.metadata import to_json
 from ..retrieval.search import check_k
-from ..retrieval.snapshot import Stage, check_ids
+from ..retrieval.snapshot import check_ids
 from ..scoring_metaembed import Budget, as_stack, check_finite, cut_queries
 
 _Result = TypeVar("_Result")
@@ -199,18 +200,10 @@ class EngineStore(ABC):
                 raise ValueError(f"stages must be 'auto', None, or a list of Stage, not {stages!r}")
             cut_queries(torch.zeros(1, r_q, self.dim), last.budget, (self.vectors, self.dim), "cpu")
             return [*self._auto_stages(last.budget, k), last]
-        checked: list[Stage] = []
-        for given in stages or ():
-            stage = Stage(*given) if isinstance(given, tuple | list) and len(given) == 2 else given
-            if not hasattr(stage, "budget"):
-                raise TypeError(f"a stage must be a Stage, or (budget, keep) such as ((1, 1), 1000), not {given!r}")
-            if stage.quantization not in (None, "main"):
+        checked = check_stages(stages or (), k)
+        for stage in checked:
+            if stage.quantization != "main":
                 raise ValueError(f"{stage}: an engine decides itself about quantization; leave it out of the stage")
-            if isinstance(stage.keep, bool) or not isinstance(stage.keep, int):
-                raise TypeError(f"{stage}: the number of documents to keep must be an int")
-            if stage.keep < k or (checked and stage.keep > checked[-1].keep):
-                raise ValueError(f"{stage} must keep at least k = {k} documents, and no more than the stage before")
-            checked.append(stage)
         return [*checked, last]
 
     def _auto_stages(self, budget: Budget, k: int) -> Iterator[Stage]:

@@ -179,7 +179,7 @@ def test_a_read_only_server_changes_nothing(store, encoder):
     with TestClient(server.create_app(store, encoder, read_only=True)) as client:
         ask(client, "/documents", 405, documents=[{"id": "d", "input": "x"}])
         ask(client, "/documents/delete", 405, ids=["a"])
-    assert len(MultiVectorIndex.create(None)) == 0
+        assert sorted(store.ids) == sorted(TEXTS)
 
 
 def test_deleting_needs_a_choice(client, store):
