@@ -73,7 +73,7 @@ def take_turns(calls: dict[str, list[Call]], turns: int, clock: Callable[[], flo
 
 
 def documents(count: int) -> Iterator[Tensor]:
-    """Yield documents, a part at a time: scenes; or for more than `REAL`, the first 16 vectors of scenes, again and again.
+    """Yield documents, a part at a time: scenes; beyond `REAL`, the first 16 vectors of scenes again.
 
     The first million are the scenes as they are. Of every further million, each vector has noise of half its length
     added and is normalized again, so no two documents are equal.
