@@ -7,8 +7,8 @@ import shutil
 import tempfile
 import threading
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -363,7 +363,10 @@ class MetaEmbedModel(PreTrainedModel):
             num_meta: r, the number of vectors of each, 1..R_q. None: the configuration's default, else all.
             **kwargs: For this call, as keywords
                 - `instruction`: text put before each input, on a line of its own. None: the configuration's; "": none;
-                - `batch_size`: number of inputs in a forward pass, 32;
+                - `batch_size`: the most inputs in a forward pass, 32;
+                - `batch_tokens`: the most tokens in one, padding included (by the package), and any number of inputs;
+                - `workers`: threads of the package that read and process the next batches meanwhile, 2 by default;
+                - `devices`: a list of devices to encode on together, with a copy of the model on each, by the package;
                 - `show_progress_bar`: None: if transformers' log level is INFO or lower;
                 - `convert_to_numpy`: return a numpy array instead of a tensor;
                 - `tokens`: return [`Embeddings`] `(meta, tokens)`, with the vectors of each input's own tokens too:
@@ -388,46 +391,97 @@ class MetaEmbedModel(PreTrainedModel):
         """Encode documents as `num_meta` vectors each, 1..R_c: see [`encode_queries`], which takes the same inputs."""
         return self._encode("document", inputs, num_meta, **kwargs)
 
-    @torch.no_grad()
+    def stream_queries(self, inputs: Any, num_meta: int | None = None, **kwargs: Any) -> Iterator[Any]:
+        """Encode queries that an iterator gives, as they come: see [`stream_documents`]."""
+        return of_package("encoding.stream", "stream", needed=True)(self, "query", inputs, num_meta, **kwargs)
+
+    def stream_documents(self, inputs: Any, num_meta: int | None = None, **kwargs: Any) -> Iterator[Any]:
+        """Encode documents that an iterator gives, as they come: yields what [`encode_documents`] returns, by chunks.
+
+        Takes the same arguments and `chunk_size`, 128: inputs of a chunk, of which two are in memory. By the package.
+        """
+        return of_package("encoding.stream", "stream", needed=True)(self, "document", inputs, num_meta, **kwargs)
+
     def _encode(
         self,
         side: str,
         inputs: Any,
         num_meta: int | None,
         *,
-        instruction: str | None = None,
-        batch_size: int = 32,
-        show_progress_bar: bool | None = None,
         convert_to_numpy: bool = False,
         tokens: int | bool = False,
         **kwargs: Any,
     ) -> Tensor | np.ndarray | Embeddings:
-        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        num_meta, items = self.processor.resolve_num_meta(side, num_meta), self.processor.parse(inputs)
+        with closing(self._run(side, [items], num_meta, tokens=tokens, total=len(items), **kwargs)) as results:
+            encoded = self._collect(side, len(items), num_meta, results, tokens, convert_to_numpy)
+        if not is_single(inputs):
+            return encoded
+        return Embeddings(*(part[0] for part in encoded)) if tokens else encoded[0]
+
+    def _run(
+        self,
+        side: str,
+        chunks: Iterable[list[Item]],
+        num_meta: int,
+        *,
+        tokens: int | bool = False,
+        batch_size: int | None = None,
+        show_progress_bar: bool | None = None,
+        total: int | None = None,
+        **kwargs: Any,
+    ) -> Iterator[tuple[list[int], Tensor]]:
+        """Encode chunks of inputs: yield where the inputs of each batch are in their chunk, and rows [n, r + T, D]."""
+        if batch_size is not None and (type(batch_size) is not int or batch_size < 1):
             raise ValueError(f"batch_size must be a whole number of at least 1, got {batch_size!r}.")
         if show_progress_bar is None:
             show_progress_bar = logger.getEffectiveLevel() <= logging.INFO
-        num_meta = self.processor.resolve_num_meta(side, num_meta)
-        items = self.processor.parse(inputs)
+        ways = {name: kwargs.pop(name) for name in ("batch_tokens", "workers", "devices") if name in kwargs}
+
+        def process(items: list[Item], indices: list[int]) -> Any:
+            return self.processor.process(items, side, num_meta, indices=indices, **kwargs)
+
+        @torch.no_grad()
+        def compute(features: Any, indices: list[int], model: MetaEmbedModel = self) -> Tensor:
+            with model._evaluating(), default_device_cpu():
+                inputs = {**features.to(execution_device(model)), "num_meta": num_meta, "tokens": tokens}
+                return check_finite(model(**inputs).embeddings.to("cpu", torch.float32), indices)
+
+        def plainly() -> Iterator[tuple[list[int], Tensor]]:
+            for items in chunks:  # without the package there is only one
+                for places in self._batches(items, batch_size or 32):
+                    yield places, compute(process([items[i] for i in places], places), places)
+
+        appended = num_meta if self.config.traits.causal else self.config.num_tokens(side)
+        options = {"policy": kwargs.get("policy") or self.policy, "appended": appended, "batch_size": batch_size}
+        run = of_package("encoding.run", "run", needed=bool(ways))
+        results = run(self, chunks, process, compute, **options, **ways) or plainly()
+        with tqdm(desc=f"Encoding ({side})", total=total, disable=not show_progress_bar) as bar, closing(results):
+            for places, rows in results:
+                bar.update(len(places))
+                yield places, rows
+
+    def _collect(
+        self,
+        side: str,
+        count: int,
+        num_meta: int,
+        results: Iterable[tuple[list[int], Tensor]],
+        tokens: int | bool = False,
+        convert_to_numpy: bool = False,
+    ) -> Tensor | np.ndarray | Embeddings:
+        """Return the embeddings of `count` inputs, of which `results` gives places and rows."""
         dim = self.config.embedding_dim or self.config.hidden_size
-        embeddings = torch.empty(len(items), num_meta, dim, dtype=torch.float32, device="cpu")
-        own = [embeddings[:0, 0]] * len(items)  # the vectors [T, D] of each input's tokens
-        device = execution_device(self)
-        with self._evaluating(), default_device_cpu():
-            batches = list(self._batches(items, batch_size, kwargs.get("policy") or self.policy))
-            for indices in tqdm(batches, desc=f"Encoding ({side})", disable=not show_progress_bar):
-                features = self.processor.process(
-                    [items[i] for i in indices], side, num_meta, instruction=instruction, indices=indices, **kwargs
-                )
-                output = self(**features.to(device), tokens=tokens).embeddings  # [batch, r + T, D]
-                output = check_finite(output.to("cpu", torch.float32), indices)
-                embeddings[indices] = output[:, :num_meta]
-                for index, rows in zip(indices, output[:, num_meta:], strict=True) if tokens else ():
-                    own[index] = rows[: max(1, int(rows.any(dim=1).sum()))].clone()  # or it keeps the whole batch
+        embeddings = torch.empty(count, num_meta, dim, dtype=torch.float32, device="cpu")
+        own = [embeddings[:0, 0]] * count  # the vectors [T, D] of each input's tokens
+        for places, rows in results:
+            embeddings[places] = rows[:, :num_meta]
+            for place, vectors in zip(places, rows[:, num_meta:], strict=True) if tokens else ():
+                own[place] = vectors[: max(1, int(vectors.any(dim=1).sum()))].clone()  # or it keeps the whole batch
         # What fills up changes no score: a query's zeros match nothing, a document's own vectors again no better.
-        fill = torch.arange(max(map(len, own), default=0) if tokens is True else tokens)
+        fill = torch.arange(max(map(len, own), default=0) if tokens is True else tokens, device="cpu")
         own = [rows[fill % len(rows)] for rows in own] if side == "document" and tokens else own
         parts = [embeddings, nn.utils.rnn.pad_sequence([*own, embeddings[:0, 0]], batch_first=True)[:-1]]
-        parts = [part[0] for part in parts] if is_single(inputs) else parts
         parts = [part.numpy() for part in parts] if convert_to_numpy else parts
         return Embeddings(*parts) if tokens else parts[0]
 
@@ -448,11 +502,9 @@ class MetaEmbedModel(PreTrainedModel):
                     if module.training != mode:
                         module.train(mode)
 
-    def _batches(self, items: list[Item], batch_size: int, policy: InputPolicy) -> Iterator[list[int]]:
-        """Yield index lists: most tokens first within each number of images, so that a batch pads little."""
-        estimate = of_package("backbones.lengths", "estimate_tokens")
-        tokens = estimate(self.processor, items, policy) or [item.text_length for item in items]
-        order = sorted(range(len(items)), key=lambda i: (items[i].num_images, tokens[i]), reverse=True)
+    def _batches(self, items: list[Item], batch_size: int) -> Iterator[list[int]]:
+        """Yield lists of indices, within each number of images the longest texts first, so that a batch pads little."""
+        order = sorted(range(len(items)), key=lambda i: (items[i].num_images, items[i].text_length), reverse=True)
         for start in range(0, len(order), batch_size):
             chunk = order[start : start + batch_size]
             for group in self.processor.group([items[i] for i in chunk]):

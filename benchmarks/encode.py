@@ -25,6 +25,7 @@ from report import describe_load, describe_machine, write_report  # noqa: E402
 from tiny_backbone import build_backbone, build_processor  # noqa: E402
 
 from metaembed import MetaEmbedModel  # noqa: E402
+from metaembed.encoding.batches import plan  # noqa: E402
 from metaembed.evaluation.tables import markdown_table  # noqa: E402
 
 WORDS = ["red", "apple", "green", "pear", "blue", "table", "two", "cats", "under", "one", "chair"]
@@ -110,7 +111,7 @@ def measure_overhead(model: MetaEmbedModel, inputs: dict[str, list], batch_size:
     for name, items in inputs.items():
         batches = [
             [items[i] for i in indices]
-            for indices in model._batches(model.processor.parse(items), batch_size, model.policy)
+            for indices in plan(model.processor, model.processor.parse(items), model.policy, batch_size)
         ]
         features = [model.processor.process_documents(batch) for batch in batches]
 
@@ -190,7 +191,7 @@ def measure_order(model: MetaEmbedModel, generator: np.random.Generator, batch_s
         by_text = sorted(range(len(items)), key=lambda i: parsed[i].text_length, reverse=True)
         orders = {
             "by the length of the text": [by_text[i : i + batch_size] for i in range(0, len(items), batch_size)],
-            "by estimated tokens": list(model._batches(parsed, batch_size, model.policy)),
+            "by estimated tokens": list(plan(model.processor, parsed, model.policy, batch_size)),
         }
         padding, embeddings = {}, {}
 

@@ -16,6 +16,7 @@ from transformers import AutoModel, AutoProcessor
 from metaembed import MetaEmbedConfig, MetaEmbedModel
 from metaembed.backbones.lengths import image_size
 from metaembed.configuration_metaembed import BackboneTraits
+from metaembed.encoding.batches import plan
 from metaembed.inputs_metaembed import InputPolicy
 
 SIDES = ("query", "document")
@@ -183,7 +184,7 @@ def test_batches_of_pictures_of_mixed_sizes_pad_little(qwen, tmp_path):
     for i in range(0, 62, 3):  # a file's header is read too; an array's shape is known
         pictures[i].save(tmp_path / f"{i}.png")
         pictures[i], pictures[i + 1] = tmp_path / f"{i}.png", np.asarray(pictures[i + 1])
-    batches = list(qwen._batches(qwen.processor.parse(pictures), 4, qwen.policy))
+    batches = list(plan(qwen.processor, qwen.processor.parse(pictures), qwen.policy, 4))
     assert sorted(i for batch in batches for i in batch) == list(range(64))
     masks = [qwen.processor.process_documents([pictures[i] for i in b], 1)["attention_mask"] for b in batches]
     assert 1 - sum(mask.sum() for mask in masks) / sum(mask.numel() for mask in masks) < 0.1

@@ -1,0 +1,48 @@
+"""Which inputs are encoded together, so that batches pad little and hold no more tokens than they may."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from ..backbones.lengths import estimate_tokens
+from ..inputs_metaembed import InputPolicy, Item
+
+
+def plan(
+    processor: Any,
+    items: Sequence[Item],
+    policy: InputPolicy,
+    batch_size: int | None,
+    batch_tokens: int | None = None,
+    appended: int = 0,
+) -> Iterator[list[int]]:
+    """Yield the indices of each batch: most tokens first within each number of images, as a picture's size tells.
+
+    Args:
+        processor: A `MetaEmbedProcessor`.
+        items: Parsed inputs.
+        policy: What may be read for them: the headers of pictures' files are.
+        batch_size: The most inputs of a batch. None: any number.
+        batch_tokens: The most tokens of a batch, padding included, by estimate. None: any number.
+        appended: How many Meta Tokens are appended to each input.
+    """
+    tokens = [count + appended for count in estimate_tokens(processor, items, policy)]
+    order = sorted(range(len(items)), key=lambda i: (items[i].num_images, tokens[i]), reverse=True)
+    for chunk in _cut(order, tokens, batch_size or len(order), batch_tokens or float("inf")):
+        for group in processor.group([items[i] for i in chunk]):
+            yield [chunk[i] for i in group]
+
+
+def _cut(order: list[int], tokens: list[float], batch_size: int, batch_tokens: float) -> Iterator[list[int]]:
+    """Yield runs of `order` of at most so many inputs and padded tokens; a longer input has one of its own."""
+    chunk: list[int] = []
+    longest = 0.0
+    for i in order:
+        longest = max(longest, tokens[i])
+        if chunk and (len(chunk) == batch_size or (len(chunk) + 1) * longest > batch_tokens):
+            yield chunk
+            chunk, longest = [], tokens[i]
+        chunk.append(i)
+    if chunk:
+        yield chunk
