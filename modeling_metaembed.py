@@ -452,10 +452,9 @@ class MetaEmbedModel(PreTrainedModel):
                 for places in self._batches(items, batch_size or 32):
                     yield places, compute(process([items[i] for i in places], places), places)
 
-        appended = num_meta if self.config.traits.causal else self.config.num_tokens(side)
-        options = {"policy": kwargs.get("policy") or self.policy, "appended": appended, "batch_size": batch_size}
         run = of_package("encoding.run", "run", needed=bool(ways))
-        results = run(self, chunks, process, compute, **options, **ways) or plainly()
+        policy = kwargs.get("policy") or self.policy
+        results = run(self, chunks, process, compute, policy=policy, batch_size=batch_size, **ways) or plainly()
         with tqdm(desc=f"Encoding ({side})", total=total, disable=not show_progress_bar) as bar, closing(results):
             for places, rows in results:
                 bar.update(len(places))
@@ -503,7 +502,7 @@ class MetaEmbedModel(PreTrainedModel):
                         module.train(mode)
 
     def _batches(self, items: list[Item], batch_size: int) -> Iterator[list[int]]:
-        """Yield lists of indices, within each number of images the longest texts first, so that a batch pads little."""
+        """Yield lists of indices: the longest texts first within each number of images, which pads little."""
         order = sorted(range(len(items)), key=lambda i: (items[i].num_images, items[i].text_length), reverse=True)
         for start in range(0, len(order), batch_size):
             chunk = order[start : start + batch_size]

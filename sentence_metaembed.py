@@ -153,6 +153,7 @@ class MetaEmbedTransformer(InputModule):
         """Let the encoder that this is a module of write our card, and take batches of any kind."""
         of_package("cards", "adopt_card")(model)  # without the package, the card that is there is kept
         model.is_singular_input, model._input_length = is_one_input, input_length
+        of_package("encoding.sentence", "prepare_ahead")(model)  # its next batches, while it computes
 
     def save(self, output_path: str, *args: Any, **kwargs: Any) -> None:
         """Save the model, whole, with the encoder's prompts as the configuration's instructions, but not the card.

@@ -82,7 +82,8 @@ PIPELINES = [
     "haystack-ai>=3.4.1",
 ]
 
-FOLDERS = ["app", "backbones", "cards", "encoding", "evaluation", "retrieval", "retrieval.kernels", "stores", "training"]
+FOLDERS = ["app", "backbones", "cards", "encoding", "evaluation"]
+FOLDERS += ["retrieval", "retrieval.kernels", "stores", "training"]
 
 CUDA = [
     "late-interaction-kernels>=0.4.5",  # the version that was read; checked against torch at its first use

@@ -15,23 +15,28 @@ Result = TypeVar("Result")
 
 @contextmanager
 def ahead(
-    function: Callable[[Work], Result], items: Iterable[Work], workers: int, stop: Event | None = None
+    function: Callable[[Work], Result],
+    items: Iterable[Work],
+    workers: int,
+    stop: Event | None = None,
+    first_here: bool = True,
 ) -> Iterator[Iterator[Result]]:
     """Give an iterator of `function(item)` for all items, in order, while threads compute the next `workers` of them.
 
     `items` advances in the caller's thread, by `workers` more items than were asked for. An error, of `items` too, is
-    raised when its turn comes. Once the context is left, nothing runs any more. The caller's thread, which would only
-    wait, computes the first item: so a single one starts no thread.
+    raised when its turn comes. Once the context is left, nothing runs any more.
 
     Args:
         function: What to do with an item.
         items: What to do it with.
         workers: The number of threads. With 0 the caller's thread does everything.
         stop: Is set when the context is left, for a `function` that can end early.
+        first_here: Whether the caller's thread, which could only wait, computes the first item: then a single one
+            starts no thread.
     """
     with ThreadPoolExecutor(max(1, workers), "ahead") as pool:
         try:
-            yield _results(function, iter(items), workers, pool) if workers else map(function, items)
+            yield _results(function, iter(items), workers, pool, first_here) if workers else map(function, items)
         finally:
             if stop is not None:
                 stop.set()
@@ -39,17 +44,18 @@ def ahead(
 
 
 def _results(
-    function: Callable[[Work], Result], items: Iterator[Work], workers: int, pool: ThreadPoolExecutor
+    function: Callable[[Work], Result], items: Iterator[Work], workers: int, pool: ThreadPoolExecutor, first_here: bool
 ) -> Iterator[Result]:
+    submitted = _errors_as_futures(items, lambda item: pool.submit(function, item))
     waiting: deque[Future[Result]] = deque()
-    fed = _errors_as_futures(items, lambda item: pool.submit(function, item))
-    for first in items:
-        waiting.extend(_first(fed, workers))
+    for first in items if first_here else ():
+        waiting.extend(_first(submitted, workers))
         yield function(first)
         break
+    waiting.extend(_first(submitted, workers - len(waiting)))
     while waiting:
         result = waiting.popleft()
-        waiting.extend(_first(fed, workers - len(waiting)))
+        waiting.extend(_first(submitted, workers - len(waiting)))
         yield result.result()
 
 

@@ -15,7 +15,7 @@ def plan(
     policy: InputPolicy,
     batch_size: int | None,
     batch_tokens: int | None = None,
-    appended: int = 0,
+    overhead: int = 0,
 ) -> Iterator[list[int]]:
     """Yield the indices of each batch: most tokens first within each number of images, as a picture's size tells.
 
@@ -25,13 +25,20 @@ def plan(
         policy: What may be read for them: the headers of pictures' files are.
         batch_size: The most inputs of a batch. None: any number.
         batch_tokens: The most tokens of a batch, padding included, by estimate. None: any number.
-        appended: How many Meta Tokens are appended to each input.
+        overhead: How many tokens every prompt has besides, Meta Tokens included.
     """
-    tokens = [count + appended for count in estimate_tokens(processor, items, policy)]
-    order = sorted(range(len(items)), key=lambda i: (items[i].num_images, tokens[i]), reverse=True)
+    order, estimated = by_size(processor, items, policy)
+    # A picture has a token before and after it with most backbones.
+    tokens = [count + overhead + 2 * item.num_images for count, item in zip(estimated, items, strict=True)]
     for chunk in _cut(order, tokens, batch_size or len(order), batch_tokens or float("inf")):
         for group in processor.group([items[i] for i in chunk]):
             yield [chunk[i] for i in group]
+
+
+def by_size(processor: Any, items: Sequence[Item], policy: InputPolicy) -> tuple[list[int], list[float]]:
+    """Return the indices of inputs, most tokens first within each number of images, and how many tokens each has."""
+    tokens = estimate_tokens(processor, items, policy)
+    return sorted(range(len(items)), key=lambda i: (items[i].num_images, tokens[i]), reverse=True), tokens
 
 
 def _cut(order: list[int], tokens: list[float], batch_size: int, batch_tokens: float) -> Iterator[list[int]]:

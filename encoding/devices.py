@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from queue import SimpleQueue
 from typing import Any
 
@@ -34,14 +34,15 @@ def spread(
     def work(item: Any) -> Any:
         own = free.get()
         device = own.device
-        enabled, dtype = autocast[device.type]  # each thread has a setting of its own
+        enabled, dtype = autocast[device.type]
+        current = nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)
         try:
-            with torch.get_device_module(device).device(device), torch.autocast(device.type, dtype, enabled):
+            with current, torch.autocast(device.type, dtype, enabled):  # each thread has settings of its own
                 return function(item, own)
         finally:
             free.put(own)
 
-    with ahead(work, items, len(chosen)) as results:
+    with ahead(work, items, len(chosen), first_here=False) as results:
         yield results
 
 

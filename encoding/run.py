@@ -25,7 +25,6 @@ def run(
     compute: Callable[[Any, list[int], Any], Tensor],
     *,
     policy: InputPolicy,
-    appended: int,
     batch_size: int | None,
     batch_tokens: int | None = None,
     workers: int | None = None,
@@ -39,7 +38,6 @@ def run(
         process: Makes model inputs of items with the numbers that errors call them by.
         compute: Makes rows of model inputs, with these numbers, on a model.
         policy: What may be read for the items.
-        appended: How many Meta Tokens are appended to each input.
         batch_size: The most inputs of a batch; None: 32, or any number with `batch_tokens`.
         batch_tokens: The most tokens of a batch, padding included; an input that is longer has one of its own.
         workers: Threads that prepare the next batches. None: two for each device, on as many processors.
@@ -52,15 +50,17 @@ def run(
     if devices is not None and (isinstance(devices, str) or not isinstance(devices, Sequence) or not devices):
         raise TypeError(f"devices must be a list such as ['cuda:0', 'cuda:1'], got {devices!r}.")
     if workers is None:
-        workers = min(os.cpu_count() or 1, 2 * len(devices or [None]))
+        workers = default_workers(len(devices or [None]))
     elif workers != 0:
         workers = check_count("workers", workers, 1024)
-    stop = Event()
+    overhead, stop = 0, Event()
+    if batch_tokens is not None:  # the template, an instruction, the Meta Tokens
+        overhead = process(model.processor.parse([""]), [0])["input_ids"].shape[1]
 
     def batches() -> Iterator[tuple[Sequence[Item], list[int], int]]:
         start = 0
         for items in chunks:
-            for places in plan(model.processor, items, policy, batch_size, batch_tokens, appended):
+            for places in plan(model.processor, items, policy, batch_size, batch_tokens, overhead):
                 yield items, places, start
             start += len(items)
 
@@ -83,6 +83,11 @@ def run(
             results = stack.enter_context(spread(embed, prepared, model, devices))
         for parts in results:
             yield from parts
+
+
+def default_workers(devices: int = 1) -> int:
+    """Return how many threads prepare batches for so many devices: one reads while another has the tokenizer."""
+    return min(os.cpu_count() or 1, 2 * devices)
 
 
 def _stoppable(item: Item, stop: Event) -> Item:
