@@ -22,7 +22,7 @@ from transformers import AutoModel, PreTrainedModel
 from transformers.utils import ModelOutput, logging
 
 from .configuration_metaembed import MetaEmbedConfig, check_count, of_package
-from .inputs_metaembed import InputPolicy, Item, is_single
+from .inputs_metaembed import Item, is_single
 from .loading_metaembed import (
     HUB_ARGUMENTS,
     check_loading,
@@ -99,10 +99,7 @@ class MetaEmbedModel(PreTrainedModel):
 
     @classmethod
     def from_backbone(cls, backbone: str | Path | PreTrainedModel, **kwargs: Any) -> MetaEmbedModel:
-        """Create a MetaEmbed model, ready to be trained, from a backbone: its Hub id or folder, or a loaded model.
-
-        See [`backbones.create.from_backbone`] of the package, without which this is an ImportError.
-        """
+        """Create a model to train from a backbone (Hub id, folder or loaded): see [`backbones.create.from_backbone`]."""
         return of_package("backbones.create", "from_backbone", needed=True)(cls, backbone, **kwargs)
 
     @classmethod
@@ -189,14 +186,11 @@ class MetaEmbedModel(PreTrainedModel):
         processor.check()
         self._processor = processor
 
-    @property
-    def policy(self) -> InputPolicy:
-        """What may be read and fetched for an input: see [`InputPolicy`]. Not saved."""
-        return self.processor.policy
-
-    @policy.setter
-    def policy(self, policy: InputPolicy) -> None:
-        self.processor.policy = policy
+    policy = property(
+        lambda self: self.processor.policy,
+        lambda self, policy: setattr(self.processor, "policy", policy),
+        doc="What may be read and fetched for an input, an [`InputPolicy`]. Not saved.",
+    )
 
     def save_pretrained(self, save_directory: str | Path, *, model_card: bool = True, **kwargs: Any) -> None:
         """Save a folder that is a complete Hub repository, loadable without this package.
@@ -254,8 +248,10 @@ class MetaEmbedModel(PreTrainedModel):
             if api.file_exists(repo_id, "README.md", revision=revision):  # saving keeps what a person wrote
                 shutil.copy(api.hf_hub_download(repo_id, "README.md", revision=revision), folder)
             self.save_pretrained(folder, repo_id=repo_id, **kwargs)
-            stale = ["*_metaembed.py", "kernels_metaembed.*"]  # what is not uploaded now
-            commit |= {"revision": revision, "delete_patterns": stale}
+            commit |= {
+                "revision": revision,
+                "delete_patterns": ["*_metaembed.py", "kernels_metaembed.*"],
+            }  # older ones
             return api.upload_folder(repo_id=repo_id, folder_path=folder, **commit)
 
     def to_sentence_transformers(self, **kwargs: Any) -> Any:
@@ -403,39 +399,25 @@ class MetaEmbedModel(PreTrainedModel):
         return of_package("encoding.stream", "stream", needed=True)(self, "document", inputs, num_meta, **kwargs)
 
     def _encode(
-        self,
-        side: str,
-        inputs: Any,
-        num_meta: int | None,
-        *,
-        convert_to_numpy: bool = False,
-        tokens: int | bool = False,
-        **kwargs: Any,
-    ) -> Tensor | np.ndarray | Embeddings:
+        self, side: str, inputs: Any, num_meta: int | None, *, tokens: int | bool = False, **kwargs: Any
+    ) -> Any:
+        to_numpy = kwargs.pop("convert_to_numpy", False)
         num_meta, items = self.processor.resolve_num_meta(side, num_meta), self.processor.parse(inputs)
         with closing(self._run(side, [items], num_meta, tokens=tokens, total=len(items), **kwargs)) as results:
-            encoded = self._collect(side, len(items), num_meta, results, tokens, convert_to_numpy)
+            encoded = self._collect(side, len(items), num_meta, results, tokens, to_numpy)
         if not is_single(inputs):
             return encoded
         return Embeddings(*(part[0] for part in encoded)) if tokens else encoded[0]
 
     def _run(
-        self,
-        side: str,
-        chunks: Iterable[list[Item]],
-        num_meta: int,
-        *,
-        tokens: int | bool = False,
-        batch_size: int | None = None,
-        show_progress_bar: bool | None = None,
-        total: int | None = None,
-        **kwargs: Any,
+        self, side: str, chunks: Iterable[list[Item]], num_meta: int, *, tokens: int | bool, **kwargs: Any
     ) -> Iterator[tuple[list[int], Tensor]]:
         """Encode chunks of inputs: yield where the inputs of each batch are in their chunk, and rows [n, r + T, D]."""
+        batch_size, total = kwargs.pop("batch_size", None), kwargs.pop("total", None)
         if batch_size is not None and (type(batch_size) is not int or batch_size < 1):
             raise ValueError(f"batch_size must be a whole number of at least 1, got {batch_size!r}.")
-        if show_progress_bar is None:
-            show_progress_bar = logger.getEffectiveLevel() <= logging.INFO
+        if (shows := kwargs.pop("show_progress_bar", None)) is None:
+            shows = logger.getEffectiveLevel() <= logging.INFO
         ways = {name: kwargs.pop(name) for name in ("batch_tokens", "workers", "devices") if name in kwargs}
 
         def process(items: list[Item], indices: list[int]) -> Any:
@@ -448,26 +430,22 @@ class MetaEmbedModel(PreTrainedModel):
                 return check_finite(model(**inputs).embeddings.to("cpu", torch.float32), indices)
 
         def plainly() -> Iterator[tuple[list[int], Tensor]]:
-            for items in chunks:  # without the package there is only one
-                for places in self._batches(items, batch_size or 32):
+            (items,), size = chunks, batch_size or 32  # several are of a stream, which is the package's
+            for group in self.processor.group(items):
+                group.sort(key=lambda i: (items[i].num_images, items[i].text_length), reverse=True)  # to pad little
+                for places in (group[start : start + size] for start in range(0, len(group), size)):
                     yield places, compute(process([items[i] for i in places], places), places)
 
         run = of_package("encoding.run", "run", needed=bool(ways))
-        policy = kwargs.get("policy") or self.policy
-        results = run(self, chunks, process, compute, policy=policy, batch_size=batch_size, **ways) or plainly()
-        with tqdm(desc=f"Encoding ({side})", total=total, disable=not show_progress_bar) as bar, closing(results):
+        results = run(self, chunks, process, compute, kwargs.get("policy") or self.policy, batch_size, **ways)
+        results = results or plainly()
+        with tqdm(desc=f"Encoding ({side})", total=total, disable=not shows) as bar, closing(results):
             for places, rows in results:
                 bar.update(len(places))
                 yield places, rows
 
     def _collect(
-        self,
-        side: str,
-        count: int,
-        num_meta: int,
-        results: Iterable[tuple[list[int], Tensor]],
-        tokens: int | bool = False,
-        convert_to_numpy: bool = False,
+        self, side: str, count: int, num_meta: int, results: Any, tokens: int | bool = False, to_numpy: bool = False
     ) -> Tensor | np.ndarray | Embeddings:
         """Return the embeddings of `count` inputs, of which `results` gives places and rows."""
         dim = self.config.embedding_dim or self.config.hidden_size
@@ -481,7 +459,7 @@ class MetaEmbedModel(PreTrainedModel):
         fill = torch.arange(max(map(len, own), default=0) if tokens is True else tokens, device="cpu")
         own = [rows[fill % len(rows)] for rows in own] if side == "document" and tokens else own
         parts = [embeddings, nn.utils.rnn.pad_sequence([*own, embeddings[:0, 0]], batch_first=True)[:-1]]
-        parts = [part.numpy() for part in parts] if convert_to_numpy else parts
+        parts = [part.numpy() for part in parts] if to_numpy else parts
         return Embeddings(*parts) if tokens else parts[0]
 
     @contextmanager
@@ -501,14 +479,6 @@ class MetaEmbedModel(PreTrainedModel):
                     if module.training != mode:
                         module.train(mode)
 
-    def _batches(self, items: list[Item], batch_size: int) -> Iterator[list[int]]:
-        """Yield lists of indices: the longest texts first within each number of images, which pads little."""
-        order = sorted(range(len(items)), key=lambda i: (items[i].num_images, items[i].text_length), reverse=True)
-        for start in range(0, len(order), batch_size):
-            chunk = order[start : start + batch_size]
-            for group in self.processor.group([items[i] for i in chunk]):
-                yield [chunk[i] for i in group]
-
     score = staticmethod(maxsim)
 
 
@@ -525,10 +495,8 @@ def check_finite(embeddings: Tensor, indices: list[int]) -> Tensor:
     """Return embeddings [N, r, D] of the inputs `indices`, or raise a `ValueError` if one holds NaN or infinity."""
     for index, whole in zip(indices, embeddings.isfinite().flatten(1).all(dim=1).tolist(), strict=True):
         if not whole:
-            advice = (
-                "Look for NaN in the weights and in the processor's image_mean and image_std; try bfloat16 for float16"
-            )
-            raise ValueError(f"input {index}: its embedding is not finite. {advice}.")
+            advice = "in the weights and in the processor's image_mean and image_std; try bfloat16 for float16"
+            raise ValueError(f"input {index}: its embedding is not finite. Look for NaN {advice}.")
     return embeddings
 
 

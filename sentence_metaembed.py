@@ -60,14 +60,8 @@ class MetaEmbedTransformer(InputModule):
     max_seq_length = property(lambda self: None, doc="None, which cannot be set: nothing is cut.")
     query_num_meta, document_num_meta = map(_num_meta, SIDES)
 
-    @property
-    def policy(self) -> InputPolicy:
-        """What may be read and fetched for an input: the model's. Not saved."""
-        return self.model.policy
-
-    @policy.setter
-    def policy(self, policy: InputPolicy) -> None:
-        self.model.policy = policy
+    # What may be read and fetched for an input: the model's. Not saved.
+    policy = property(lambda self: self.model.policy, lambda self, policy: setattr(self.model, "policy", policy))
 
     def get_embedding_dimension(self) -> int:
         """Return D, the dimension of every vector."""
@@ -142,8 +136,8 @@ class MetaEmbedTransformer(InputModule):
 
     def _embed(self, features: dict[str, Any], device: torch.device) -> Tensor:
         skipped = ("rows", "num_images_per_sample", "task", "modality", "prompt_length", "token_embeddings")
-        inputs = {name: value for name, value in features.items() if name not in skipped}
-        inputs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
+        kept = {name: features[name] for name in features if name not in skipped}
+        inputs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in kept.items()}
         if "image_grid_thw" in inputs and not len(inputs["image_grid_thw"]):  # of a mini-batch without images
             inputs = {name: inputs[name] for name in inputs if name not in ("image_grid_thw", "pixel_values")}
         with default_device_cpu():
@@ -152,7 +146,7 @@ class MetaEmbedTransformer(InputModule):
     def on_model_ready(self, model: MultiVectorEncoder) -> None:
         """Let the encoder that this is a module of write our card, and take batches of any kind."""
         of_package("cards", "adopt_card")(model)  # without the package, the card that is there is kept
-        model.is_singular_input, model._input_length = is_one_input, input_length
+        model.is_singular_input = is_one_input
         of_package("encoding.sentence", "prepare_ahead")(model)  # its next batches, while it computes
 
     def save(self, output_path: str, *args: Any, **kwargs: Any) -> None:
@@ -198,14 +192,6 @@ class MetaEmbedTransformer(InputModule):
 def is_one_input(inputs: Any) -> bool:
     """Whether `inputs` is no batch: then sentence-transformers passes it on, and the processor says what is wrong."""
     return is_single(inputs) or not is_batch(inputs) or getattr(inputs, "ndim", 0) == 4
-
-
-def input_length(value: Any) -> int:
-    """Return the size to sort by that sentence-transformers estimates. What nests too deep, the processor refuses."""
-    try:
-        return MultiVectorEncoder._input_length(value)
-    except RecursionError:
-        return 0
 
 
 def to_multi_vector_encoder(model: MetaEmbedModel, **kwargs: Any) -> MultiVectorEncoder:

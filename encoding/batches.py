@@ -30,9 +30,8 @@ def plan(
     order, estimated = by_size(processor, items, policy)
     # A picture has a token before and after it with most backbones.
     tokens = [count + overhead + 2 * item.num_images for count, item in zip(estimated, items, strict=True)]
-    for chunk in _cut(order, tokens, batch_size or len(order), batch_tokens or float("inf")):
-        for group in processor.group([items[i] for i in chunk]):
-            yield [chunk[i] for i in group]
+    for group in processor.group([items[i] for i in order]):
+        yield from _cut([order[i] for i in group], tokens, batch_size or len(order), batch_tokens or float("inf"))
 
 
 def by_size(processor: Any, items: Sequence[Item], policy: InputPolicy) -> tuple[list[int], list[float]]:

@@ -29,13 +29,18 @@ def prepare_ahead(encoder: Any) -> None:
     is ready. A version without that loop stays as it is.
     """
     if hasattr(type(encoder), "_inference"):
-        encoder._input_length = partial(_input_length, encoder._input_length)
+        encoder._input_length = partial(_input_length, type(encoder)._input_length)
         encoder.preprocess = partial(_preprocess, encoder)
         encoder._inference = partial(_inference, encoder)
 
 
 def _input_length(otherwise: Any, value: Any) -> int:
-    return value.rank if isinstance(value, _Place) else otherwise(value)
+    if isinstance(value, _Place):
+        return value.rank
+    try:
+        return otherwise(value)
+    except RecursionError:  # what nests too deep, the processor refuses
+        return 0
 
 
 def _preprocess(encoder: Any, inputs: Sequence[Any], *args: Any, **kwargs: Any) -> Any:

@@ -32,7 +32,7 @@ def stream(
 def _stream(
     model: Any, side: str, inputs: Iterator[Any], num_meta: int, chunk_size: int, **kwargs: Any
 ) -> Iterator[Any]:
-    form = {name: kwargs.pop(name) for name in ("tokens", "convert_to_numpy") if name in kwargs}
+    tokens, to_numpy = kwargs.pop("tokens", False), kwargs.pop("convert_to_numpy", False)
     sizes: deque[int] = deque()
 
     def chunks() -> Iterator[list[Any]]:
@@ -42,10 +42,10 @@ def _stream(
             yield _parse(model.processor, chunk, start)
             start += len(chunk)
 
-    with closing(model._run(side, chunks(), num_meta, tokens=form.get("tokens", False), **kwargs)) as results:
+    with closing(model._run(side, chunks(), num_meta, tokens=tokens, **kwargs)) as results:
         for first in results:
             size = sizes.popleft()
-            yield model._collect(side, size, num_meta, _take(chain([first], results), size), **form)
+            yield model._collect(side, size, num_meta, _take(chain([first], results), size), tokens, to_numpy)
 
 
 def _take(results: Iterator[tuple[list[int], Any]], size: int) -> Iterator[tuple[list[int], Any]]:
