@@ -99,7 +99,7 @@ class MetaEmbedModel(PreTrainedModel):
 
     @classmethod
     def from_backbone(cls, backbone: str | Path | PreTrainedModel, **kwargs: Any) -> MetaEmbedModel:
-        """Create a model to train from a backbone (Hub id, folder or loaded): see [`backbones.create.from_backbone`]."""
+        """Create a model to train from a backbone (Hub id, folder or model): see `backbones.create.from_backbone`."""
         return of_package("backbones.create", "from_backbone", needed=True)(cls, backbone, **kwargs)
 
     @classmethod

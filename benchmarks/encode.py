@@ -1,7 +1,8 @@
-"""How much longer encoding takes than the bare backbone, and how much fewer Meta Tokens save.
+"""How much longer encoding takes than the bare backbone, what fewer Meta Tokens save, and how long the model waits.
 
     make benchmark-encode                                writes a section of docs/performance.md
     python benchmarks/encode.py --print                  prints only; [--hidden-size 256] [--layers 6] [--repeats 12]
+    python benchmarks/encode.py --print --only waiting   one of overhead, saving, order, waiting
 
 Uses a Qwen2.5-VL with random weights and its real processor, on the CPU. The variants of a row take turns, and each
 reports its fastest run, because other work on the machine can only add time.
@@ -11,9 +12,11 @@ from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "examples"))
@@ -56,6 +59,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=12)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--only", choices=["overhead", "saving", "order", "waiting"], help="measure only this")
     parser.add_argument("--print", action="store_true", help="do not write docs/performance.md")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -71,6 +75,14 @@ def main() -> None:
         "pictures of 160 x 160": pictures,
     }
     size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    size_and_turns = arguments.batch_size, arguments.repeats
+    measures: dict[str, Callable[[], list[str]]] = {
+        "overhead": lambda: measure_overhead(model, inputs, *size_and_turns),
+        "saving": lambda: measure_saving(model, inputs, *size_and_turns),
+        "order": lambda: measure_order(model, generator, *size_and_turns),
+        "waiting": lambda: measure_waiting(model, generator, *size_and_turns),
+    }
+    parts = [measure for name, measure in measures.items() if arguments.only in (None, name)]
     lines = [
         "## Encoding",
         "",
@@ -78,16 +90,11 @@ def main() -> None:
         f"Qwen2.5-VL with random weights, {size:.1f} million parameters, {arguments.threads} thread(s), batches of "
         f"{arguments.batch_size}, the fastest of {arguments.repeats} turns.",
         "",
-        *measure_overhead(model, inputs, arguments.batch_size, arguments.repeats),
-        "",
-        *measure_saving(model, inputs, arguments.batch_size, arguments.repeats),
-        "",
-        *measure_order(model, generator, arguments.batch_size, arguments.repeats),
-        "",
+        *(line for part in parts for line in [*part(), ""]),
         describe_load(),
     ]
     print("\n".join(lines))
-    if not arguments.print:
+    if not arguments.print and not arguments.only:
         write_report({"encode": "\n".join(lines)})
 
 
@@ -215,6 +222,71 @@ def measure_order(model: MetaEmbedModel, generator: np.random.Generator, batch_s
         ]
     head = f"Inputs of mixed sizes in batches of {batch_size}; the embeddings of both orders are equal:"
     return [head, "", markdown_table(["inputs", "batches", "padding", "encoding", "faster"], rows)]
+
+
+def measure_waiting(model: MetaEmbedModel, generator: np.random.Generator, batch_size: int, repeats: int) -> list[str]:
+    """Measure the share of time in which the model waits for its next batch, with and without running ahead."""
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder, f"{i}.jpg") for i in range(64)]
+        for file in files:
+            height, width = (int(side) for side in generator.integers(300, 1601, 2))
+            rough = generator.integers(0, 256, (height // 16, width // 16, 3), dtype=np.uint8)
+            Image.fromarray(rough).resize((width, height), Image.Resampling.BICUBIC).save(file, quality=90)
+        pixels = model.processor.image_processor.size
+        for tokens in (64, 256):
+            most = {"shortest_edge": 4 * 16 * 16, "longest_edge": tokens * 16 * 16}  # of a token of 16 x 16 pixels
+            model.processor.image_processor.size = type(pixels)(**most)
+            ways: dict[str, dict[str, Any]] = {
+                "alternating (`workers=0`)": {"workers": 0, "batch_size": batch_size},
+                "ahead, `workers=1`": {"workers": 1, "batch_size": batch_size},
+                "ahead, as by default": {"batch_size": batch_size},
+                "ahead, `batch_tokens`": {"batch_tokens": batch_size * (tokens + 80)},
+            }
+            clock = Clock(model)
+            seconds, waits, embeddings = {}, {}, {}
+            for _ in range(max(2, repeats // 4)):
+                for way, options in ways.items():
+                    clock.computing, start = 0.0, time.perf_counter()
+                    embeddings[way] = model.encode_documents(files, **options)
+                    took = time.perf_counter() - start
+                    if took < seconds.get(way, float("inf")):
+                        seconds[way], waits[way] = took, 1 - clock.computing / took
+            clock.stop()
+            model.processor.image_processor.size = pixels
+            first = embeddings["alternating (`workers=0`)"]
+            assert all((found - first).abs().max() < 1e-4 for found in embeddings.values())
+            slowest = seconds["alternating (`workers=0`)"]
+            rows += [
+                [f"{tokens}", way, f"{waits[way]:.1%}", f"{s * 1e3:,.0f} ms", f"{slowest / s:.2f} times"]
+                for way, s in seconds.items()
+            ]
+    head = [
+        "64 JPEG files of 300 to 1,600 pixels a side, each made into at most so many tokens by the processor, and",
+        "the share of the time in which the model waits for its next batch. All ways give equal embeddings:",
+    ]
+    return [*head, "", markdown_table(["tokens", "reading and processing", "waiting", "encoding", "faster"], rows)]
+
+
+class Clock:
+    """Adds up the seconds that a model computes."""
+
+    def __init__(self, model: MetaEmbedModel):
+        self.computing = self.started = 0.0
+        self.hooks = [model.register_forward_pre_hook(self.start), model.register_forward_hook(self.end)]
+
+    def start(self, *_: Any) -> None:
+        """Note when a forward pass begins."""
+        self.started = time.perf_counter()
+
+    def end(self, *_: Any) -> None:
+        """Add the seconds since it began."""
+        self.computing += time.perf_counter() - self.started
+
+    def stop(self) -> None:
+        """Leave the model as it was."""
+        for hook in self.hooks:
+            hook.remove()
 
 
 if __name__ == "__main__":

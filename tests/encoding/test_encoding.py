@@ -1,6 +1,7 @@
 """Reading ahead, batches by tokens, streams and several devices: none of them changes an embedding or an error."""
 
 import _thread
+import copy
 import itertools
 import signal
 import sys
@@ -13,6 +14,7 @@ import pytest
 import torch
 from tiny_models import WORDS, picture, tiny_model
 
+from metaembed import MetaEmbedModel
 from metaembed.encoding.batches import plan
 from metaembed.encoding.devices import replica
 
@@ -261,3 +263,34 @@ def test_a_model_that_accelerate_placed_cannot_be_copied(model):
     placed = accelerate.cpu_offload(tiny_model(), execution_device="cpu")
     with pytest.raises(ValueError, match="device_map spread"):
         placed.encode_queries(["a"], devices=["cpu", "cpu:0"])
+
+
+# -- Compiled models, and models that lie on a disk -----------------------------------------------------------------
+
+
+def test_a_compiled_model_encodes_text_in_one_graph_and_pictures_as_the_plain_one_does(model):
+    texts = ["a red cat", "fish " * 9, "boat"]
+    whole, parts = copy.deepcopy(model), copy.deepcopy(model)
+    torch.compiler.reset()
+    whole.compile(backend="eager", fullgraph=True)
+    close(whole.encode_documents(texts, 4, batch_size=1), model.encode_documents(texts, 4))
+    close(whole.encode_queries(texts, batch_size=1), model.encode_queries(texts))
+    counters = torch._dynamo.utils.counters
+    assert counters["stats"]["unique_graphs"] and not counters["graph_break"]
+    torch.compiler.reset()
+    parts.compile(backend="eager")  # the backbone's vision tower asks for values of tensors
+    close(parts.encode_documents(MIXED[:2], 4, batch_size=1), model.encode_documents(MIXED[:2], 4))
+    assert counters["stats"]["unique_graphs"]
+    torch.compiler.reset()
+    wrapped = torch.compile(model, backend="eager")
+    close(wrapped.encode_documents(texts, 4), model.encode_documents(texts, 4))
+
+
+def test_models_that_are_mapped_to_a_disk_encode(model, alone, tmp_path):
+    model.save_pretrained(tmp_path / "model")
+    places = {"backbone.visual": "cpu", "backbone.language_model": "disk", "token_projection": "cpu"}
+    for device_map in ({"": "disk"}, places):
+        options = {"device_map": device_map, "offload_folder": tmp_path / "offloaded"}
+        placed = MetaEmbedModel.from_pretrained(tmp_path / "model", **options)
+        assert any(parameter.device.type == "meta" for parameter in placed.parameters())
+        close(placed.encode_documents(MIXED, batch_size=3), alone)
