@@ -388,19 +388,14 @@ class MetaEmbedModel(PreTrainedModel):
         return self._encode("document", inputs, num_meta, **kwargs)
 
     def stream_queries(self, inputs: Any, num_meta: int | None = None, **kwargs: Any) -> Iterator[Any]:
-        """Encode queries that an iterator gives, as they come: see [`stream_documents`]."""
+        """Encode queries that an iterator gives: see `encoding.stream.stream` of the package."""
         return of_package("encoding.stream", "stream", needed=True)(self, "query", inputs, num_meta, **kwargs)
 
     def stream_documents(self, inputs: Any, num_meta: int | None = None, **kwargs: Any) -> Iterator[Any]:
-        """Encode documents that an iterator gives, as they come: yields what [`encode_documents`] returns, by chunks.
-
-        Takes the same arguments and `chunk_size`, 128: inputs of a chunk, of which two are in memory. By the package.
-        """
+        """Encode documents that an iterator gives: yield what [`encode_documents`] returns, by `chunk_size` inputs."""
         return of_package("encoding.stream", "stream", needed=True)(self, "document", inputs, num_meta, **kwargs)
 
-    def _encode(
-        self, side: str, inputs: Any, num_meta: int | None, *, tokens: int | bool = False, **kwargs: Any
-    ) -> Any:
+    def _encode(self, side: str, inputs: Any, num_meta: int | None, *, tokens: Any = False, **kwargs: Any) -> Any:
         to_numpy = kwargs.pop("convert_to_numpy", False)
         num_meta, items = self.processor.resolve_num_meta(side, num_meta), self.processor.parse(inputs)
         with closing(self._run(side, [items], num_meta, tokens=tokens, total=len(items), **kwargs)) as results:
@@ -437,8 +432,7 @@ class MetaEmbedModel(PreTrainedModel):
                     yield places, compute(process([items[i] for i in places], places), places)
 
         run = of_package("encoding.run", "run", needed=bool(ways))
-        results = run(self, chunks, process, compute, kwargs.get("policy") or self.policy, batch_size, **ways)
-        results = results or plainly()
+        results = run(self, chunks, process, compute, kwargs.get("policy"), batch_size, **ways) or plainly()
         with tqdm(desc=f"Encoding ({side})", total=total, disable=not shows) as bar, closing(results):
             for places, rows in results:
                 bar.update(len(places))

@@ -23,7 +23,7 @@ def run(
     chunks: Iterable[Sequence[Item]],
     process: Callable[[list[Item], list[int]], Any],
     compute: Callable[[Any, list[int], Any], Tensor],
-    policy: InputPolicy,
+    policy: InputPolicy | None,
     batch_size: int | None,
     *,
     batch_tokens: int | None = None,
@@ -37,7 +37,7 @@ def run(
         chunks: Inputs; those of a batch are of one chunk. A chunk is asked for when one of its batches is prepared.
         process: Makes model inputs of items with the numbers that errors call them by.
         compute: Makes rows of model inputs, with these numbers, on a model.
-        policy: What may be read for the items.
+        policy: What may be read for the items. None: the model's `policy`.
         batch_size: The most inputs of a batch; None: 32, or any number with `batch_tokens`.
         batch_tokens: The most tokens of a batch, padding included; an input that is longer has one of its own.
         workers: Threads that prepare the next batches. None: two for each device, on as many processors.
@@ -60,7 +60,7 @@ def run(
     def batches() -> Iterator[tuple[Sequence[Item], list[int], int]]:
         start = 0
         for items in chunks:
-            for places in plan(model.processor, items, policy, batch_size, batch_tokens, overhead):
+            for places in plan(model.processor, items, policy or model.policy, batch_size, batch_tokens, overhead):
                 yield items, places, start
             start += len(items)
 

@@ -16,11 +16,26 @@ from ..inputs_metaembed import is_batch, is_single
 def stream(
     model: Any, side: str, inputs: Iterable[Any], num_meta: int | None = None, *, chunk_size: int = 128, **kwargs: Any
 ) -> Iterator[Any]:
-    """Yield the embeddings of inputs as an iterator gives them, chunk by chunk: see `MetaEmbedModel.stream_documents`.
+    """Yield embeddings chunk by chunk, of inputs as an iterator gives them: of any number, two chunks in memory.
+
+    Args:
+        model: A `MetaEmbedModel`, whose `stream_queries` and `stream_documents` call this.
+        side: "query" or "document".
+        inputs: Queries or documents. The iterator advances in the caller's thread.
+        num_meta: r, the number of vectors of each.
+        chunk_size: Inputs of a chunk, among which they are sorted into batches.
+        **kwargs: Those of `encode_documents`.
+
+    Returns:
+        An iterator of what `encode_documents` returns for each chunk, `[n, r, D]`, in the inputs' order.
 
     Raises:
         TypeError: If `inputs` is one input, or nothing that has inputs in order.
         ValueError: If a number is out of range. What is wrong with an input is raised when its chunk is due.
+
+    Example:
+        >>> for embeddings in model.stream_documents(pages(), num_meta=16):  # [n, 16, D]
+        ...     file.write(embeddings.numpy().tobytes())
     """
     chunk_size = check_count("chunk_size", chunk_size, 2**31)
     if is_single(inputs) or not is_batch(inputs):
