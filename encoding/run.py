@@ -40,7 +40,7 @@ def run(
         policy: What may be read for the items. None: the model's `policy`.
         batch_size: The most inputs of a batch; None: 32, or any number with `batch_tokens`.
         batch_tokens: The most tokens of a batch, padding included; an input that is longer has one of its own.
-        workers: Threads that prepare the next batches. None: two for each device, on as many processors.
+        workers: Threads that prepare the next batches. None: two for each device, on as many spare processors.
         devices: Where to compute, several batches at once. None: where the model is.
     """
     if batch_tokens is not None:
@@ -86,8 +86,11 @@ def run(
 
 
 def default_workers(devices: int = 1) -> int:
-    """Return how many threads prepare batches for so many devices: one reads while another has the tokenizer."""
-    return min(os.cpu_count() or 1, 2 * devices)
+    """Return how many threads prepare batches for so many devices: one reads while another has the tokenizer.
+
+    One processor is left to whoever launches the model's work.
+    """
+    return max(1, min((os.cpu_count() or 1) - 1, 2 * devices))
 
 
 def _stoppable(item: Item, stop: Event) -> Item:
