@@ -361,7 +361,7 @@ class MetaEmbedModel(PreTrainedModel):
                 - `instruction`: text put before each input, on a line of its own. None: the configuration's; "": none;
                 - `batch_size`: the most inputs in a forward pass, 32;
                 - `batch_tokens`: the most tokens in one, padding included (by the package), and any number of inputs;
-                - `workers`: threads of the package that read and process the next batches meanwhile, 1 or 2 by default;
+                - `workers`: threads of the package that read and process the next batches meanwhile. None: 1 or 2;
                 - `devices`: a list of devices to encode on together, with a copy of the model on each, by the package;
                 - `show_progress_bar`: None: if transformers' log level is INFO or lower;
                 - `convert_to_numpy`: return a numpy array instead of a tensor;

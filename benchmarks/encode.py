@@ -263,8 +263,8 @@ def measure_waiting(model: MetaEmbedModel, generator: np.random.Generator, batch
             ]
     head = [
         "64 JPEG files of 300 to 1,600 pixels a side, each made into at most so many tokens by the processor, and",
-        f"the share of the time in which the model waits for its next batch, in the fastest of {turns} turns. All ways",
-        "give equal embeddings:",
+        f"the share of the time in which the model waits for its next batch, in the fastest of {turns} turns.",
+        "All ways give equal embeddings:",
     ]
     return [*head, "", markdown_table(["tokens", "reading and processing", "waiting", "encoding", "faster"], rows)]
 
