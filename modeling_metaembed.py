@@ -7,7 +7,7 @@ import shutil
 import tempfile
 import threading
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -406,7 +406,7 @@ class MetaEmbedModel(PreTrainedModel):
 
     def _run(
         self, side: str, chunks: Iterable[list[Item]], num_meta: int, *, tokens: int | bool, **kwargs: Any
-    ) -> Iterator[tuple[list[int], Tensor]]:
+    ) -> Generator[tuple[list[int], Tensor], None, None]:
         """Encode chunks of inputs: yield where the inputs of each batch are in their chunk, and rows [n, r + T, D]."""
         batch_size, total = kwargs.pop("batch_size", None), kwargs.pop("total", None)
         if batch_size is not None and (type(batch_size) is not int or batch_size < 1):
@@ -424,7 +424,7 @@ class MetaEmbedModel(PreTrainedModel):
                 inputs = {**features.to(execution_device(model)), "num_meta": num_meta, "tokens": tokens}
                 return check_finite(model(**inputs).embeddings.to("cpu", torch.float32), indices)
 
-        def plainly() -> Iterator[tuple[list[int], Tensor]]:
+        def plainly() -> Generator[tuple[list[int], Tensor], None, None]:
             (items,), size = chunks, batch_size or 32  # several are of a stream, which is the package's
             for group in self.processor.group(items):
                 group.sort(key=lambda i: (items[i].num_images, items[i].text_length), reverse=True)  # to pad little
