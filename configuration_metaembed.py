@@ -46,12 +46,9 @@ def check_budgets(
             raise TypeError(f"each budget must be a pair (r_q, r_c), got {budget!r}.")
         r_q = check_count(f"r_q of budget {tuple(budget)}", budget[0], num_query_tokens)
         pairs.append([r_q, check_count(f"r_c of budget {tuple(budget)}", budget[1], num_document_tokens)])
-    problems = []
-    for small, large in zip(pairs, pairs[1:], strict=False):
-        if large == small:
-            problems.append(f"{large} is listed twice (not strictly growing)")
-        elif large[0] < small[0] or large[1] < small[1]:
-            problems.append(f"{large} does not contain {small} (not nested)")
+    steps = list(zip(pairs, pairs[1:], strict=False))
+    problems = [f"{large} is listed twice (not strictly growing)" for small, large in steps if large == small]
+    problems += [f"{b} does not contain {a} (not nested)" for a, b in steps if b[0] < a[0] or b[1] < a[1]]
     full = [num_query_tokens, num_document_tokens]
     if complete and pairs[-1] != full:
         problems.append(f"the last is {pairs[-1]}, but must be the full size {full}")
@@ -67,6 +64,9 @@ class BackboneTraits:
     causal: bool = True  # no Meta Token sees a later one: encoding with r of them equals the first r rows of all
     mixes_images: bool = True  # inputs with different numbers of images can share a batch without a change of rows
     batches_images: bool = True  # inputs with equal numbers of images can
+    takes_audio: bool = False  # recordings change the rows
+    mixes_audio: bool = True  # as of images
+    batches_audio: bool = True
     pads_left: bool = True  # padding on the left does not change the rows: it does where positions count it
     text_through_tokenizer: bool = False  # the processor refuses inputs without images: they bypass it
     nests_images: bool = True  # the processor takes the images of a batch as a list per input, not as one flat list

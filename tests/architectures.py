@@ -60,7 +60,7 @@ SPECIAL = (
     "<|imgpad|> <|audio_comp_pad|> <|begin_of_video|> <|end_of_video|> <|begin_of_image|> <|end_of_image|> "
     "<IMG_COL> <IMG_END> <IMG_ROW> <IMG_PRE> <IMG_START> <im_patch> <im_start> <im_end> <im_col> <im_low> "
     "<low_res_im_start> <frame_start> <frame_end> <patch_newline> <|vid_start|> <|vid_end|> "
-    "<|vid_frame_separator|> <|unused_200053|> <|unused_200054|> <|content_image|> <|content_audio_input|> "
+    "<|vid_frame_separator|> <|AUDIO|> <|audio_bos|> <|audio_eos|> <|unused_200053|> <|unused_200054|> <|content_image|> <|content_audio_input|> "
     "<|IMAGE_PAD|> <|VIDEO_PAD|> <|VISION_START|> <|VISION_END|> <racm3:break> <eoss> <|video_duration|> "
     "[CLS] [SEP] [MASK] |SPEAKER| |NEWLINE| <IMG_ATOM> <IMG_GRID> ]<]image[>[ ]<]video[>[ <|extra_200|> "
 )
@@ -77,8 +77,10 @@ class Architecture:
         ids: Fields of the configuration for the ids of these tokens (one, or several separated by spaces).
         image: The placeholder of an image in a prompt. "": the processor's own.
         video: The placeholder of a video. "": the processor's own.
+        audio: The placeholder of a recording. "": the processor's own.
         image_options: Options for the image processor.
         video_options: Options for the video processor.
+        audio_options: Options for the feature extractor of recordings.
         options: Options for the processor.
         named: The tokenizer's names for special tokens, where they differ from NAMED.
         template: Whether the processor has a chat template.
@@ -90,8 +92,10 @@ class Architecture:
     ids: dict[str, str] = field(default_factory=dict)
     image: str = ""
     video: str = ""
+    audio: str = ""
     image_options: dict[str, Any] = field(default_factory=dict)
     video_options: dict[str, Any] = field(default_factory=dict)
+    audio_options: dict[str, Any] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
     named: dict[str, str] = field(default_factory=dict)
     template: bool = True
@@ -128,6 +132,17 @@ QWEN2 = Architecture(
 )
 QWEN3 = replace(QWEN2, **PATCH_16)
 QWEN3_5 = replace(QWEN3, config={})
+HEARD = {"audio_token": "<|AUDIO|>", "audio_bos_token": "<|audio_bos|>", "audio_eos_token": "<|audio_eos|>"}
+OMNI = {
+    "audio": "<|audio_bos|><|AUDIO|><|audio_eos|>",
+    "named": {
+        **QWEN2.named,
+        **HEARD,
+        "vision_bos_token": "<|vision_start|>",
+        "vision_eos_token": "<|vision_end|>",
+    },
+    "like": "qwen2_5_omni",
+}
 COMPASS = {
     "image_token": "<|IMAGE_PAD|>",
     "video_token": "<|VIDEO_PAD|>",
@@ -227,7 +242,10 @@ ARCHITECTURES: dict[str, Architecture] = {
         options={"image_seq_length": 4},
         ids={"image_token_id": "<image>", "image_token_index": "<image>"},
     ),
-    "gemma4": Architecture(parts={"vision_config": "gemma4_vision"}, image_options={"max_soft_tokens": 70}),
+    "gemma4": Architecture(
+        parts={"vision_config": "gemma4_vision", "audio_config": "gemma4_audio"},
+        image_options={"max_soft_tokens": 70},
+    ),
     "gemma4_unified": Architecture(
         parts={"vision_config": "gemma4_unified_vision"}, image_options={"max_soft_tokens": 70}
     ),
@@ -334,7 +352,10 @@ ARCHITECTURES: dict[str, Architecture] = {
     "qianfan_ocr": replace(INTERNVL, image="<image>"),
     "qwen2_5_vl": QWEN2,
     "qwen2_vl": QWEN2,
+    "qwen2_5_omni_thinker": replace(QWEN2, **OMNI),
+    "qwen2_audio": Architecture(audio="<|audio_bos|><|AUDIO|><|audio_eos|>", named=HEARD),
     "qwen3_5": QWEN3_5,
+    "qwen3_omni_moe_thinker": replace(QWEN3, **{**OMNI, "like": "qwen3_omni_moe"}),
     "qwen3_5_moe": QWEN3_5,
     "qwen3_vl": QWEN3,
     "qwen3_vl_moe": replace(QWEN3, like="qwen3_vl"),

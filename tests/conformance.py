@@ -30,6 +30,12 @@ def video(seed: int, frames: int = 4) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (frames, 56, 84, 3), dtype=np.uint8)
 
 
+def recording(seed: int, seconds: float = 0.8, rate: int = 16_000) -> dict[str, object]:
+    """Noise, as sentence-transformers has recordings in memory."""
+    noise = np.random.default_rng(seed).uniform(-0.5, 0.5, int(seconds * rate))
+    return {"array": noise.astype(np.float32), "sampling_rate": rate}
+
+
 @functools.cache
 def load(name: str) -> MetaEmbedModel:
     """Return the tiny model of an architecture, shared by all checks: change a `fork` of it only."""
@@ -61,6 +67,13 @@ def inputs_of(model: MetaEmbedModel) -> dict[str, object]:
             inputs["interleaved"] = [{"role": "user", "content": interleaved}]
     if model.processor.video_processor is not None and takes(model, clip := {"video": video(0), "text": "a cat"}):
         inputs["video"] = clip
+    if model.processor.takes("audio"):
+        inputs["audio"] = heard = recording(0, rate=(rate := model.processor.audio_processor.sampling_rate))
+        inputs["audio and text"] = {"audio": recording(1, 1.3, rate), "text": "a red apple"}
+        if takes(model, two := {"audio": [heard, recording(2, 1.1, rate)], "text": "two cats"}):
+            inputs["two recordings"] = two
+        if "image" in inputs:
+            inputs["image and audio"] = {"image": picture(4), "audio": heard, "text": "a cat"}
     return inputs
 
 
