@@ -64,6 +64,8 @@ class MetaEmbedProcessor(ProcessorMixin):
         self.config = config
         self.policy = policy or InputPolicy()
         self.heard: dict[str, int] = {}  # with some options: samples of the longest recording that was taken whole
+        if self.tokenizer.init_kwargs.get("max_length", 0) is None:  # would be every feature extractor's, too
+            del self.tokenizer.init_kwargs["max_length"]
         self.check()
 
     def check(self) -> None:

@@ -141,6 +141,13 @@ OMNI = {
         "vision_bos_token": "<|vision_start|>",
         "vision_eos_token": "<|vision_end|>",
     },
+    "audio_options": {"feature_size": 128},
+    "ids": {
+        "vision_start_token_id": "<|vision_start|>",
+        "vision_end_token_id": "<|vision_end|>",
+        "audio_start_token_id": "<|audio_bos|>",
+        "audio_end_token_id": "<|audio_eos|>",
+    },
     "like": "qwen2_5_omni",
 }
 COMPASS = {
@@ -349,11 +356,23 @@ ARCHITECTURES: dict[str, Architecture] = {
     "paligemma": Architecture(
         config={"projection_dim": 32}, image_options={"image_seq_length": PATCHES}, template=False
     ),
+    "phi4_multimodal": Architecture(
+        config={
+            **vision(image_size=448),
+            "audio_config.nemo_conv_channels": 32,
+            "audio_config.ext_pw_out_channel": 32,
+            "audio_config.depthwise_separable_out_channel": 32,
+            "audio_config.num_blocks": 2,
+        },
+        image_options={"size": {"height": 448, "width": 448}, "dynamic_hd": 1},
+    ),
     "qianfan_ocr": replace(INTERNVL, image="<image>"),
     "qwen2_5_vl": QWEN2,
     "qwen2_vl": QWEN2,
     "qwen2_5_omni_thinker": replace(QWEN2, **OMNI),
-    "qwen2_audio": Architecture(audio="<|audio_bos|><|AUDIO|><|audio_eos|>", named=HEARD),
+    "qwen2_audio": Architecture(
+        audio="<|audio_bos|><|AUDIO|><|audio_eos|>", named=HEARD, audio_options={"feature_size": 128}
+    ),
     "qwen3_5": QWEN3_5,
     "qwen3_omni_moe_thinker": replace(QWEN3, **{**OMNI, "like": "qwen3_omni_moe"}),
     "qwen3_5_moe": QWEN3_5,

@@ -246,7 +246,7 @@ def check_bfloat16(name: str) -> None:
         assert rows.dtype == torch.float32
         # Random weights amplify rounding, above all with many layers and few dimensions.
         close = cosine_similarity(rows, right, dim=-1).min()
-        assert close > 0.9 and close > similarity_of_the_layer_before(model, item, right), kind
+        assert close > 0.85 and close > similarity_of_the_layer_before(model, item, right), kind
 
 
 @torch.no_grad()
