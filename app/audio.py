@@ -83,9 +83,7 @@ def check_heard(processor: Any, samples: Array, options: dict[str, Any]) -> None
     if is_dropped(len(samples)):
         seconds = range(1, len(samples) // rate + 1)
         most = bisect.bisect_left(seconds, True, key=lambda second: is_dropped(second * rate))
-        raise ValueError(
-            f"it drops what comes after {most} seconds of a recording. To keep its start: max_seconds={most}"
-        )
+        raise ValueError(f"it takes {most} seconds of a recording and drops the rest. To cut it: max_seconds={most}")
     processor.heard[key] = len(samples)
 
 

@@ -60,7 +60,8 @@ SPECIAL = (
     "<|imgpad|> <|audio_comp_pad|> <|begin_of_video|> <|end_of_video|> <|begin_of_image|> <|end_of_image|> "
     "<IMG_COL> <IMG_END> <IMG_ROW> <IMG_PRE> <IMG_START> <im_patch> <im_start> <im_end> <im_col> <im_low> "
     "<low_res_im_start> <frame_start> <frame_end> <patch_newline> <|vid_start|> <|vid_end|> "
-    "<|vid_frame_separator|> <|AUDIO|> <|audio_bos|> <|audio_eos|> <|unused_200053|> <|unused_200054|> <|content_image|> <|content_audio_input|> "
+    "<|AUDIO|> <|audio_bos|> <|audio_eos|> "
+    "<|vid_frame_separator|> <|unused_200053|> <|unused_200054|> <|content_image|> <|content_audio_input|> "
     "<|IMAGE_PAD|> <|VIDEO_PAD|> <|VISION_START|> <|VISION_END|> <racm3:break> <eoss> <|video_duration|> "
     "[CLS] [SEP] [MASK] |SPEAKER| |NEWLINE| <IMG_ATOM> <IMG_GRID> ]<]image[>[ ]<]video[>[ <|extra_200|> "
 )
@@ -225,6 +226,18 @@ ARCHITECTURES: dict[str, Architecture] = {
         },
         options={"num_image_tokens": PATCHES},
     ),
+    "diffusion_gemma": Architecture(like="gemma4", image_options={"max_soft_tokens": 70}),
+    "dots3_note": replace(
+        QWEN3,
+        config={
+            "vision_config.adapter_in_dim": 32,
+            "vision_config.adapter_out_dim": 32,
+            "audio_config.adapter_input_size": 32,
+            "audio_config.adapter_out_dim": 32,
+            "audio_config.downsample_hidden_size": 32,
+            **text(**LATENT),
+        },
+    ),
     "emu3": Architecture(
         config={
             "vocabulary_map": {
@@ -244,6 +257,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         image="<image_start><image><image_end>",
         video_options={"draw_on_frames": False},
     ),
+    "fuyu": Architecture(image="\n"),
     "gemma3": Architecture(
         config={"mm_tokens_per_image": 4},
         options={"image_seq_length": 4},
@@ -316,6 +330,14 @@ ARCHITECTURES: dict[str, Architecture] = {
         image_options={"size": {"longest_edge": 112}},
         named={"image_token": "[IMG]"},
         ids={"image_token_index": "[IMG]"},
+    ),
+    "mistral4": Architecture(like="llama", config=LATENT),
+    "mistral_large4": Architecture(
+        config=text(kv_source_layers=[0, 1], **LATENT),
+        options={"patch_size": PATCH_SIZE, "spatial_merge_size": 2},
+        image_options={"size": {"longest_edge": 112}},
+        named={"image_token": "[IMG]"},
+        ids={"image_token_index": "[IMG]", "image_token_id": "[IMG]"},
     ),
     "mllama": Architecture(
         named={"image_token": "<|image|>"},

@@ -15,7 +15,7 @@ from tiny import build
 from torch.nn.functional import cosine_similarity
 from transformers import AddedToken
 
-from metaembed import MetaEmbedModel
+from metaembed import MetaEmbedModel, MetaEmbedProcessor
 
 SIDES = ("query", "document")
 TOKENS = {"query": 2, "document": 4}
@@ -46,8 +46,15 @@ def load(name: str) -> MetaEmbedModel:
 
 
 def fork(name: str) -> MetaEmbedModel:
-    """Return a copy of the model of an architecture, to be changed."""
-    return copy.deepcopy(load(name))
+    """Return a copy of the model of an architecture, to be changed.
+
+    Not by `deepcopy`: that copies the hooks by which transformers records hidden states, which then record twice.
+    """
+    model = load(name)
+    copied = MetaEmbedModel(copy.deepcopy(model.config))
+    copied.load_state_dict(model.state_dict())
+    copied.processor = MetaEmbedProcessor(model.processor.backbone_processor, copied.config)
+    return copied.eval()
 
 
 def encode(model: MetaEmbedModel, side: str, *args, **kwargs) -> torch.Tensor:
@@ -237,10 +244,12 @@ def mmr_loss(model: MetaEmbedModel, items: dict[str, object]) -> torch.Tensor:
     return sum(losses)
 
 
-def check_bfloat16(name: str) -> None:
+def check_bfloat16(model: MetaEmbedModel, folder: Path) -> None:
     """Rounding changes every row less than the hidden states of another layer would change any."""
-    model = load(name)
-    rough = fork(name).to(torch.bfloat16)
+    model.save_pretrained(folder)
+    rough = MetaEmbedModel.from_pretrained(
+        folder, dtype=torch.bfloat16
+    )  # some parts stay in float32, which `to` ignores
     for kind, item in inputs_of(model).items():
         rows, right = rough.encode_documents(item), rows_of(model, "document")[kind]
         assert rows.dtype == torch.float32
@@ -255,7 +264,10 @@ def similarity_of_the_layer_before(model: MetaEmbedModel, item: object, rows: to
     features = model.processor.process_documents(item)
     features.pop("num_meta", None)
     inputs = {name: value.to(model.dtype) if value.is_floating_point() else value for name, value in features.items()}
-    hidden = model.backbone(**inputs, output_hidden_states=True).hidden_states[-2]
+    try:
+        hidden = model.backbone(**inputs, output_hidden_states=True).hidden_states[-2]
+    except AttributeError:  # phi4_multimodal asks its vision tower for one layer, and gets none then
+        return -1.0
     if hidden.shape[-1] != rows.shape[-1]:  # some layers are wider: taking them would be an error
         return -1.0
     ids = model.config.document_token_ids

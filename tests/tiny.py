@@ -163,6 +163,8 @@ def build_processor(model_type: str, spec: Architecture) -> Any:
     for name in cls.get_attributes():
         if name == "tokenizer":
             parts[name] = tokenizer
+        elif name.endswith("tokenizer"):  # of another part than the language model
+            parts[name] = build_tokenizer(**spec.named)
         elif name == "image_processor":
             parts[name] = pick(IMAGE_PROCESSOR_MAPPING_NAMES, model_type)
             parts[name] = parts[name](**shrink_images(parts[name], spec.image_options))
@@ -170,7 +172,8 @@ def build_processor(model_type: str, spec: Architecture) -> Any:
             parts[name] = pick(VIDEO_PROCESSOR_MAPPING_NAMES, model_type)
             parts[name] = parts[name](**shrink_images(parts[name], spec.video_options))
         elif name == "feature_extractor" or name == "audio_processor":
-            parts[name] = pick(FEATURE_EXTRACTOR_MAPPING_NAMES, model_type)(**spec.audio_options)
+            hears = pick(FEATURE_EXTRACTOR_MAPPING_NAMES, model_type)
+            parts[name] = hears(**spec.audio_options) if hears else None
     processor = cls(**parts, **spec.options)
     if spec.template:
         image = spec.image or getattr(processor, "image_token", "<image>")

@@ -1,4 +1,4 @@
-"""Recordings give the same samples from anywhere, at any rate as transformers' own loader, within the policy's limits."""
+"""Recordings give the same samples from anywhere, those that transformers reads, within the policy's limits."""
 
 import base64
 import io
@@ -200,5 +200,5 @@ def test_what_a_processor_would_drop_is_an_error_with_the_seconds_it_takes():
     before = processor.calls
     audio.check_heard(processor, samples[: 20 * 1000], {"sampling_rate": 1000})
     assert processor.calls == before  # a shorter one is taken, too
-    with pytest.raises(ValueError, match="takes 30 seconds of a recording and drops the rest.*max_seconds=30"):
+    with pytest.raises(ValueError, match=r"takes 30 seconds of a recording and drops the rest.*max_seconds=30"):
         audio.check_heard(processor, samples, {"sampling_rate": 1000})
