@@ -109,10 +109,7 @@ def _is_recording(value: Any) -> bool:
 def parse_all(inputs: Any) -> list[Item]:
     """Return the [`Item`]s of one input or a batch of them, in order. Errors name an input by its place."""
     if not is_single(inputs) and not is_batch(inputs):
-        kind = type(inputs).__name__
-        raise TypeError(
-            f"cannot encode a {kind}: it is no sequence of inputs in order. Expected a list of {ACCEPTED}."
-        )
+        raise TypeError(f"a {type(inputs).__name__} is no sequence of inputs in order. Expected a list of {ACCEPTED}.")
     items = []
     for index, value in enumerate([inputs] if is_single(inputs) else inputs):
         with naming(index):
@@ -126,8 +123,7 @@ def naming(index: int) -> Iterator[None]:
     try:
         yield
     except (TypeError, ValueError) as error:
-        error_type = TypeError if isinstance(error, TypeError) else ValueError
-        raise error_type(f"input {index}: {error}") from error
+        raise (TypeError if isinstance(error, TypeError) else ValueError)(f"input {index}: {error}") from error
 
 
 def parse(value: Any) -> Item:

@@ -21,7 +21,7 @@ from transformers import dynamic_module_utils as remote_code
 from transformers.processing_utils import ProcessingKwargs, TextKwargs
 
 from .configuration_metaembed import SIDES, BackboneTraits, MetaEmbedConfig, check_count, of_package
-from .inputs_metaembed import SOURCES, InputPolicy, Item, Message, check_text, naming, parse_all, shorten
+from .inputs_metaembed import SOURCES, InputPolicy, Message, check_text, naming, parse_all, shorten
 
 PROCESSOR_FILE = "processor_config.json"
 
@@ -131,8 +131,8 @@ class MetaEmbedProcessor(ProcessorMixin):
             side: "query" or "document".
             num_meta: r, the number of vectors wanted, 1..R. None: the configuration's default, else all.
             instruction: Text put before the input. None: the configuration's default; "": none.
-            max_length: Keep only so many tokens of each input's own text, from its start.
-            max_seconds: Keep only so many seconds of each recording, from its start. Nothing else is ever cut.
+            max_length: Keep only so many tokens of each input's own text. Nothing else is cut but by `max_seconds`.
+            max_seconds: Keep only so many seconds of each recording, from its start.
             policy: What may be read and fetched. None: the processor's own `policy`.
             indices: Number of each input in an error about it. None: 0, 1, ...
             **kwargs: Options of the backbone's processor, for this call only (`max_pixels`, `padding_side`, ...).
@@ -170,8 +170,9 @@ class MetaEmbedProcessor(ProcessorMixin):
                 with naming(index):
                     for kind, sources in item.media.items():
                         if sources and not self.takes(kind):
-                            kinds = kind if kind == "audio" else f"{kind}s"
-                            raise ValueError(f"{type(self.backbone_processor).__name__} takes no {kinds}.")
+                            raise ValueError(
+                                f"{type(self.backbone_processor).__name__} takes no {kind}{'s' * (kind != 'audio')}."
+                            )
                     loaded.append(item.load(policy, stack, rate, max_seconds))
                     texts.append(self.prompt(item.messages, instruction, max_length) + appended)
             with TOKENIZING, default_device_cpu():
@@ -181,9 +182,7 @@ class MetaEmbedProcessor(ProcessorMixin):
             features["num_meta"] = num_meta
         return features
 
-    def parse(self, inputs: Any) -> list[Item]:
-        """Return one input, or a batch of them, as a list of items that [`process`] takes: see [`Item`]."""
-        return parse_all(inputs)
+    parse = staticmethod(parse_all)  # makes what `process` takes
 
     def resolve_num_meta(self, side: str, num_meta: int | None) -> int:
         """Return the number of vectors of a call, 1..R: what was asked, else the configuration's default, else all."""
@@ -223,9 +222,7 @@ class MetaEmbedProcessor(ProcessorMixin):
         return (re.compile("|".join(map(re.escape, strings))) if strings else None), ids
 
     def escape(self, text: str) -> str:
-        """Break every special token in a user's text, so that it stays text.
-
-        Also those that only the tokenizer's normalization would make (of fullwidth or uppercase letters).
+        """Break special tokens in a user's text, also those that only normalization would make, so that it stays text.
 
         Raises:
             ValueError: If the tokenizer makes special tokens of the text however it is broken.
@@ -427,11 +424,7 @@ def cut_text(messages: list[Message], tokenizer: PreTrainedTokenizerBase, max_le
 
 
 def render(processor: Any, messages: list[Message]) -> str:
-    """Return the backbone's prompt of messages, through its chat template where it has one.
-
-    Raises:
-        ValueError: If the chat template leaves out what the messages say, or takes too long.
-    """
+    """Return the backbone's prompt of messages, by its chat template if it has one, which may leave nothing out."""
     owner = processor if getattr(processor, "chat_template", None) else getattr(processor, "tokenizer", processor)
     parts = [part for message in messages for part in message["content"]]
     texts = [part["text"].strip() for part in parts if part["type"] == "text"]

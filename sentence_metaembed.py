@@ -100,6 +100,7 @@ class MetaEmbedTransformer(InputModule):
         if own := options.keys() & (processing_kwargs or {}).keys():
             raise TypeError(f"{min(own)} is no option of the processor: pass it outside processing_kwargs.")
         options.update(processing_kwargs or {})
+        of_package("app.file_names", "warn_of_file_names")(inputs)
         items = self.processor.parse(inputs)
         groups = self.processor.group(items)
         parts = []

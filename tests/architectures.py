@@ -393,7 +393,10 @@ ARCHITECTURES: dict[str, Architecture] = {
     "qwen2_vl": QWEN2,
     "qwen2_5_omni_thinker": replace(QWEN2, **OMNI),
     "qwen2_audio": Architecture(
-        audio="<|audio_bos|><|AUDIO|><|audio_eos|>", named=HEARD, audio_options={"feature_size": 128}
+        audio="<|audio_bos|><|AUDIO|><|audio_eos|>",
+        named=HEARD,
+        audio_options={"feature_size": 128, "chunk_length": 2},
+        config={"audio_config.max_source_positions": 100},
     ),
     "qwen3_5": QWEN3_5,
     "qwen3_omni_moe_thinker": replace(QWEN3, **{**OMNI, "like": "qwen3_omni_moe"}),
