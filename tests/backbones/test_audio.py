@@ -68,19 +68,19 @@ def test_a_recording_is_cut_where_asked_and_never_silently(model):
         model.encode_documents(sound)
     start = {"array": sound["array"][:32_000], "sampling_rate": 16_000}
     assert distance(model.encode_documents(sound, max_seconds=2), model.encode_documents(start)) == 0
-    with pytest.raises(ValueError, match="input 1: .*longer than the 0.5 seconds of the policy"):
+    with pytest.raises(ValueError, match=r"input 1: .*longer than the 0.5 seconds of the policy"):
         model.encode_documents(["a", recording(0, 1.0)], policy=InputPolicy(max_seconds=0.5))
 
 
 def test_a_server_reads_no_recording_of_its_own_machine(model, path):
-    with pytest.raises(ValueError, match="input 0: .*the policy allows no such file"):
+    with pytest.raises(ValueError, match=r"input 0: .*the policy allows no such file"):
         model.encode_documents({"audio": str(path)}, policy=InputPolicy.server())
     assert model.encode_documents({"audio": path.read_bytes()}, policy=InputPolicy.server()).shape == (4, 32)
 
 
 def test_recordings_are_refused_where_the_backbone_takes_none():
     for name in ("paligemma", "qwen3"):
-        with pytest.raises(ValueError, match="input 0: .* takes no audio"):
+        with pytest.raises(ValueError, match=r"input 0: .* takes no audio"):
             load(name).encode_documents(recording(0))
 
 
