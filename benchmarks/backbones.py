@@ -38,8 +38,8 @@ HEADER = """\
 # Backbones
 
 Written by `make backbones` with transformers {version}. The table covers every architecture that it lists for images,
-videos or recordings with text, and some others. Each is built tiny, with random weights and its real processor, and must pass every check of
-`tests/conformance.py`: {checks}.
+videos or recordings with text, and some others. Each is built tiny, with random weights and its real processor, and
+must pass every check of `tests/conformance.py`: {checks}.
 
 **{works} of {total} work.** For the others, the second table gives the reason. The package has no list of backbones:
 a model is a backbone if it passes the checks of `MetaEmbedModel.from_backbone`.
