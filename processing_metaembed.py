@@ -390,7 +390,8 @@ def _keywords(processor: Any) -> set[str]:
         return set(TextKwargs.__annotations__)
     kinds = getattr(processor, "valid_processor_kwargs", ProcessingKwargs).__annotations__
     own = [getattr(part, "valid_kwargs", None) for part in vars(processor).values()]
-    return set(kinds).union(*(getattr(kind, "__annotations__", ()) for kind in [*kinds.values(), *own]))
+    known = set(kinds).union(*(getattr(kind, "__annotations__", ()) for kind in [*kinds.values(), *own]))
+    return known - {"load_audio_from_video", "use_audio_in_video"}  # the model would have to know of it, too
 
 
 def break_token(token: str) -> str:
