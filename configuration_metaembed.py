@@ -29,34 +29,6 @@ def check_count(name: str, value: Any, maximum: int) -> int:
     return count
 
 
-def check_budgets(
-    budgets: Any, num_query_tokens: int, num_document_tokens: int, complete: bool = True
-) -> list[list[int]]:
-    """Return `budgets`, `(r_q, r_c)` pairs with the smallest first, as lists, checked to be usable for training.
-
-    Raises:
-        TypeError: If a budget is not a pair of whole numbers.
-        ValueError: If a number is out of range, the budgets are not nested and growing, or not `complete`: up to all.
-    """
-    if not isinstance(budgets, (list, tuple)) or not budgets:
-        raise TypeError(f"budgets must be a non-empty list of (r_q, r_c) pairs, got {budgets!r}.")
-    pairs = []
-    for budget in budgets:
-        if not isinstance(budget, (list, tuple)) or len(budget) != 2:
-            raise TypeError(f"each budget must be a pair (r_q, r_c), got {budget!r}.")
-        r_q = check_count(f"r_q of budget {tuple(budget)}", budget[0], num_query_tokens)
-        pairs.append([r_q, check_count(f"r_c of budget {tuple(budget)}", budget[1], num_document_tokens)])
-    steps = list(zip(pairs, pairs[1:], strict=False))
-    problems = [f"{large} is listed twice (not strictly growing)" for small, large in steps if large == small]
-    problems += [f"{b} does not contain {a} (not nested)" for a, b in steps if b[0] < a[0] or b[1] < a[1]]
-    full = [num_query_tokens, num_document_tokens]
-    if complete and pairs[-1] != full:
-        problems.append(f"the last is {pairs[-1]}, but must be the full size {full}")
-    if problems:
-        raise ValueError(f"budgets {pairs} cannot be used: {'; '.join(problems)}.")
-    return pairs
-
-
 @dataclass
 class BackboneTraits:
     """How a backbone treats its inputs, as measured once by [`MetaEmbedModel.from_backbone`]."""
@@ -129,7 +101,7 @@ class MetaEmbedConfig(PreTrainedConfig):
         if self.budgets is None:
             fitting = [[q, d] for q, d in DEFAULT_BUDGETS if q <= full[0] and d <= full[1]]
             self.budgets = fitting if fitting[-1:] == [full] else [*fitting, full]
-        self.budgets = check_budgets(self.budgets, self.num_query_tokens, self.num_document_tokens)
+        self.budgets = of_package("training.budgets", "check_budgets")(self.budgets, *full) or self.budgets
         for side in SIDES:
             self._validate_side(side)
         if shared := set(self.query_token_ids or ()) & set(self.document_token_ids or ()):
