@@ -11,6 +11,7 @@ from conformance import distance, load, picture, recording
 from tiny import build
 
 from metaembed import InputPolicy, MetaEmbedModel
+from metaembed.backbones.lengths import estimate_tokens
 from metaembed.sentence_metaembed import to_multi_vector_encoder
 
 CLOSE = 2e-4
@@ -119,3 +120,10 @@ def test_a_string_that_looks_like_a_file_is_text_and_sentence_transformers_users
 def test_numbers_stay_finite_for_silence(model):
     silence = {"array": np.zeros(16_000, np.float32), "sampling_rate": 16_000}
     assert model.encode_documents(silence).isfinite().all()
+
+
+def test_how_long_a_recording_is_decides_the_batches_before_any_is_decoded(model, path, monkeypatch):
+    monkeypatch.setattr(soundfile.SoundFile, "read", None)
+    sounds = [{"audio": path}, {"audio": path.read_bytes()}, recording(1, 3.0), {"audio": "no/such/file.wav"}, "a cat"]
+    estimates = estimate_tokens(model.processor, model.processor.parse(sounds), InputPolicy())
+    assert estimates == [25, 25, 75, 25, 5 / 4]
