@@ -79,7 +79,9 @@ class Item:
         videos = [read_video(video, policy, stack) for video in self.videos]
         return {"image": images, "video": videos, "audio": [read_audio(a, policy, rate, seconds) for a in self.audios]}
 
-    images, videos, audios = (property(lambda self, kind=kind: self.media[kind]) for kind in SOURCES)
+    images = property(lambda self: self.media["image"])
+    videos = property(lambda self: self.media["video"])
+    audios = property(lambda self: self.media["audio"])
     num_images = property(lambda self: len(self.images))
 
 
@@ -109,7 +111,9 @@ def _is_recording(value: Any) -> bool:
 def parse_all(inputs: Any) -> list[Item]:
     """Return the [`Item`]s of one input or a batch of them, in order. Errors name an input by its place."""
     if not is_single(inputs) and not is_batch(inputs):
-        raise TypeError(f"a {type(inputs).__name__} is no sequence of inputs in order. Expected a list of {ACCEPTED}.")
+        raise TypeError(
+            f"cannot encode a {type(inputs).__name__}: no sequence of inputs in order. It may be {ACCEPTED}."
+        )
     items = []
     for index, value in enumerate([inputs] if is_single(inputs) else inputs):
         with naming(index):
@@ -184,7 +188,7 @@ def _parse_parts(value: Any) -> list[Part]:
         raise ValueError(f'unknown keys {_names(unknown)} in {_names(value)}. Use "text", "image", "video", "audio".')
     parts = []
     for kind in (*SOURCES, "text"):
-        held = value.get(kind)
+        held: Any = value.get(kind)
         several = kind != "text" and isinstance(held, (list, tuple))
         if kind == "video" and several:  # or one: a list of images is a video
             first = held[0] if held else None

@@ -64,8 +64,12 @@ class MetaEmbedProcessor(ProcessorMixin):
         self.config = config
         self.policy = policy or InputPolicy()
         self.heard: dict[str, int] = {}  # with some options: samples of the longest recording that was taken whole
-        if self.tokenizer.init_kwargs.get("max_length", 0) is None:  # would be every feature extractor's, too
-            del self.tokenizer.init_kwargs["max_length"]
+        for name in (
+            "max_length",
+            "pad_to_multiple_of",
+        ):  # None of a tokenizer would be every feature extractor's, too
+            if self.tokenizer.init_kwargs.get(name, 0) is None:
+                del self.tokenizer.init_kwargs[name]
         self.check()
 
     def check(self) -> None:
@@ -293,6 +297,8 @@ class MetaEmbedProcessor(ProcessorMixin):
             try:
                 if audio:
                     kwargs.setdefault("sampling_rate", self.audio_processor.sampling_rate)
+                    # Of texts alone: recordings are padded as their processor's defaults are.
+                    kwargs["text_kwargs"] = {"padding": kwargs.pop("padding"), **(kwargs.get("text_kwargs") or {})}
                     of_package("app.audio", "check_heard", needed=True)(self, max(audio, key=len), kwargs)
                     kwargs["audio"] = audio
                 if images:

@@ -60,7 +60,7 @@ SPECIAL = (
     "<|imgpad|> <|audio_comp_pad|> <|begin_of_video|> <|end_of_video|> <|begin_of_image|> <|end_of_image|> "
     "<IMG_COL> <IMG_END> <IMG_ROW> <IMG_PRE> <IMG_START> <im_patch> <im_start> <im_end> <im_col> <im_low> "
     "<low_res_im_start> <frame_start> <frame_end> <patch_newline> <|vid_start|> <|vid_end|> "
-    "<|AUDIO|> <|audio_bos|> <|audio_eos|> "
+    "<|AUDIO|> <|audio_bos|> <|audio_eos|> <sound> <|pad|> <|audio_pad|> <|begin_of_audio|> <|end_of_audio|> "
     "<|vid_frame_separator|> <|unused_200053|> <|unused_200054|> <|content_image|> <|content_audio_input|> "
     "<|IMAGE_PAD|> <|VIDEO_PAD|> <|VISION_START|> <|VISION_END|> <racm3:break> <eoss> <|video_duration|> "
     "[CLS] [SEP] [MASK] |SPEAKER| |NEWLINE| <IMG_ATOM> <IMG_GRID> ]<]image[>[ ]<]video[>[ <|extra_200|> "
@@ -151,6 +151,7 @@ OMNI = {
     },
     "like": "qwen2_5_omni",
 }
+WHISPER = Architecture(audio_options={"feature_size": 128})
 COMPASS = {
     "image_token": "<|IMAGE_PAD|>",
     "video_token": "<|VIDEO_PAD|>",
@@ -190,6 +191,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         options={"patch_size": PATCH_SIZE, "img_size": IMAGE_SIZE, "downsample_factor": 2},
         image_options={"max_patches": 2},
     ),
+    "audioflamingo3": WHISPER,
     "bert": Architecture(template=False, config={"max_position_embeddings": 2048}),
     "chameleon": Architecture(
         config={
@@ -227,8 +229,9 @@ ARCHITECTURES: dict[str, Architecture] = {
         options={"num_image_tokens": PATCHES},
     ),
     "diffusion_gemma": Architecture(like="gemma4", image_options={"max_soft_tokens": 70}),
-    "dots3_note": replace(
-        QWEN3,
+    "dots3_note": Architecture(
+        image="<|imgpad|>",
+        audio="<|audio_comp_pad|>",
         config={
             "vision_config.adapter_in_dim": 32,
             "vision_config.adapter_out_dim": 32,
@@ -237,6 +240,10 @@ ARCHITECTURES: dict[str, Architecture] = {
             "audio_config.downsample_hidden_size": 32,
             **text(**LATENT),
         },
+    ),
+    "embedding_gemma2": Architecture(
+        parts={"vision_config": "gemma4_vision", "audio_config": "gemma4_audio"},
+        image_options={"max_soft_tokens": 70},
     ),
     "emu3": Architecture(
         config={
@@ -257,7 +264,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         image="<image_start><image><image_end>",
         video_options={"draw_on_frames": False},
     ),
-    "fuyu": Architecture(image="\n"),
+    "fuyu": Architecture(image="\n", image_options={"size": {"height": 60, "width": 60}}),
     "gemma3": Architecture(
         config={"mm_tokens_per_image": 4},
         options={"image_seq_length": 4},
@@ -268,7 +275,8 @@ ARCHITECTURES: dict[str, Architecture] = {
         image_options={"max_soft_tokens": 70},
     ),
     "gemma4_unified": Architecture(
-        parts={"vision_config": "gemma4_unified_vision"}, image_options={"max_soft_tokens": 70}
+        parts={"vision_config": "gemma4_unified_vision", "audio_config": "gemma4_unified_audio"},
+        image_options={"max_soft_tokens": 70},
     ),
     "glm46v": GLM,
     "glm4v": GLM,
@@ -277,6 +285,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         config=text(q_lora_rank=16, index_head_dim=64, index_n_heads=2, linear_head_dim=16, linear_num_heads=2)
     ),
     "glm_ocr": replace(GLM, like="glm46v"),
+    "glmasr": replace(WHISPER, config={"audio_config.intermediate_size": 128}),
     "glmga": replace(GLM, like="glm46v"),
     "got_ocr2": Architecture(
         config=vision(image_size=1024, patch_size=16, global_attn_indexes=[]),
@@ -331,7 +340,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         named={"image_token": "[IMG]"},
         ids={"image_token_index": "[IMG]"},
     ),
-    "mistral4": Architecture(like="llama", config=LATENT),
+    "mistral4": Architecture(like="llama", config={**LATENT, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8}),
     "mistral_large4": Architecture(
         config=text(kv_source_layers=[0, 1], **LATENT),
         options={"patch_size": PATCH_SIZE, "spatial_merge_size": 2},
