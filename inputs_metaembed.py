@@ -34,6 +34,7 @@ SOURCES = {  # by kind, in the order in which those of a dict come, the text las
     "video": (str, Path, list, tuple, np.ndarray, torch.Tensor),
     "audio": (str, Path, bytes, bytearray),
 }
+
 Array = np.ndarray[Any, Any]
 Part = dict[str, Any]  # {"type": "text", "text": str}, or {"type": "image"}, "video" or "audio": the place of one
 Message = dict[str, Any]  # {"role": str, "content": list of parts}
@@ -111,8 +112,9 @@ def _is_recording(value: Any) -> bool:
 def parse_all(inputs: Any) -> list[Item]:
     """Return the [`Item`]s of one input or a batch of them, in order. Errors name an input by its place."""
     if not is_single(inputs) and not is_batch(inputs):
+        kind = type(inputs).__name__
         raise TypeError(
-            f"cannot encode a {type(inputs).__name__}: no sequence of inputs in order. It may be {ACCEPTED}."
+            f"cannot encode a {kind}: it is no sequence of inputs in order. Expected a list of {ACCEPTED}."
         )
     items = []
     for index, value in enumerate([inputs] if is_single(inputs) else inputs):
