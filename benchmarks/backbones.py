@@ -94,6 +94,8 @@ def attempt(name: str) -> tuple[bool, list[str]]:
         return True, [", ".join(inputs_of(model)), "fewer tokens" if traits.causal else "slice", batches]
     except Exception as error:
         reason = " ".join((str(error) or "the check failed").split()).replace("|", "\\|")
+        if "Unrecognized configuration class" in reason:  # and then names all that are recognized
+            reason = "transformers has no base model for it (AutoModel)"
         reason = reason if len(reason) <= LONGEST_REASON else f"{reason[:LONGEST_REASON]} ..."
         kind = {"built tiny": "not built here", "created": "refused at creation"}.get(stage, f"fails: {stage}")
         return False, [kind, reason if isinstance(error, ValueError) else f"{type(error).__name__}: {reason}"]
