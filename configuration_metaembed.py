@@ -29,37 +29,6 @@ def check_count(name: str, value: Any, maximum: int) -> int:
     return count
 
 
-def check_budgets(
-    budgets: Any, num_query_tokens: int, num_document_tokens: int, complete: bool = True
-) -> list[list[int]]:
-    """Return `budgets`, `(r_q, r_c)` pairs with the smallest first, as lists, checked to be usable for training.
-
-    Raises:
-        TypeError: If a budget is not a pair of whole numbers.
-        ValueError: If a number is out of range, the budgets are not nested and growing, or not `complete`: up to all.
-    """
-    if not isinstance(budgets, (list, tuple)) or not budgets:
-        raise TypeError(f"budgets must be a non-empty list of (r_q, r_c) pairs, got {budgets!r}.")
-    pairs = []
-    for budget in budgets:
-        if not isinstance(budget, (list, tuple)) or len(budget) != 2:
-            raise TypeError(f"each budget must be a pair (r_q, r_c), got {budget!r}.")
-        r_q = check_count(f"r_q of budget {tuple(budget)}", budget[0], num_query_tokens)
-        pairs.append([r_q, check_count(f"r_c of budget {tuple(budget)}", budget[1], num_document_tokens)])
-    problems = []
-    for small, large in zip(pairs, pairs[1:], strict=False):
-        if large == small:
-            problems.append(f"{large} is listed twice (not strictly growing)")
-        elif large[0] < small[0] or large[1] < small[1]:
-            problems.append(f"{large} does not contain {small} (not nested)")
-    full = [num_query_tokens, num_document_tokens]
-    if complete and pairs[-1] != full:
-        problems.append(f"the last is {pairs[-1]}, but must be the full size {full}")
-    if problems:
-        raise ValueError(f"budgets {pairs} cannot be used: {'; '.join(problems)}.")
-    return pairs
-
-
 @dataclass
 class BackboneTraits:
     """How a backbone treats its inputs, as measured once by [`MetaEmbedModel.from_backbone`]."""
@@ -67,6 +36,9 @@ class BackboneTraits:
     causal: bool = True  # no Meta Token sees a later one: encoding with r of them equals the first r rows of all
     mixes_images: bool = True  # inputs with different numbers of images can share a batch without a change of rows
     batches_images: bool = True  # inputs with equal numbers of images can
+    takes_audio: bool = False  # recordings change the rows
+    mixes_audio: bool = True  # as of images
+    batches_audio: bool = True
     pads_left: bool = True  # padding on the left does not change the rows: it does where positions count it
     text_through_tokenizer: bool = False  # the processor refuses inputs without images: they bypass it
     nests_images: bool = True  # the processor takes the images of a batch as a list per input, not as one flat list
@@ -129,7 +101,7 @@ class MetaEmbedConfig(PreTrainedConfig):
         if self.budgets is None:
             fitting = [[q, d] for q, d in DEFAULT_BUDGETS if q <= full[0] and d <= full[1]]
             self.budgets = fitting if fitting[-1:] == [full] else [*fitting, full]
-        self.budgets = check_budgets(self.budgets, self.num_query_tokens, self.num_document_tokens)
+        self.budgets = of_package("training.budgets", "check_budgets")(self.budgets, *full) or self.budgets
         for side in SIDES:
             self._validate_side(side)
         if shared := set(self.query_token_ids or ()) & set(self.document_token_ids or ()):

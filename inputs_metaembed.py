@@ -25,17 +25,18 @@ from .configuration_metaembed import of_package
 
 ACCEPTED = (
     "a string (text), a PIL image, a pathlib.Path, bytes or an open file of an image, an array [height, width(, "
-    'channels)], a dict with "text", "image" (one or a list; a path, URL, PIL image, bytes or array each) and/or '
-    '"video" (a path or URL, a list of images or an array [frames, height, width, 3]; or a list of these), or chat '
-    'messages [{"role": ..., "content": ...}]'
+    'channels)], a dict with "text", "image", "video" and/or "audio" (one or a list of each; a path or URL, or an '
+    "image also as above, a video as a list of images or an array [frames, height, width, 3], a recording as bytes or "
+    '{"array": ..., "sampling_rate": ...}), or chat messages [{"role": ..., "content": ...}]'
 )
-SOURCES = {
+SOURCES = {  # by kind, in the order in which those of a dict come, the text last
     "image": (Image.Image, str, Path, bytes, bytearray, np.ndarray, torch.Tensor),
     "video": (str, Path, list, tuple, np.ndarray, torch.Tensor),
+    "audio": (str, Path, bytes, bytearray),
 }
 
 Array = np.ndarray[Any, Any]
-Part = dict[str, Any]  # {"type": "text", "text": str}, or {"type": "image"} or "video" for the place of one
+Part = dict[str, Any]  # {"type": "text", "text": str}, or {"type": "image"}, "video" or "audio": the place of one
 Message = dict[str, Any]  # {"role": str, "content": list of parts}
 
 
@@ -53,10 +54,11 @@ class InputPolicy:
     hosts: tuple[str, ...] | None = None  # patterns of hosts to fetch from, such as "*.example.com"; None: any
     folders: tuple[str | Path, ...] | None = None  # whose files may be read, links followed; None: any file
     private_addresses: bool = False  # whether hosts may have private, loopback and other addresses that are not public
-    max_bytes: int = 2**28  # of a picture's file, and of what a URL serves, after decompression
+    max_bytes: int = 2**28  # of a file, and of what a URL serves, after decompression
     max_pixels: int = 89_478_485  # of a picture, checked before decoding; PIL has its own Image.MAX_IMAGE_PIXELS too
+    max_seconds: float = 3600  # of a recording, of which no more is decoded
     timeout: float = 60  # seconds that fetching one URL may take in all
-    formats: tuple[str, ...] = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "HEIF")  # PIL's names
+    formats: tuple[str, ...] = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "HEIF")  # of pictures
 
     @classmethod
     def server(cls, **changes: Any) -> InputPolicy:
@@ -66,28 +68,30 @@ class InputPolicy:
 
 @dataclass(frozen=True)
 class Item:
-    """One query or document, checked in form. Pictures and videos are as the user passed them, in order."""
+    """One query or document, checked in form. Pictures, videos and recordings are as the user passed them."""
 
-    messages: list[Message]  # with a mere place for each picture and video
-    images: list[Any]
-    videos: list[Any]
+    messages: list[Message]  # with a mere place for each picture, video and recording
+    media: dict[str, list[Any]]  # of each kind, in order
     text_length: int
 
-    def load(self, policy: InputPolicy, stack: ExitStack) -> tuple[list[Image.Image], list[str | Array]]:
-        """Read the pictures and videos: see [`read_image`] and [`read_video`]."""
+    def load(self, policy: InputPolicy, stack: ExitStack, rate: int, seconds: float | None) -> dict[str, list[Any]]:
+        """Read what there is of each kind: see [`read_image`], [`read_video`] and [`read_audio`]."""
         images = [read_image(image, policy) for image in self.images]
-        return images, [read_video(video, policy, stack) for video in self.videos]
+        videos = [read_video(video, policy, stack) for video in self.videos]
+        return {"image": images, "video": videos, "audio": [read_audio(a, policy, rate, seconds) for a in self.audios]}
 
+    images = property(lambda self: self.media["image"])
+    videos = property(lambda self: self.media["video"])
+    audios = property(lambda self: self.media["audio"])
     num_images = property(lambda self: len(self.images))
-    has_video = property(lambda self: bool(self.videos))
 
 
 def is_single(inputs: Any) -> bool:
     """Whether `inputs` is one query or document. Lists and tuples are batches, except chat messages."""
     if isinstance(inputs, (np.ndarray, torch.Tensor)):  # [N, height, width, channels] and [N] of strings are batches
         return inputs.ndim < 4 and getattr(inputs.dtype, "kind", None) not in ("U", "O")
-    single = (str, bytes, bytearray, dict, Path, Image.Image, Item)
-    return inputs is None or isinstance(inputs, single) or hasattr(inputs, "read") or is_conversation(inputs)
+    single = (str, bytes, bytearray, dict, Path, Image.Image, Item, type(None))
+    return isinstance(inputs, single) or hasattr(inputs, "read") or is_conversation(inputs) or _is_recording(inputs)
 
 
 def is_batch(inputs: Any) -> bool:
@@ -98,6 +102,11 @@ def is_batch(inputs: Any) -> bool:
 def is_conversation(value: Any) -> bool:
     """Whether `value` is a list of chat messages."""
     return isinstance(value, (list, tuple)) and bool(value) and isinstance(value[0], dict) and "role" in value[0]
+
+
+def _is_recording(value: Any) -> bool:
+    """Whether `value` is a recording in memory as sentence-transformers and datasets have it: a dict, or a decoder."""
+    return "array" in value if isinstance(value, dict) else hasattr(value, "get_samples_played_in_range")
 
 
 def parse_all(inputs: Any) -> list[Item]:
@@ -120,18 +129,14 @@ def naming(index: int) -> Iterator[None]:
     try:
         yield
     except (TypeError, ValueError) as error:
-        error_type = TypeError if isinstance(error, TypeError) else ValueError
-        raise error_type(f"input {index}: {error}") from error
+        raise (TypeError if isinstance(error, TypeError) else ValueError)(f"input {index}: {error}") from error
 
 
 def parse(value: Any) -> Item:
-    """Parse one query or document. Nothing is read, fetched or decoded.
+    """Parse one query or document, which is as [`ACCEPTED`] says. Nothing is read, fetched or decoded.
 
-    Args:
-        value: A string (text), a PIL image, a `pathlib.Path`, `bytes` or an open file of an image, an array, a dict
-            with `text`, `image` and/or `video` (one or a list of each), or chat messages, whose content may interleave
-            strings, images, such dicts, and parts with a "type" that hold one text, image or video each (also as "url"
-            or "path"). In a dict, images come first and the text last, and an image may be a path, URL or base64.
+    The content of chat messages may interleave strings, images, dicts, and parts with a "type" that hold one text,
+    image, video or recording each (also as "url" or "path").
 
     Raises:
         TypeError: If `value` is none of these.
@@ -146,9 +151,8 @@ def parse(value: Any) -> Item:
     parts = [part for message in messages for part in message["content"]]
     if not parts:
         raise ValueError(f"the input {shorten(value)} holds neither text nor picture. Expected {ACCEPTED}.")
-    images = [part.pop("image") for part in parts if part["type"] == "image"]
-    videos = [part.pop("video") for part in parts if part["type"] == "video"]
-    return Item(messages, images, videos, sum(len(part.get("text", "")) for part in parts))
+    media = {kind: [part.pop(kind) for part in parts if part["type"] == kind] for kind in SOURCES}
+    return Item(messages, media, sum(len(part.get("text", "")) for part in parts))
 
 
 def _parse_message(message: Any) -> Message:
@@ -169,9 +173,9 @@ def _parse_message(message: Any) -> Message:
 
 def _parse_typed(part: dict[str, Any]) -> list[Part]:
     kind = part["type"]
-    if kind not in ("text", "image", "video"):
-        raise ValueError(f'the "type" of a part must be "text", "image" or "video", got {shorten(kind)}.')
-    keys = {"text"} if kind == "text" else {kind, "url", "path"}  # transformers' names for where an image or video is
+    if kind not in ("text", *SOURCES):
+        raise ValueError(f'the "type" of a part must be "text", "image", "video" or "audio", got {shorten(kind)}.')
+    keys = {"text"} if kind == "text" else {kind, "url", "path"}  # transformers' names for where an image is
     held = {key: value for key, value in part.items() if key != "type" and value is not None}  # tables fill with None
     if len(held) != 1 or not held.keys() <= keys:
         raise ValueError(f'a part of type "{kind}" must hold one of {_names(keys)}, got {_names(held)}.')
@@ -179,26 +183,27 @@ def _parse_typed(part: dict[str, Any]) -> list[Part]:
 
 
 def _parse_parts(value: Any) -> list[Part]:
-    """Return the parts of a text, an image or a dict of texts, images and videos."""
-    if not isinstance(value, dict):
-        return [_part("text" if isinstance(value, str) else "image", value)]
-    if unknown := set(value) - {"text", "image", "video"}:
-        raise ValueError(f'unknown keys {_names(unknown)} in {_names(value)}. Use "text", "image", "video".')
-    images: Any = value.get("image")
-    videos: Any = value.get("video")
-    if not isinstance(images, (list, tuple)):
-        images = [images]
-    first = videos[0] if isinstance(videos, (list, tuple)) and videos else None
-    if not isinstance(first, (str, Path, list, tuple)) and getattr(first, "ndim", 0) != 4:
-        videos = [videos]  # one: a list of images is a video
-    parts = [("image", image) for image in images] + [("video", video) for video in videos]
-    return [_part(kind, part) for kind, part in [*parts, ("text", value.get("text"))] if part is not None]
+    """Return the parts of a text, an image, a recording or a dict of texts, images, videos and recordings."""
+    if _is_recording(value) or not isinstance(value, dict):
+        return [_part("text" if isinstance(value, str) else "audio" if _is_recording(value) else "image", value)]
+    if unknown := set(value) - {"text", *SOURCES}:
+        raise ValueError(f'unknown keys {_names(unknown)} in {_names(value)}. Use "text", "image", "video", "audio".')
+    parts = []
+    for kind in (*SOURCES, "text"):
+        held: Any = value.get(kind)
+        several = kind != "text" and isinstance(held, (list, tuple))
+        if kind == "video" and several:  # or one: a list of images is a video
+            first = held[0] if held else None
+            several = isinstance(first, (str, Path, list, tuple)) or getattr(first, "ndim", 0) == 4
+        parts += [_part(kind, each) for each in (held if several else [held]) if each is not None]
+    return parts
 
 
 def _part(kind: str, value: Any) -> Part:
+    is_open = (kind != "video" and hasattr(value, "read")) or (kind == "audio" and _is_recording(value))
     if kind == "text":
         check_text("text", value)
-    elif not isinstance(value, SOURCES[kind]) and not (kind == "image" and hasattr(value, "read")):
+    elif not is_open and not isinstance(value, SOURCES[kind]):
         given = f"{shorten(value)} of type {type(value).__name__}"
         raise TypeError(f"cannot encode {given} as {kind}. Expected {ACCEPTED}.")
     return {"type": kind, kind: value}
@@ -230,9 +235,6 @@ def shorten(value: Any, length: int = 100) -> str:
     return text if len(text) <= length else f"{text[:half]}...{text[-half:]}"
 
 
-# -- Pictures and videos -----------------------------------------------------------------------------------------
-
-
 @contextmanager
 def _reading(kind: str, source: Any) -> Iterator[None]:
     """Name the source in errors about it. PIL's decoders raise almost anything."""
@@ -252,9 +254,9 @@ def read_video(source: Any, policy: InputPolicy, stack: ExitStack) -> str | Arra
     if isinstance(source, (str, Path)):
         with _reading("video", source):
             found = find_source(source, policy)
-            if isinstance(found, str):
-                check_size(os.path.getsize(found), policy)
-                return found
+            check_size(os.path.getsize(found) if isinstance(found, str) else len(found), policy)
+        if isinstance(found, str):
+            return found
         path = Path(stack.enter_context(tempfile.TemporaryDirectory()), "video")
         path.write_bytes(found)
         return str(path)
@@ -266,17 +268,19 @@ def read_video(source: Any, policy: InputPolicy, stack: ExitStack) -> str | Arra
     return np.stack(frames)
 
 
+def read_audio(source: Any, policy: InputPolicy, rate: int, seconds: float | None = None) -> Array:
+    """Return the first seconds (None: all) of a recording as samples [N]: see `app.audio.decode` of the package."""
+    with _reading("audio", source):
+        content = source if _is_recording(source) else _read_bytes(source, policy)
+        return of_package("app.audio", "decode", needed=True)(content, rate, policy.max_seconds, seconds)
+
+
 def read_image(source: Any, policy: InputPolicy | None = None) -> Image.Image:
-    """Read an image from wherever it is, as an upright RGB picture.
+    """Return an image from wherever it is as an upright RGB picture, of the same pixels in every mode.
 
-    The same picture gives the same pixels in every mode: the EXIF orientation is applied, transparency is composed on
-    white, and pictures of 16 bits (mode "I" or "I;16") and floats (0..1 or 0..255) are scaled to 8 bits. A PIL image
-    of such a mode whose values leave its scale open is refused, as `convert("I")` makes one of 8 bits.
-
-    Args:
-        source: A PIL image, a path, a URL, data URL or base64 string, bytes, an open file, or an array or tensor
-            [height, width(, channels)] of `uint8`, `uint16`, bool, or float in 0..1.
-        policy: What may be read and fetched. None: [`InputPolicy`]'s defaults.
+    The EXIF orientation is applied, transparency is composed on white, and 16 bits (mode "I" or "I;16") and floats
+    (0..1 or 0..255) are scaled to 8 bits. Where the values of a PIL image leave the scale open, it is refused.
+    `source` may be base64 and a data URL too, and an array of `uint8`, `uint16`, bool, or float in 0..1.
 
     Raises:
         TypeError: If `source` is of another type.
@@ -310,6 +314,18 @@ def _open(source: Any, policy: InputPolicy) -> tuple[Image.Image, bytes]:
         source = (source.double() if source.is_floating_point() else source).numpy()  # numpy has no bfloat16
     if isinstance(source, np.ndarray):
         return _from_array(source), b""
+    source = _read_bytes(source, policy)
+    if b"%PDF-" in source[:1024]:
+        raise ValueError("it is a PDF. Render its pages, with pypdfium2 for instance, and pass them as images")
+    Image.init()
+    formats = [kind for kind in policy.formats if kind in Image.OPEN]
+    try:
+        return Image.open(io.BytesIO(source), formats=formats), source
+    except UnidentifiedImageError as error:
+        raise ValueError(f"it is no file of {', '.join(policy.formats)}, or its start is damaged") from error
+
+
+def _read_bytes(source: Any, policy: InputPolicy) -> bytes:
     if isinstance(source, (str, Path)):
         source = find_source(source, policy)
     if isinstance(source, str):
@@ -320,14 +336,7 @@ def _open(source: Any, policy: InputPolicy) -> tuple[Image.Image, bytes]:
             source.seek(0)
         source = source.read(policy.max_bytes + 1)
     check_size(len(source), policy)
-    if b"%PDF-" in source[:1024]:
-        raise ValueError("it is a PDF. Render its pages, with pypdfium2 for instance, and pass them as images")
-    Image.init()
-    formats = [kind for kind in policy.formats if kind in Image.OPEN]
-    try:
-        return Image.open(io.BytesIO(source), formats=formats), source
-    except UnidentifiedImageError as error:
-        raise ValueError(f"it is no file of {', '.join(policy.formats)}, or its start is damaged") from error
+    return source
 
 
 def check_size(size: int, policy: InputPolicy) -> None:

@@ -354,7 +354,8 @@ class MetaEmbedModel(PreTrainedModel):
             inputs: One query or a list (any sequence, column or generator) of them. A query is
                 - a string, which is always text, be it empty or the name of a file;
                 - an image: PIL, `pathlib.Path`, `bytes`, an open file, or array or tensor [height, width(, channels)];
-                - a dict with "text", "image" and/or "video", one or a list of each, which may be paths and URLs too;
+                - a recording as {"array": ..., "sampling_rate": ...};
+                - a dict with "text", "image", "video" and/or "audio", one or a list of each, by path or URL too;
                 - chat messages, `[{"role": "user", "content": [...]}]`, which may interleave all of these.
             num_meta: r, the number of vectors of each, 1..R_q. None: the configuration's default, else all.
             **kwargs: For this call, as keywords
@@ -367,7 +368,8 @@ class MetaEmbedModel(PreTrainedModel):
                 - `convert_to_numpy`: return a numpy array instead of a tensor;
                 - `tokens`: return [`Embeddings`] `(meta, tokens)`, with the vectors of each input's own tokens too:
                   all (True), or pooled to so many, every first few of which are a summary (by the package);
-                - `max_length`: keep only so many tokens of each input's own text, from its start. None: all;
+                - `max_length`, `max_seconds`: keep only so many tokens of each input's own text, and so many seconds
+                  of each recording, from the start. None: all;
                 - `policy`, an [`InputPolicy`], and options of the backbone's processor (`max_pixels`, ...).
 
         Returns:

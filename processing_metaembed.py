@@ -21,14 +21,13 @@ from transformers import dynamic_module_utils as remote_code
 from transformers.processing_utils import ProcessingKwargs, TextKwargs
 
 from .configuration_metaembed import SIDES, BackboneTraits, MetaEmbedConfig, check_count, of_package
-from .inputs_metaembed import InputPolicy, Item, Message, check_text, naming, parse_all, shorten
+from .inputs_metaembed import SOURCES, InputPolicy, Message, check_text, naming, parse_all, shorten
 
 PROCESSOR_FILE = "processor_config.json"
 
 # What processing needs to know of a configuration, saved beside the processor so that it stands on its own.
-PROCESSING_FIELDS = ["traits", "document_sees_query_tokens"]
-for _field in ("num_{}_tokens", "{}_token_ids", "{}_num_meta", "{}_instruction"):
-    PROCESSING_FIELDS += [_field.format(side) for side in SIDES]
+_OF_SIDES = ("num_{}_tokens", "{}_token_ids", "{}_num_meta", "{}_instruction")
+PROCESSING_FIELDS = ["traits", "document_sees_query_tokens", *(f.format(side) for f in _OF_SIDES for side in SIDES)]
 
 # A call of a tokenizer sets its padding and truncation, which calls of other threads would use.
 TOKENIZING = threading.RLock()
@@ -37,8 +36,8 @@ if hasattr(os, "register_at_fork"):  # a forked worker must not find it held by 
     os.register_at_fork(before=TOKENIZING.acquire, after_in_parent=release, after_in_child=release)
 
 
-def _of_backbone(name: str, doc: str) -> property:
-    return property(lambda self: getattr(self.backbone_processor, name, None), doc=doc)
+def _of_backbone(name: str, doc: str, other: str = "") -> property:
+    return property(lambda self: getattr(inner := self.backbone_processor, name, getattr(inner, other, None)), doc=doc)
 
 
 class MetaEmbedProcessor(ProcessorMixin):
@@ -64,6 +63,13 @@ class MetaEmbedProcessor(ProcessorMixin):
         self.backbone_processor = backbone_processor
         self.config = config
         self.policy = policy or InputPolicy()
+        self.heard: dict[str, int] = {}  # with some options: samples of the longest recording that was taken whole
+        for name in (
+            "max_length",
+            "pad_to_multiple_of",
+        ):  # None of a tokenizer would be every feature extractor's, too
+            if self.tokenizer.init_kwargs.get(name, 0) is None:
+                del self.tokenizer.init_kwargs[name]
         self.check()
 
     def check(self) -> None:
@@ -77,6 +83,7 @@ class MetaEmbedProcessor(ProcessorMixin):
 
     image_processor = _of_backbone("image_processor", "The backbone's image processor, or None: it takes no images.")
     video_processor = _of_backbone("video_processor", "The backbone's video processor, or None: it takes no videos.")
+    audio_processor = _of_backbone("audio_processor", "Its feature extractor of recordings.", "feature_extractor")
     model_input_names = _of_backbone("model_input_names", "Names of what the backbone's processor returns.")
 
     @property
@@ -116,6 +123,7 @@ class MetaEmbedProcessor(ProcessorMixin):
         *,
         instruction: str | None = None,
         max_length: int | None = None,
+        max_seconds: float | None = None,
         policy: InputPolicy | None = None,
         indices: list[int] | None = None,
         **kwargs: Any,
@@ -126,8 +134,9 @@ class MetaEmbedProcessor(ProcessorMixin):
             inputs: One input or a list of them, or what [`parse`] returned.
             side: "query" or "document".
             num_meta: r, the number of vectors wanted, 1..R. None: the configuration's default, else all.
-            instruction: Text put before the input, on a line of its own. None: the configuration's default; "": none.
-            max_length: Keep only so many tokens of each input's own text, from its start. Nothing else is ever cut.
+            instruction: Text put before the input. None: the configuration's default; "": none.
+            max_length: Keep only so many tokens of each input's own text. Nothing else is cut but by `max_seconds`.
+            max_seconds: Keep only so many seconds of each recording, from its start.
             policy: What may be read and fetched. None: the processor's own `policy`.
             indices: Number of each input in an error about it. None: 0, 1, ...
             **kwargs: Options of the backbone's processor, for this call only (`max_pixels`, `padding_side`, ...).
@@ -144,8 +153,6 @@ class MetaEmbedProcessor(ProcessorMixin):
         if not items:
             raise ValueError("there is nothing to process: the list of inputs is empty.")
         num_meta = self.resolve_num_meta(side, num_meta)
-        if max_length is not None:
-            max_length = check_count("max_length", max_length, 2**31)
         self._check_keywords(kwargs)
         if len(groups := self.group(items)) > 1:
             raise ValueError(
@@ -161,27 +168,25 @@ class MetaEmbedProcessor(ProcessorMixin):
         appended = "".join(meta_token_names(side, count))
         if side == "document" and self.config.document_sees_query_tokens:
             appended = "".join(meta_token_names("query", self.config.num_query_tokens)) + appended
-        texts, images, videos = [], [], []  # one of each for an input
+        texts, loaded, rate = [], [], getattr(self.audio_processor, "sampling_rate", 0)
         with ExitStack() as stack:  # deletes the files of fetched videos
             for index, item in zip(indices, items, strict=True):
                 with naming(index):
-                    for kind, held in (("image", item.images), ("video", item.videos)):
-                        if held and getattr(self, f"{kind}_processor") is None:
-                            raise ValueError(f"{type(self.backbone_processor).__name__} takes no {kind}s.")
-                    pictures, clips = item.load(policy, stack)
-                    images.append(pictures)
-                    videos.append(clips)
-                    texts.append(self._prompt(item.messages, instruction, max_length) + appended)
+                    for kind, sources in item.media.items():
+                        if sources and not self.takes(kind):
+                            raise ValueError(
+                                f"{type(self.backbone_processor).__name__} takes no {kind}{'s' * (kind != 'audio')}."
+                            )
+                    loaded.append(item.load(policy, stack, rate, max_seconds))
+                    texts.append(self.prompt(item.messages, instruction, max_length) + appended)
             with TOKENIZING, default_device_cpu():
-                features = self._call_backbone(texts, images, videos, indices, kwargs)
+                features = self._call_backbone(texts, loaded, indices, kwargs)
         self._check_meta_tokens(features["input_ids"], side, count)
         if not self.config.traits.causal:
             features["num_meta"] = num_meta
         return features
 
-    def parse(self, inputs: Any) -> list[Item]:
-        """Return one input, or a batch of them, as a list of items that [`process`] takes: see [`Item`]."""
-        return parse_all(inputs)
+    parse = staticmethod(parse_all)  # makes what `process` takes
 
     def resolve_num_meta(self, side: str, num_meta: int | None) -> int:
         """Return the number of vectors of a call, 1..R: what was asked, else the configuration's default, else all."""
@@ -190,17 +195,21 @@ class MetaEmbedProcessor(ProcessorMixin):
         size = self.config.num_tokens(side)
         return size if num_meta is None else check_count(f"num_meta of a {side}", num_meta, size)
 
+    def takes(self, kind: str) -> bool:
+        """Whether the backbone takes inputs of a kind: "image", "video" or "audio"."""
+        return getattr(self, f"{kind}_processor") is not None and (kind != "audio" or self.config.traits.takes_audio)
+
     def group(self, inputs: Any) -> list[list[int]]:
         """Split a batch into lists of indices of inputs that may be processed together.
 
-        One list, except where images would change other inputs: then one for each number of images, or, where even
-        equal numbers do, for each input with images. A video stands alone: most backbones stack the frames of a batch.
+        One list, except where images or recordings would change other inputs: then one for each number of them, or,
+        where even equal numbers do, for each input with them. A video stands alone: most backbones stack the frames.
         """
-        groups: dict[Any, list[int]] = {}
+        groups, traits = dict[Any, list[int]](), self.config.traits
         for index, item in enumerate(parse_all(inputs)):
-            images = 0 if self.config.traits.mixes_images else item.num_images
-            alone = item.has_video or (images and not self.config.traits.batches_images)
-            groups.setdefault(("alone", index) if alone else images, []).append(index)
+            images, audios = item.num_images * (not traits.mixes_images), len(item.audios) * (not traits.mixes_audio)
+            alone = item.videos or (images and not traits.batches_images) or (audios and not traits.batches_audio)
+            groups.setdefault(("alone", index) if alone else (images, audios), []).append(index)
         return list(groups.values())
 
     @cached_property
@@ -217,9 +226,7 @@ class MetaEmbedProcessor(ProcessorMixin):
         return (re.compile("|".join(map(re.escape, strings))) if strings else None), ids
 
     def escape(self, text: str) -> str:
-        """Break every special token in a user's text, so that it stays text.
-
-        Also those that only the tokenizer's normalization would make (of fullwidth or uppercase letters).
+        """Break special tokens in a user's text, also those that only normalization would make, so that it stays text.
 
         Raises:
             ValueError: If the tokenizer makes special tokens of the text however it is broken.
@@ -237,10 +244,10 @@ class MetaEmbedProcessor(ProcessorMixin):
                 text = text[:start] + break_token(text[start:end]) + text[end:]
         raise ValueError(f"the tokenizer makes special tokens of the text {shorten(text)}. Take them out of it.")
 
-    def _prompt(self, messages: list[Message], instruction: str | None, max_length: int | None) -> str:
+    def prompt(self, messages: list[Message], instruction: str | None, max_length: int | None) -> str:
         """Return the prompt of messages: cut, after the instruction, escaped, and as the chat template renders it."""
         if max_length is not None:
-            messages = cut_text(messages, self.tokenizer, max_length)
+            messages = cut_text(messages, self.tokenizer, check_count("max_length", max_length, 2**31))
         user = next((message for message in messages if message["role"] == "user"), messages[0])
         rendered = []
         for message in messages:
@@ -257,20 +264,20 @@ class MetaEmbedProcessor(ProcessorMixin):
     def _check_keywords(self, kwargs: dict[str, Any]) -> None:
         """Raise for a keyword that has no effect (transformers only warns, and once) or a bad one."""
         known, options = _keywords(self.backbone_processor), dict(kwargs)
-        for kind in ("text", "images", "videos"):
+        for kind in ("images", "videos", "audio", "text"):
             options.update(kwargs.get(f"{kind}_kwargs") or {})
         if unknown := sorted(options.keys() - known):
             name = type(self.backbone_processor).__name__
             raise TypeError(f"{name} knows no keyword {', '.join(unknown)}. It knows {', '.join(sorted(known))}.")
         if options.get("padding_side") == "left" and not self.config.traits.pads_left:
             raise ValueError("this backbone counts padding as positions. Leave the padding on the right.")
-        if "truncation" in options:
+        if "truncation" in {**kwargs, **(kwargs.get("text_kwargs") or {})}:
             raise ValueError("`truncation` would cut the Meta Tokens off. To cut only text, use `max_length`.")
         if (tensors := options.get("return_tensors", "pt")) != "pt":
             raise ValueError(f"`return_tensors` must be 'pt', got {tensors!r}. Convert what is returned.")
 
     def _call_backbone(
-        self, texts: list[str], images: list[Any], videos: list[Any], indices: list[int], kwargs: dict[str, Any]
+        self, texts: list[str], loaded: list[dict[str, list[Any]]], indices: list[int], kwargs: dict[str, Any]
     ) -> BatchFeature:
         inner, traits = self.backbone_processor, self.config.traits
         # Right padding gives equal rows whatever the position embedding is; left padding moves absolute positions.
@@ -278,27 +285,34 @@ class MetaEmbedProcessor(ProcessorMixin):
         bos = self.tokenizer.bos_token
         if bos and texts[0].startswith(bos):  # the chat template wrote it already
             kwargs["add_special_tokens"] = False
-        flat = [image for pictures in images for image in pictures]
-        clips = [video for clips in videos for video in clips]
-        plain = traits.text_through_tokenizer and not flat and not clips
+        images, videos, audio = ([each for media in loaded for each in media[kind]] for kind in SOURCES)
+        plain = traits.text_through_tokenizer and not (images or videos or audio)
         if plain or isinstance(inner, PreTrainedTokenizerBase):
             known = {name: value for name, value in kwargs.items() if name in TextKwargs.__annotations__}
             if "token_type_ids" in inner.model_input_names:
                 known["return_token_type_ids"] = True
             features = self.tokenizer(texts, **known)
         else:
-            if flat:
-                kwargs["images"] = images if traits.nests_images else flat
-            if clips:
-                kwargs["videos"] = videos
-            if any(isinstance(clip, np.ndarray) for clip in clips):
-                kwargs.setdefault("do_sample_frames", False)  # whoever passes frames has sampled them
+            kwargs = {**(traits.processor_options or {}), **kwargs}
             try:
-                features = inner(text=texts, **{**(traits.processor_options or {}), **kwargs})
+                if audio:
+                    kwargs.setdefault("sampling_rate", self.audio_processor.sampling_rate)
+                    # Of texts alone: recordings are padded as their processor's defaults are.
+                    kwargs["text_kwargs"] = {"padding": kwargs.pop("padding"), **(kwargs.get("text_kwargs") or {})}
+                    of_package("app.audio", "check_heard", needed=True)(self, max(audio, key=len), kwargs)
+                    kwargs["audio"] = audio
+                if images:
+                    kwargs["images"] = [media["image"] for media in loaded] if traits.nests_images else images
+                if videos:
+                    kwargs["videos"] = [media["video"] for media in loaded]
+                if any(isinstance(clip, np.ndarray) for clip in videos):
+                    kwargs.setdefault("do_sample_frames", False)  # whoever passes frames has sampled them
+                features = inner(text=texts, **kwargs)
             except ImportError:  # says what to install
                 raise
             except Exception as error:
-                refused = f"inputs {indices} with images of (width, height) {[image.size for image in flat]}"
+                sizes = f"images of (width, height) {[image.size for image in images]}"
+                refused = f"inputs {indices} with {sizes} and recordings of {list(map(len, audio))} samples"
                 raise ValueError(f"{type(inner).__name__} refused {refused}: {error!r}") from error
         if len(features["input_ids"]) != len(texts):
             raise ValueError(f"{type(inner).__name__} made {len(features['input_ids'])} inputs of {len(texts)}.")
@@ -382,7 +396,8 @@ def _keywords(processor: Any) -> set[str]:
         return set(TextKwargs.__annotations__)
     kinds = getattr(processor, "valid_processor_kwargs", ProcessingKwargs).__annotations__
     own = [getattr(part, "valid_kwargs", None) for part in vars(processor).values()]
-    return set(kinds).union(*(getattr(kind, "__annotations__", ()) for kind in [*kinds.values(), *own]))
+    known = set(kinds).union(*(getattr(kind, "__annotations__", ()) for kind in [*kinds.values(), *own]))
+    return known - {"load_audio_from_video", "use_audio_in_video"}  # the model would have to know of it, too
 
 
 def break_token(token: str) -> str:
@@ -416,15 +431,11 @@ def cut_text(messages: list[Message], tokenizer: PreTrainedTokenizerBase, max_le
 
 
 def render(processor: Any, messages: list[Message]) -> str:
-    """Return the backbone's prompt of messages, through its chat template where it has one.
-
-    Raises:
-        ValueError: If the chat template leaves out what the messages say, or takes too long.
-    """
+    """Return the backbone's prompt of messages, by its chat template if it has one, which may leave nothing out."""
     owner = processor if getattr(processor, "chat_template", None) else getattr(processor, "tokenizer", processor)
     parts = [part for message in messages for part in message["content"]]
     texts = [part["text"].strip() for part in parts if part["type"] == "text"]
-    places = {kind: getattr(processor, f"{kind}_token", "") for kind in ("image", "video")}
+    places = {kind: getattr(processor, f"{kind}_token", "") for kind in SOURCES}
     as_strings = [
         {**message, "content": "".join(part.get("text", places.get(part["type"])) for part in message["content"])}
         for message in messages

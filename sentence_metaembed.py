@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from .configuration_metaembed import SIDES, of_package
-from .inputs_metaembed import InputPolicy, is_batch, is_single
+from .inputs_metaembed import SOURCES, InputPolicy, is_batch, is_single
 from .loading_metaembed import HUB_ARGUMENTS, read_json
 from .modeling_metaembed import MetaEmbedModel, check_finite
 from .processing_metaembed import default_device_cpu
@@ -52,8 +52,7 @@ class MetaEmbedTransformer(InputModule):
     @property
     def modalities(self) -> list[str]:
         """What inputs may be."""
-        pictures = [kind for kind in ("image", "video") if getattr(self.processor, f"{kind}_processor") is not None]
-        return ["text", *pictures, "message"]
+        return ["text", *filter(self.processor.takes, SOURCES), "message"]
 
     processor = property(lambda self: self.model.processor, doc="The model's processor.")
     tokenizer = property(lambda self: self.processor.tokenizer, doc="The backbone's tokenizer.")
@@ -95,6 +94,7 @@ class MetaEmbedTransformer(InputModule):
         if own := options.keys() & (processing_kwargs or {}).keys():
             raise TypeError(f"{min(own)} is no option of the processor: pass it outside processing_kwargs.")
         options.update(processing_kwargs or {})
+        of_package("app.file_names", "warn_of_file_names")(inputs)
         items = self.processor.parse(inputs)
         groups = self.processor.group(items)
         parts = []

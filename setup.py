@@ -65,6 +65,10 @@ APP = [
     "prometheus-client>=0.26.0",
     "gradio>=6.31.0",
 ]
+AUDIO = [  # what transformers itself reads recordings with
+    "soundfile>=0.14.0",
+    "soxr>=1.1.0",
+]
 QDRANT = [
     "qdrant-client>=1.20.0",
     "qdrant-edge-py>=0.9.0",
@@ -131,10 +135,11 @@ setup(
         "train": TRAIN,
         "evaluate": TRAIN + EVALUATE,
         "app": APP,
+        "audio": AUDIO,
         "qdrant": QDRANT,
         "postgres": POSTGRES,
         "ray": RAY,
-        "test": TRAIN + EXAMPLES + EVALUATE + APP + QDRANT + POSTGRES + RAY + PIPELINES + TEST,
+        "test": TRAIN + EXAMPLES + EVALUATE + APP + AUDIO + QDRANT + POSTGRES + RAY + PIPELINES + TEST,
         "examples": TRAIN + EXAMPLES,
         "cuda": CUDA,
     },

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -23,6 +24,12 @@ def picture(seed: int) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (96, 128, 3), dtype=np.uint8))
 
 
+def recording(seed: int, seconds: float = 1.0, rate: int = 16_000) -> dict[str, Any]:
+    """Return a recording of noise."""
+    samples = np.random.default_rng(seed).uniform(-0.5, 0.5, int(seconds * rate)).astype(np.float32)
+    return {"array": samples, "sampling_rate": rate}
+
+
 @torch.no_grad()
 def measure(model: MetaEmbedModel) -> None:
     """Set every trait in `model.config.traits` to what the backbone does, and `template_tokens`.
@@ -39,9 +46,13 @@ def measure(model: MetaEmbedModel) -> None:
     traits.text_through_tokenizer = refuses_texts(probe)
     traits.nests_images = takes_nested_images(probe)
     traits.processor_options = options_needed(probe)
+    traits.takes_audio = takes_audio(probe)
+    traits.processor_options = options_needed(probe)  # of recordings too, now that these are among the items
     traits.causal = sees_nothing_later(probe)
     traits.mixes_images = mixes_images(probe)
     traits.batches_images = traits.mixes_images or batches_images(probe)
+    traits.mixes_audio = mixes_audio(probe)
+    traits.batches_audio = traits.mixes_audio or batches_audio(probe)
     traits.pads_left = pads_left(probe)
     model.config.template_tokens = template_tokens(probe)
 
@@ -49,7 +60,8 @@ def measure(model: MetaEmbedModel) -> None:
 def probe_rows(model: MetaEmbedModel) -> torch.Tensor:
     """Return the rows [N, R, D] of one input of each kind that a measured model takes, with their graph."""
     probe = Probe(model)
-    return torch.cat([probe.embed([item]) for item in probe.items.values()])
+    items = [*probe.items.values(), *([probe.heard(0)] if model.config.traits.takes_audio else [])]
+    return torch.cat([probe.embed([item]) for item in items])
 
 
 class Probe:
@@ -64,6 +76,11 @@ class Probe:
         self.takes_images = self.processor.image_processor is not None
         self.image = {**TEXT, "image": picture(0)}
         self.items = {"a text": TEXT, **({"a text with an image": self.image} if self.takes_images else {})}
+        self.rate = getattr(self.processor.audio_processor, "sampling_rate", 16_000)
+
+    def heard(self, *seeds: int) -> dict:
+        """Return a text with recordings, of another length for each seed."""
+        return {**TEXT, "audio": [recording(seed, 0.6 + 0.25 * seed, self.rate) for seed in seeds]}
 
     def inputs(self, items: list, **options: Any) -> Mapping[str, Any]:
         """Return the model inputs of a batch of documents."""
@@ -180,21 +197,55 @@ def sees_nothing_later(probe: Probe) -> bool:
     return all(probe.for_each_kind(is_causal))
 
 
+def takes_audio(probe: Probe) -> bool:
+    """Whether recordings change the rows. If so, a text with one becomes a kind of input that the backbone must take.
+
+    Processors of several models take recordings although some of these models have no part that hears.
+    """
+    if probe.processor.audio_processor is None:
+        return False
+    with probe.assuming(takes_audio=True):
+        try:
+            rows = [probe.embed([probe.heard(seed)]) for seed in (0, 1)]
+            reason = "they change nothing" if torch.equal(*rows) else ""
+        except Exception as error:
+            reason = str(error)
+    if reason:
+        name = type(probe.model.backbone).__name__
+        warnings.warn(f"{name} takes no recordings, although its processor does: {reason}", UserWarning, stacklevel=4)
+        return False
+    probe.items["a text with a recording"] = probe.heard(0)
+    return True
+
+
 def mixes_images(probe: Probe) -> bool:
     """Whether inputs with different numbers of images keep their rows in one batch."""
     if not probe.takes_images:
         return True
-    items = [TEXT, probe.image]
-    pair = {**TEXT, "image": [picture(1), picture(2)]}
+    with probe.assuming(mixes_images=True):  # so that the processor lets them try
+        return mixes(probe, [TEXT, probe.image], {**TEXT, "image": [picture(1), picture(2)]})
+
+
+def mixes_audio(probe: Probe) -> bool:
+    """Whether inputs with different numbers of recordings, of different lengths, keep their rows in one batch."""
+    traits = probe.model.config.traits
+    if not traits.takes_audio:
+        return True
+    image = [probe.image] if probe.takes_images and traits.mixes_images else []
+    with probe.assuming(mixes_audio=True):
+        return mixes(probe, [TEXT, probe.heard(1), *image, probe.heard(2)], probe.heard(3, 0))
+
+
+def mixes(probe: Probe, items: list[dict], pair: dict) -> bool:
+    """Whether these inputs keep their rows in one batch, with one that has two images or recordings if it is taken."""
     alone = [probe.embed([item]) for item in items]
     try:
         alone.append(probe.embed([pair]))
-        items.append(pair)
-    except Exception:  # one image at most: an input with two will say so
+        items = [*items, pair]
+    except Exception:  # one at most: an input with two will say so
         pass
-    with probe.assuming(mixes_images=True):  # so that the processor lets them try
-        # Texts at both ends: some processors lose text after the last image.
-        return probe.keeps_rows([*items, TEXT], torch.cat([*alone, alone[0]]))
+    # Texts at both ends: some processors lose text after the last image.
+    return probe.keeps_rows([*items, TEXT], torch.cat([*alone, alone[0]]))
 
 
 def batches_images(probe: Probe) -> bool:
@@ -202,6 +253,14 @@ def batches_images(probe: Probe) -> bool:
     items = [probe.image, {**TEXT, "image": picture(3)}]
     alone = torch.cat([probe.embed([item]) for item in items])
     with probe.assuming(mixes_images=True):
+        return probe.keeps_rows(items, alone)
+
+
+def batches_audio(probe: Probe) -> bool:
+    """Whether inputs with equal numbers of recordings, of different lengths, keep their rows in one batch."""
+    items = [probe.heard(1), probe.heard(2)]
+    alone = torch.cat([probe.embed([item]) for item in items])
+    with probe.assuming(mixes_audio=True):
         return probe.keeps_rows(items, alone)
 
 

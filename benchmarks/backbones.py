@@ -1,4 +1,4 @@
-"""Try every architecture of transformers' image-text-to-text mapping as a backbone, and write the table of results.
+"""Try every architecture that transformers lists for images or recordings with text, and write the table of results.
 
     python benchmarks/backbones.py [--only qwen3_vl,paligemma] [--output docs/backbones.md]
 
@@ -26,20 +26,20 @@ import transformers  # noqa: E402
 from conformance import CHECKS, inputs_of, load, run  # noqa: E402
 from tiny import build  # noqa: E402
 from tqdm.auto import tqdm  # noqa: E402
-from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES  # noqa: E402
+from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES  # noqa: E402
 
 from metaembed.evaluation.tables import markdown_table  # noqa: E402
 
-ALSO = ["modernvbert", "qwen3", "llama", "bert", "modernbert"]
-TIME_LIMIT = 300  # seconds for one architecture
+ALSO = ["modernvbert", "audioflamingo3", "qwen3", "llama", "bert", "modernbert"]
+TIME_LIMIT = 300  # seconds of the processor for one architecture
 LONGEST_REASON = 600  # characters
 
 HEADER = """\
 # Backbones
 
-Written by `make backbones` with transformers {version}. The table covers every architecture of its image-text-to-text
-mapping and some others. Each is built tiny, with random weights and its real processor, and must pass every check of
-`tests/conformance.py`: {checks}.
+Written by `make backbones` with transformers {version}. The table covers every architecture that it lists for images,
+videos or recordings with text, and some others. Each is built tiny, with random weights and its real processor, and
+must pass every check of `tests/conformance.py`: {checks}.
 
 **{works} of {total} work.** For the others, the second table gives the reason. The package has no list of backbones:
 a model is a backbone if it passes the checks of `MetaEmbedModel.from_backbone`.
@@ -47,8 +47,8 @@ a model is a backbone if it passes the checks of `MetaEmbedModel.from_backbone`.
 - *prefix*: "fewer tokens" if the backbone is causal, so that `num_meta` Meta Tokens are enough; "slice" if it is not,
   so that all Meta Tokens are appended and the first `num_meta` rows are kept.
 - *batches*: "mixed" if inputs with any numbers of images can share a batch; "by images" if only inputs with equal
-  numbers of images can; "alone" if each input with images is encoded by itself. `encode_queries` and
-  `encode_documents` form the batches accordingly.
+  numbers of images can; "alone" if each input with images is encoded by itself. The same holds for recordings, where
+  it differs. `encode_queries` and `encode_documents` form the batches accordingly.
 
 ## Backbones that work
 
@@ -76,8 +76,8 @@ def attempt(name: str) -> tuple[bool, list[str]]:
         Whether it works, and the cells of its row.
     """
     stage = "built tiny"
-    signal.signal(signal.SIGALRM, raise_too_long)
-    signal.alarm(TIME_LIMIT)
+    signal.signal(signal.SIGPROF, raise_too_long)
+    signal.setitimer(signal.ITIMER_PROF, TIME_LIMIT)
     try:
         build(name)
         stage = "created"
@@ -86,17 +86,21 @@ def attempt(name: str) -> tuple[bool, list[str]]:
             stage = check.replace("_", " ")
             with tempfile.TemporaryDirectory() as folder:
                 run(check, name, Path(folder))
-        config = model.config
-        batches = "mixed" if config.traits.mixes_images else "by images" if config.traits.batches_images else "alone"
-        inputs = ", ".join(inputs_of(model))
-        return True, [inputs, "fewer tokens" if config.traits.causal else "slice", batches]
+        traits = model.config.traits
+        batches = "mixed" if traits.mixes_images else "by images" if traits.batches_images else "alone"
+        heard = "mixed" if traits.mixes_audio else "by recordings" if traits.batches_audio else "alone"
+        if traits.takes_audio and heard != batches:
+            batches = f"{batches}; recordings: {heard}"
+        return True, [", ".join(inputs_of(model)), "fewer tokens" if traits.causal else "slice", batches]
     except Exception as error:
         reason = " ".join((str(error) or "the check failed").split()).replace("|", "\\|")
+        if "Unrecognized configuration class" in reason:  # and then names all that are recognized
+            reason = "transformers has no base model for it (AutoModel)"
         reason = reason if len(reason) <= LONGEST_REASON else f"{reason[:LONGEST_REASON]} ..."
         kind = {"built tiny": "not built here", "created": "refused at creation"}.get(stage, f"fails: {stage}")
         return False, [kind, reason if isinstance(error, ValueError) else f"{type(error).__name__}: {reason}"]
     finally:
-        signal.alarm(0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
 
 
 def read(path: Path) -> dict[str, tuple[bool, list[str]]]:
@@ -122,13 +126,18 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    every = [*MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, *ALSO]
+    every = [*MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES, *ALSO]
     results = read(arguments.output) if arguments.only else {}
     for name in tqdm(arguments.only.split(",") if arguments.only else every):
-        start = time.perf_counter()
-        works, cells = attempt(name)
-        results[name] = works, cells
-        tqdm.write(f"{name}: {', '.join(cells)}, {time.perf_counter() - start:.1f} s")
+        start = time.process_time()
+        results[name] = attempt(name)
+        tqdm.write(f"{name}: {', '.join(results[name][1])}, {time.process_time() - start:.1f} s")
+        write(results, arguments.output)  # each time: what was found out is kept if the next one crashes
+    print(f"{sum(works for works, _ in results.values())} of {len(results)} work. Written to {arguments.output}.")
+
+
+def write(results: dict[str, tuple[bool, list[str]]], path: Path) -> None:
+    """Write the tables of results."""
     rows = {
         works: sorted([name, *cells] for name, (worked, cells) in results.items() if worked is works)
         for works in (True, False)
@@ -141,9 +150,8 @@ def main() -> None:
         table=markdown_table(["architecture", "inputs", "prefix", "batches"], rows[True]),
         reasons=markdown_table(["architecture", "stage", "reason"], rows[False]),
     )
-    arguments.output.parent.mkdir(exist_ok=True)
-    arguments.output.write_text(text, encoding="utf-8")
-    print(f"{len(rows[True])} of {len(results)} work. Written to {arguments.output}.")
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

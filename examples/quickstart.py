@@ -32,10 +32,10 @@ from torch import Tensor
 from transformers import AutoModel, set_seed
 
 from metaembed import MetaEmbedModel, maxsim, search
-from metaembed.configuration_metaembed import check_budgets
 from metaembed.evaluation.metrics import ndcg
 from metaembed.evaluation.tables import markdown_table
 from metaembed.sentence_metaembed import to_multi_vector_encoder
+from metaembed.training.budgets import check_budgets
 from metaembed.training.losses import MMRLoss
 
 TEST_SEED = 987_654_321  # no training seed, and not the one that the settings were chosen on

@@ -60,6 +60,7 @@ SPECIAL = (
     "<|imgpad|> <|audio_comp_pad|> <|begin_of_video|> <|end_of_video|> <|begin_of_image|> <|end_of_image|> "
     "<IMG_COL> <IMG_END> <IMG_ROW> <IMG_PRE> <IMG_START> <im_patch> <im_start> <im_end> <im_col> <im_low> "
     "<low_res_im_start> <frame_start> <frame_end> <patch_newline> <|vid_start|> <|vid_end|> "
+    "<|AUDIO|> <|audio_bos|> <|audio_eos|> <sound> <|pad|> <|audio_pad|> <|begin_of_audio|> <|end_of_audio|> "
     "<|vid_frame_separator|> <|unused_200053|> <|unused_200054|> <|content_image|> <|content_audio_input|> "
     "<|IMAGE_PAD|> <|VIDEO_PAD|> <|VISION_START|> <|VISION_END|> <racm3:break> <eoss> <|video_duration|> "
     "[CLS] [SEP] [MASK] |SPEAKER| |NEWLINE| <IMG_ATOM> <IMG_GRID> ]<]image[>[ ]<]video[>[ <|extra_200|> "
@@ -77,8 +78,10 @@ class Architecture:
         ids: Fields of the configuration for the ids of these tokens (one, or several separated by spaces).
         image: The placeholder of an image in a prompt. "": the processor's own.
         video: The placeholder of a video. "": the processor's own.
+        audio: The placeholder of a recording. "": the processor's own.
         image_options: Options for the image processor.
         video_options: Options for the video processor.
+        audio_options: Options for the feature extractor of recordings.
         options: Options for the processor.
         named: The tokenizer's names for special tokens, where they differ from NAMED.
         template: Whether the processor has a chat template.
@@ -90,8 +93,10 @@ class Architecture:
     ids: dict[str, str] = field(default_factory=dict)
     image: str = ""
     video: str = ""
+    audio: str = ""
     image_options: dict[str, Any] = field(default_factory=dict)
     video_options: dict[str, Any] = field(default_factory=dict)
+    audio_options: dict[str, Any] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
     named: dict[str, str] = field(default_factory=dict)
     template: bool = True
@@ -128,6 +133,25 @@ QWEN2 = Architecture(
 )
 QWEN3 = replace(QWEN2, **PATCH_16)
 QWEN3_5 = replace(QWEN3, config={})
+HEARD = {"audio_token": "<|AUDIO|>", "audio_bos_token": "<|audio_bos|>", "audio_eos_token": "<|audio_eos|>"}
+OMNI = {
+    "audio": "<|audio_bos|><|AUDIO|><|audio_eos|>",
+    "named": {
+        **QWEN2.named,
+        **HEARD,
+        "vision_bos_token": "<|vision_start|>",
+        "vision_eos_token": "<|vision_end|>",
+    },
+    "audio_options": {"feature_size": 128},
+    "ids": {
+        "vision_start_token_id": "<|vision_start|>",
+        "vision_end_token_id": "<|vision_end|>",
+        "audio_start_token_id": "<|audio_bos|>",
+        "audio_end_token_id": "<|audio_eos|>",
+    },
+    "like": "qwen2_5_omni",
+}
+WHISPER = Architecture(audio_options={"feature_size": 128})
 COMPASS = {
     "image_token": "<|IMAGE_PAD|>",
     "video_token": "<|VIDEO_PAD|>",
@@ -167,6 +191,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         options={"patch_size": PATCH_SIZE, "img_size": IMAGE_SIZE, "downsample_factor": 2},
         image_options={"max_patches": 2},
     ),
+    "audioflamingo3": WHISPER,
     "bert": Architecture(template=False, config={"max_position_embeddings": 2048}),
     "chameleon": Architecture(
         config={
@@ -203,6 +228,23 @@ ARCHITECTURES: dict[str, Architecture] = {
         },
         options={"num_image_tokens": PATCHES},
     ),
+    "diffusion_gemma": Architecture(like="gemma4", image_options={"max_soft_tokens": 70}),
+    "dots3_note": Architecture(
+        image="<|imgpad|>",
+        audio="<|audio_comp_pad|>",
+        config={
+            "vision_config.adapter_in_dim": 32,
+            "vision_config.adapter_out_dim": 32,
+            "audio_config.adapter_input_size": 32,
+            "audio_config.adapter_out_dim": 32,
+            "audio_config.downsample_hidden_size": 32,
+            **text(**LATENT),
+        },
+    ),
+    "embedding_gemma2": Architecture(
+        parts={"vision_config": "gemma4_vision", "audio_config": "gemma4_audio"},
+        image_options={"max_soft_tokens": 70},
+    ),
     "emu3": Architecture(
         config={
             "vocabulary_map": {
@@ -222,14 +264,19 @@ ARCHITECTURES: dict[str, Architecture] = {
         image="<image_start><image><image_end>",
         video_options={"draw_on_frames": False},
     ),
+    "fuyu": Architecture(image="\n", image_options={"size": {"height": 60, "width": 60}}),
     "gemma3": Architecture(
         config={"mm_tokens_per_image": 4},
         options={"image_seq_length": 4},
         ids={"image_token_id": "<image>", "image_token_index": "<image>"},
     ),
-    "gemma4": Architecture(parts={"vision_config": "gemma4_vision"}, image_options={"max_soft_tokens": 70}),
+    "gemma4": Architecture(
+        parts={"vision_config": "gemma4_vision", "audio_config": "gemma4_audio"},
+        image_options={"max_soft_tokens": 70},
+    ),
     "gemma4_unified": Architecture(
-        parts={"vision_config": "gemma4_unified_vision"}, image_options={"max_soft_tokens": 70}
+        parts={"vision_config": "gemma4_unified_vision", "audio_config": "gemma4_unified_audio"},
+        image_options={"max_soft_tokens": 70},
     ),
     "glm46v": GLM,
     "glm4v": GLM,
@@ -238,6 +285,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         config=text(q_lora_rank=16, index_head_dim=64, index_n_heads=2, linear_head_dim=16, linear_num_heads=2)
     ),
     "glm_ocr": replace(GLM, like="glm46v"),
+    "glmasr": replace(WHISPER, config={"audio_config.intermediate_size": 128}),
     "glmga": replace(GLM, like="glm46v"),
     "got_ocr2": Architecture(
         config=vision(image_size=1024, patch_size=16, global_attn_indexes=[]),
@@ -292,6 +340,14 @@ ARCHITECTURES: dict[str, Architecture] = {
         named={"image_token": "[IMG]"},
         ids={"image_token_index": "[IMG]"},
     ),
+    "mistral4": Architecture(like="llama", config={**LATENT, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8}),
+    "mistral_large4": Architecture(
+        config=text(kv_source_layers=[0, 1], **LATENT),
+        options={"patch_size": PATCH_SIZE, "spatial_merge_size": 2},
+        image_options={"size": {"longest_edge": 112}},
+        named={"image_token": "[IMG]"},
+        ids={"image_token_index": "[IMG]", "image_token_id": "[IMG]"},
+    ),
     "mllama": Architecture(
         named={"image_token": "<|image|>"},
         config={
@@ -331,10 +387,28 @@ ARCHITECTURES: dict[str, Architecture] = {
     "paligemma": Architecture(
         config={"projection_dim": 32}, image_options={"image_seq_length": PATCHES}, template=False
     ),
+    "phi4_multimodal": Architecture(
+        config={
+            **vision(image_size=448),
+            "audio_config.nemo_conv_channels": 32,
+            "audio_config.ext_pw_out_channel": 32,
+            "audio_config.depthwise_separable_out_channel": 32,
+            "audio_config.num_blocks": 2,
+        },
+        image_options={"size": {"height": 448, "width": 448}, "dynamic_hd": 1},
+    ),
     "qianfan_ocr": replace(INTERNVL, image="<image>"),
     "qwen2_5_vl": QWEN2,
     "qwen2_vl": QWEN2,
+    "qwen2_5_omni_thinker": replace(QWEN2, **OMNI),
+    "qwen2_audio": Architecture(
+        audio="<|audio_bos|><|AUDIO|><|audio_eos|>",
+        named=HEARD,
+        audio_options={"feature_size": 128, "chunk_length": 2},
+        config={"audio_config.max_source_positions": 100},
+    ),
     "qwen3_5": QWEN3_5,
+    "qwen3_omni_moe_thinker": replace(QWEN3, **{**OMNI, "like": "qwen3_omni_moe"}),
     "qwen3_5_moe": QWEN3_5,
     "qwen3_vl": QWEN3,
     "qwen3_vl_moe": replace(QWEN3, like="qwen3_vl"),

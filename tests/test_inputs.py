@@ -21,7 +21,7 @@ HERE = InputPolicy(private_addresses=True)  # pictures are served from this mach
 def to_messages(item):
     parsed = parse(item)
     with ExitStack() as stack:
-        parsed.load(InputPolicy(), stack)
+        parsed.load(InputPolicy(), stack, 16_000, None)
     return parsed.messages
 
 
@@ -340,7 +340,7 @@ def test_a_role_that_is_not_a_word_is_an_error(role):
             {"text": None},
         ),
         *({"type": "image", "image": "a.png", "url": "b.png"}, {"type": "text", "text": "a", "image": "a.png"}),
-        *({"type": "image", "text": "a"}, {"type": "audio", "audio": "a.wav"}, {"url": "a.png"}),
+        *({"type": "image", "text": "a"}, {"type": "speech", "speech": "a.wav"}, {"url": "a.png"}),
     ],
 )
 def test_a_part_without_the_content_of_its_type_is_an_error(part):

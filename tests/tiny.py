@@ -28,6 +28,7 @@ CHAT_TEMPLATE = """\
 {%- for message in messages -%}<|im_start|>{{ message['role'] }}
 {% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] -%}
 {%- if part['type'] == 'image' -%}IMAGE{%- elif part['type'] == 'video' -%}VIDEO
+{%- elif part['type'] == 'audio' -%}AUDIO
 {%- elif part['type'] == 'text' -%}{{ part['text'] }}{%- endif -%}
 {%- endfor -%}{% endif %}<|im_end|>
 {% endfor -%}"""
@@ -162,6 +163,8 @@ def build_processor(model_type: str, spec: Architecture) -> Any:
     for name in cls.get_attributes():
         if name == "tokenizer":
             parts[name] = tokenizer
+        elif name.endswith("tokenizer"):  # of another part than the language model
+            parts[name] = build_tokenizer(**spec.named)
         elif name == "image_processor":
             parts[name] = pick(IMAGE_PROCESSOR_MAPPING_NAMES, model_type)
             parts[name] = parts[name](**shrink_images(parts[name], spec.image_options))
@@ -169,12 +172,16 @@ def build_processor(model_type: str, spec: Architecture) -> Any:
             parts[name] = pick(VIDEO_PROCESSOR_MAPPING_NAMES, model_type)
             parts[name] = parts[name](**shrink_images(parts[name], spec.video_options))
         elif name == "feature_extractor" or name == "audio_processor":
-            parts[name] = pick(FEATURE_EXTRACTOR_MAPPING_NAMES, model_type)()
+            hears = pick(FEATURE_EXTRACTOR_MAPPING_NAMES, model_type)
+            parts[name] = hears(**spec.audio_options) if hears else None
     processor = cls(**parts, **spec.options)
     if spec.template:
         image = spec.image or getattr(processor, "image_token", "<image>")
         video = spec.video or getattr(processor, "video_token", "<video>")
-        processor.chat_template = CHAT_TEMPLATE.replace("IMAGE", image).replace("VIDEO", str(video))
+        audio = spec.audio or getattr(processor, "audio_token", "<audio>")
+        processor.chat_template = (
+            CHAT_TEMPLATE.replace("IMAGE", str(image)).replace("VIDEO", str(video)).replace("AUDIO", str(audio))
+        )
     return processor
 
 

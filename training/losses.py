@@ -13,7 +13,8 @@ from sentence_transformers.multi_vector_encoder.losses import CachedMultiVectorM
 from sentence_transformers.util import all_gather, get_rank
 from torch import Tensor, nn
 
-from ..configuration_metaembed import MetaEmbedConfig, check_budgets, check_count
+from ..configuration_metaembed import MetaEmbedConfig, check_count
+from .budgets import check_budgets
 
 if TYPE_CHECKING:
     from sentence_transformers import MultiVectorEncoder

@@ -12,8 +12,9 @@ NAMED = [
     *("qwen2_vl", "qwen3_vl", "qwen3_5", "idefics3", "smolvlm", "gemma3"),
     *("gemma4", "internvl", "llava_onevision", "llama4", "mistral3", "aya_vision"),
     *("glm4v", "lfm2_vl", "minicpmv4_6", "granite4_vision", "modernvbert", "qwen3"),
-    *("llama", "bert", "modernbert"),
+    *("llama", "bert", "modernbert", "qwen2_audio"),
 ]
+WITH_AUDIO = {"gemma4", "qwen2_audio"}
 TEXT_ONLY = {"qwen3", "llama", "bert", "modernbert"}
 WITH_VIDEO = {  # gemma4 since its processor gives the number of frames of a video
     *("qwen2_5_vl", "qwen2_vl", "qwen3_vl", "qwen3_5"),
@@ -50,9 +51,12 @@ def test_backbone(name, check, tmp_path):
 @pytest.mark.parametrize("name", NAMED)
 def test_every_check_runs_with_the_stated_kinds_of_input(name):
     """The checks skip kinds of input that a backbone refuses, so this test states the kinds that it must accept."""
-    images = [] if name in TEXT_ONLY else ["image", "image and text", "two images", "interleaved"]
+    no_images = name in TEXT_ONLY or name == "qwen2_audio"
+    images = [] if no_images else ["image", "image and text", "two images", "interleaved"]
     videos = ["video"] if name in WITH_VIDEO else []
-    assert list(inputs_of(load(name))) == ["text", *images, *videos]
+    audio = ["audio", "audio and text", "two recordings"] if name in WITH_AUDIO else []
+    both = ["image and audio"] if audio and images else []
+    assert list(inputs_of(load(name))) == ["text", *images, *videos, *audio, *both]
 
 
 @pytest.mark.parametrize("name", ["bert", "qwen2_5_vl"])
