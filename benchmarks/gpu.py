@@ -266,13 +266,15 @@ def sharding(setting: Setting) -> list[str]:
     )
     if finished.returncode:
         raise RuntimeError(finished.stderr[-1500:])
-    loss = one_step(small.to(setting.device), setting.device)
+    before = small.to(setting.device).eval().encode_documents(setting.texts[:4])
+    loss = one_step(small, setting.device)
     sharded = MetaEmbedModel.from_pretrained(setting.folder / "sharded").to(setting.device).eval()
     a, b = (model.encode_documents(setting.texts[:4]) for model in (small, sharded))
     theirs = float((setting.folder / "loss.txt").read_text())
     backend = "gloo" if setting.device == "cpu" else "nccl"
-    row = [count, backend, f"{loss:.6f}", f"{theirs:.6f}", f"{(a - b).abs().max().item():.0e}"]
-    head = ["processes", "backend", "loss of one process", "loss, sharded", "largest difference of embeddings after it"]
+    moved, apart = ((each - a).abs().max().item() for each in (before, b))
+    row = [count, backend, f"{loss:.6f}", f"{theirs:.6f}", f"{moved:.0e}", f"{apart:.0e}"]
+    head = ["processes", "backend", "loss of one process", "loss, sharded", "embeddings moved by", "and are apart by"]
     return ["One step of all weights, a tiny model in float32, FSDP2:", "", markdown_table(head, [row])]
 
 

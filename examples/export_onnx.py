@@ -55,6 +55,15 @@ class Encoder(nn.Module):
         return unit_vectors(hidden, keys.topk(self.num_meta, dim=1).indices, self.model.projection)
 
 
+def is_all_true(self):
+    """Translate `aten._is_all_true`, which torch's exporter does not know."""
+    from onnxscript import BOOL, INT64
+    from onnxscript import opset18 as op
+
+    numbers = op.Reshape(op.Cast(self, to=INT64.dtype), op.Constant(value_ints=[-1]))
+    return op.Cast(op.ReduceMin(numbers, keepdims=0), to=BOOL.dtype)
+
+
 def model_inputs(model: MetaEmbedModel, inputs: list[Any], side: str, num_meta: int) -> dict[str, Tensor]:
     """Return the tensors that the processor makes of inputs, which must be able to share a batch."""
     features = model.processor.process(inputs, side, num_meta)
@@ -92,6 +101,7 @@ def export_onnx(model: MetaEmbedModel, path: str | Path, example: Any, side: str
         output_names=["embeddings"],
         dynamo=True,
         verbose=False,
+        custom_translation_table={torch.ops.aten._is_all_true.default: is_all_true},
     )
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

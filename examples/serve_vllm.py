@@ -1,7 +1,7 @@
 """Embed queries and documents with a vLLM server: export a checkpoint, serve it, ask the server.
 
     python examples/serve_vllm.py CHECKPOINT outputs/plain                      export: a plain backbone, no code of ours
-    vllm serve outputs/plain --runner pooling
+    vllm serve outputs/plain --runner pooling --pooler-config.task token_embed
     python examples/serve_vllm.py --ask outputs/plain --text "a red apple" --num-meta 4
 
 The client needs numpy alone (and pillow for PIL images): copy [`VllmClient`] where you need it. examples/serve_vllm.md
