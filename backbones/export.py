@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -64,18 +64,22 @@ PLAIN = """\
 {%- endif -%}
 {%- endfor -%}"""
 
-# What follows a backbone's own template: the Meta Tokens of the side, all or the first `num_meta`.
+# What follows a backbone's own template: the Meta Tokens of the side, the first `num_meta` or, where the backbone is
+# not causal, all of them.
 META_TOKENS = """\
 {{ '' }}{%- if task is defined and task not in ['query', 'document', none] -%}
 {{ raise_exception("task must be 'query' or 'document'") }}
 {%- endif -%}
 {%- set is_query = task is defined and task == 'query' -%}
+{%- set all = NUM_QUERY if is_query else NUM_DOCUMENT -%}
 {%- set count = num_meta | default(DEFAULT_QUERY if is_query else DEFAULT_DOCUMENT) -%}
-{%- if count not in range(1, 1 + (NUM_QUERY if is_query else NUM_DOCUMENT)) -%}
+{%- if count not in range(1, 1 + all) -%}
 {{ raise_exception('num_meta must be a whole number from 1 to the number of Meta Tokens') }}
 {%- endif -%}
 {%- if not is_query -%}{%- for i in range(SEEN) -%}{{ '<|meta_query_' ~ i ~ '|>' }}{%- endfor -%}{%- endif -%}
-{%- for i in range(APPENDED) -%}{{ '<|meta_' ~ ('query' if is_query else 'document') ~ '_' ~ i ~ '|>' }}{%- endfor -%}
+{%- for i in range(count if CAUSAL else all) -%}
+{{ '<|meta_' ~ ('query' if is_query else 'document') ~ '_' ~ i ~ '|>' }}
+{%- endfor -%}
 {{ AFTER }}"""
 
 
@@ -85,7 +89,8 @@ def export_backbone(
     """Save a model as its plain backbone with a tokenizer that holds the Meta Tokens: no code is needed to load it.
 
     The folder's chat template appends the Meta Tokens: of the documents, or with `task="query"` of the queries, and
-    only the first few with `num_meta=4`. Its `meta_tokens.json` says what a client of an engine must know.
+    only the first few with `num_meta=4` (where the backbone is not causal, all are appended: keep the first 4 rows).
+    Its `meta_tokens.json` says what a client of an engine must know.
 
     Args:
         model: The model. An adapter must be merged first.
@@ -161,7 +166,7 @@ def describe(model: MetaEmbedModel) -> dict[str, Any]:
 
 def special_strings(pattern: str) -> set[str]:
     """Return the strings of a pattern of alternatives, each escaped."""
-    return {re.sub(r"\\(.)", r"\1", part) for part in re.split(r"(?<!\\)\|", pattern)}
+    return {re.sub(r"\\(.)", r"\1", part) for part in re.findall(r"(?:\\.|[^|\\])+", pattern)}
 
 
 def with_meta_template(model: MetaEmbedModel) -> Any:
@@ -174,28 +179,27 @@ def with_meta_template(model: MetaEmbedModel) -> Any:
     if isinstance(template, dict):
         template = template["default"]
     if template is None:
-        template = PLAIN
-        for kind in ("image", "video"):
-            template = template.replace(kind.upper(), json.dumps(str(getattr(processor, f"{kind}_token", ""))))
+        places = {kind.upper(): str(getattr(processor, f"{kind}_token", "")) for kind in ("image", "video")}
+        template = fill_in(PLAIN, places)
     before, after = ends_of(tokenizer, starts_with_bos(wrapper))
-    counts = {f"NUM_{side.upper()}": config.num_tokens(side) for side in SIDES}
-    counts |= {f"DEFAULT_{side.upper()}": wrapper.resolve_num_meta(side, None) for side in SIDES}
-    counts["SEEN"] = config.num_query_tokens if config.document_sees_query_tokens else 0
-    every = f"({config.num_query_tokens} if is_query else {config.num_document_tokens})"
-    counts["APPENDED"] = "count" if config.traits.causal else every
-    suffix = META_TOKENS.replace("AFTER", json.dumps("".join(after)))
-    for name, value in counts.items():
-        suffix = suffix.replace(name, str(value))
-    prefix = "{{- " + json.dumps("".join(before)) + " -}}" if before else ""
-    instructions = {side: getattr(config, f"{side}_instruction") or "" for side in SIDES}
+    values: dict[str, int | str | bool] = {"AFTER": "".join(after), "CAUSAL": config.traits.causal}
+    values["SEEN"] = config.num_query_tokens if config.document_sees_query_tokens else 0
+    for side in SIDES:
+        values[f"NUM_{side.upper()}"] = config.num_tokens(side)
+        values[f"DEFAULT_{side.upper()}"] = wrapper.resolve_num_meta(side, None)
+    suffix = fill_in(META_TOKENS, values)
+    prefix = fill_in("{{- BEFORE -}}", {"BEFORE": "".join(before)}) if before else ""
+    instructions = {side.upper(): getattr(config, f"{side}_instruction") or "" for side in SIDES}
     if any(instructions.values()):
-        filled = INSTRUCTION
-        for side in SIDES:
-            filled = filled.replace(side.upper(), json.dumps(instructions[side]))
-        prefix += filled
+        prefix += fill_in(INSTRUCTION, instructions)
     for owner in {id(each): each for each in (processor, tokenizer)}.values():
         owner.chat_template = prefix + template.removesuffix("\n") + suffix
     return processor
+
+
+def fill_in(template: str, values: Mapping[str, int | str | bool]) -> str:
+    """Return a template with values in the place of their names, in one pass: a value may hold a name."""
+    return re.sub(rf"\b({'|'.join(values)})\b", lambda name: json.dumps(values[name[0]], ensure_ascii=False), template)
 
 
 def starts_with_bos(processor: Any) -> bool:
@@ -232,16 +236,14 @@ def check_same_ids(model: MetaEmbedModel, processor: Any) -> None:
                 if expected not in found:
                     raise ValueError(
                         f"the exported chat template gives a {side} other token ids than the model's processor. "
-                        f"Expected {expected}, got {found[0]}. This backbone's template or tokenizer cannot be exported."
+                        f"Expected {expected}, got {found[0]}: its template or tokenizer cannot be exported."
                     )
 
 
 def forms_of(messages: list[dict[str, Any]], images: list[Image.Image]) -> list[list[dict[str, Any]]]:
     """Return messages as lists of parts with their images, and, where they are text alone, as strings."""
     pending = iter(images)
-    filled = [
-        {**message, "content": [fill(part, pending) for part in message["content"]]} for message in messages
-    ]
+    filled = [{**message, "content": [fill(part, pending) for part in message["content"]]} for message in messages]
     if images:
         return [filled]
     texts = ["".join(part["text"] for part in message["content"]) for message in messages]

@@ -195,10 +195,12 @@ def variants(setting: Setting) -> list[str]:
             )
             size = sum(each.nbytes for each in model.state_dict().values()) / 1e9
             cosine = (found * reference).sum(dim=-1).min().item()
-            rows.append([name, f"{len(setting.pages) / seconds:.2f}", memory, f"{size:.2f}", f"{cosine:.5f}"])
+            rows.append([name, f"{len(setting.pages) / seconds:.2f}", memory, f"{size:.3g}", f"{cosine:.5f}"])
         except Exception as error:  # a library that is missing, or a GPU that is too old, raises any error
             rows.append([name, f"not run: {first_line(error)}", "", "", ""])
-    return [markdown_table(["variant", "pages a second", "GB", "GB of weights", "least cosine to the above"], rows)]
+    return [
+        markdown_table(["variant", "pages a second", "GB", "GB of weights", "least cosine to the model itself"], rows)
+    ]
 
 
 def training(setting: Setting) -> list[str]:

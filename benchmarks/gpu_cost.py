@@ -2,12 +2,12 @@
 
     python benchmarks/gpu_cost.py                        the tables of docs/gpu.md
 
-Pages of 1,024 tokens with 64 Meta Tokens. Bytes a weight: 2 in bfloat16; in 8-bit (fp8 or int8) 1 and in 4-bit 0.56 (with a scale for
-64 weights) for the linear layers of the language model, 2 for the rest. Encoding adds what one layer holds of a batch. LoRA: as in
+Pages of 1,024 tokens with 64 Meta Tokens. Bytes a weight: 2 in bfloat16; for the linear layers of the language model 1
+in 8-bit (fp8 or int8), and 0.56 in 4-bit (with scales). Encoding adds what one layer holds of a batch. LoRA: as in
 examples/recipes/cost.py, 128 pairs, 8 at a time. Full: the weights, gradients and Adam's two moments in float32 and a
 copy of the weights in bfloat16, 18 bytes a weight, divided over the GPUs by FSDP; and what LoRA keeps of a mini-batch.
-Operations: two a weight and token, and the attention's. LoRA runs four times forward or as much (cost.py), full
-training five. The share of a GPU's operations that is used is assumed.
+Operations: two a weight and token, and the attention's. LoRA takes four times those of encoding, full training five.
+The share of a GPU's operations that is used is assumed.
 """
 
 from __future__ import annotations

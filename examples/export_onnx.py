@@ -4,7 +4,7 @@
     python examples/export_onnx.py CHECKPOINT outputs/onnx --image page.png      texts with one image each
     python examples/export_onnx.py --tiny outputs/onnx                           tiny models with random weights
 
-Needs onnxscript, onnxruntime and openvino (`pip install onnxscript onnxruntime openvino`). One graph takes one kind of
+Needs onnxscript, onnxruntime and openvino (`pip install 'metaembed[onnx]'`). One graph takes one kind of
 input (texts, or texts with an image) of any number and length, for one side and one `num_meta`. The processor stays in
 Python: it makes the graph's inputs. docs/export.md has the figures, and says which backbones cannot be exported.
 """

@@ -1,6 +1,6 @@
 """Embed queries and documents with a vLLM server: export a checkpoint, serve it, ask the server.
 
-    python examples/serve_vllm.py CHECKPOINT outputs/plain                      export: a plain backbone, no code of ours
+    python examples/serve_vllm.py CHECKPOINT outputs/plain            export it as a plain backbone
     vllm serve outputs/plain --runner pooling --pooler-config.task token_embed
     python examples/serve_vllm.py --ask outputs/plain --text "a red apple" --num-meta 4
 
@@ -114,7 +114,9 @@ class VllmClient:
         while self._special.search(text):
             text = self._special.sub(lambda match: match[0][:1] + " " + match[0][1:], text)
         if found := self._disguised.search(unicodedata.normalize("NFKC", text)):
-            raise ValueError(f"the text holds {found[0]!r}, which a tokenizer may take for a special token: remove it.")
+            raise ValueError(
+                f"the text holds {found[0]!r}, which a tokenizer may take for a special token: remove it."
+            )
         return text
 
     def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:

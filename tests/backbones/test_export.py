@@ -1,11 +1,11 @@
-"""The export of a model as its plain backbone: transformers, stock sentence-transformers and a client get its vectors."""
+"""The export of a model as its plain backbone: transformers, stock modules and a client get its vectors."""
 
 import base64
 import json
 import re
 import threading
-from io import BytesIO
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from io import BytesIO
 
 import numpy as np
 import pytest
@@ -26,7 +26,7 @@ MESSAGES = [{"role": "user", "content": [{"type": "text", "text": "a red apple"}
 
 @pytest.fixture(scope="module")
 def model():
-    model = tiny_model(embedding_dim=16, query_instruction="find this")
+    model = tiny_model(embedding_dim=16, query_instruction="find this \U0001f34e QUERY")
     torch.nn.init.normal_(model.projection.bias)
     return model
 
@@ -72,7 +72,7 @@ def test_stock_sentence_transformers_gives_the_embeddings(model, folder):
 
 
 def test_a_backbone_without_a_template_or_a_causal_mask(tmp_path):
-    """BERT: tokens that the tokenizer adds come from the template, all Meta Tokens are appended, and vLLM refuses it."""
+    """BERT: what the tokenizer adds comes from the template, all Meta Tokens are appended, and vLLM is refused."""
     backbone, processor = build("bert")
     processor.chat_template = None
     model = MetaEmbedModel.from_backbone(backbone, processor=processor, num_query_tokens=2, num_document_tokens=4)
@@ -81,7 +81,10 @@ def test_a_backbone_without_a_template_or_a_causal_mask(tmp_path):
     assert not (tmp_path / "plain").exists()
     folder = export_backbone(model, tmp_path / "plain", vllm=False)
     encoder = MultiVectorEncoder(str(folder), device="cpu")
-    for theirs, ours in ((encoder.encode_query, model.encode_queries), (encoder.encode_document, model.encode_documents)):
+    for theirs, ours in (
+        (encoder.encode_query, model.encode_queries),
+        (encoder.encode_document, model.encode_documents),
+    ):
         torch.testing.assert_close(torch.as_tensor(theirs(["two cats"])[0]), ours("two cats"), atol=1e-6, rtol=0)
 
 
@@ -97,7 +100,9 @@ def test_what_cannot_be_exported_is_an_error(model, folder, tmp_path):
     with pytest.raises(ValueError, match="sentence_transformers=False"):
         export_backbone(other, tmp_path / "plain")
     other = tiny_model()
-    other.processor.chat_template += "{% if task is defined %}x{% endif %}"  # renders otherwise when it is told the side
+    other.processor.chat_template += (
+        "{% if task is defined %}x{% endif %}"  # renders otherwise when it is told the side
+    )
     with pytest.raises(ValueError, match="other token ids"):
         export_backbone(other, tmp_path / "plain")
     assert not (tmp_path / "plain").exists()
@@ -106,7 +111,7 @@ def test_what_cannot_be_exported_is_an_error(model, folder, tmp_path):
 def test_the_template_refuses_what_it_does_not_know(folder):
     processor = AutoProcessor.from_pretrained(folder)
     for options in ({"task": "queries"}, {"task": "query", "num_meta": 5}, {"task": "query", "num_meta": 0}):
-        with pytest.raises(Exception, match="task must be|num_meta must be"):
+        with pytest.raises(Exception, match=r"task must be|num_meta must be"):
             processor.apply_chat_template(MESSAGES, tokenize=False, **options)
 
 
@@ -159,7 +164,10 @@ def server(model, folder):
 def test_the_client_of_a_server_gives_the_embeddings(model, folder, server):
     client = VllmClient(server, folder)
     items = [*inputs(), "what is <|meta_query_1|> and <|image_pad|>?"]
-    for theirs, ours in ((client.encode_queries, model.encode_queries), (client.encode_documents, model.encode_documents)):
+    for theirs, ours in (
+        (client.encode_queries, model.encode_queries),
+        (client.encode_documents, model.encode_documents),
+    ):
         for num_meta in (None, 2):
             np.testing.assert_allclose(theirs(items, num_meta), ours(items, num_meta).numpy(), atol=1e-6)
     assert client.encode_queries([]).shape == (0, 4, 16)
@@ -173,8 +181,8 @@ def test_the_client_refuses_bad_input(folder, server):
         client.encode_queries("a")
     with pytest.raises(TypeError, match="keys 'text' and 'image'"):
         client.encode_queries([{"video": "a.mp4"}])
-    with pytest.raises(ValueError, match="disguise|special token"):
-        client.encode_queries(["<｜image_pad｜>".replace("｜", "\uff5c")])
+    with pytest.raises(ValueError, match="disguise"):
+        client.encode_queries(["<\uff5cimage_pad\uff5c>"])
     with pytest.raises(ValueError, match="refused"):
         client.encode_queries(["refuse"])
     client.meta["dim"] = 8
