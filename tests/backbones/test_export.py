@@ -181,7 +181,7 @@ def test_the_client_refuses_bad_input(folder, server):
         client.encode_queries("a")
     with pytest.raises(TypeError, match="keys 'text' and 'image'"):
         client.encode_queries([{"video": "a.mp4"}])
-    with pytest.raises(ValueError, match="disguise"):
+    with pytest.raises(ValueError, match="may take for a special token"):
         client.encode_queries(["<\uff5cimage_pad\uff5c>"])
     with pytest.raises(ValueError, match="refused"):
         client.encode_queries(["refuse"])

@@ -98,7 +98,7 @@ class Server:
             )
 
     def __enter__(self) -> Server:
-        for _ in range(600):
+        for _ in range(3600):  # a busy machine takes minutes
             if self.process.poll() is not None:
                 break
             try:
@@ -112,7 +112,7 @@ class Server:
     def __exit__(self, *_: object) -> None:
         if self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGTERM)
-            self.process.wait(60)
+            self.process.wait(600)
 
 
 def check(python: Path, folder: Path, name: str, dtype: str, options: dict[str, Any]) -> list[list[str]]:
