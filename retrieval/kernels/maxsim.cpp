@@ -623,6 +623,23 @@ float round_query(Kind stored, int64_t dim, const float* from, float* to) {
     return scale;
 }
 
+// A vector in int8, as `quantization.encode` makes it to the last bit, and its scale. Returns false if it holds NaN or infinity.
+bool encode_int8(const float* from, int64_t dim, uint8_t* to, float* scale) {
+    uint32_t largest = 0;  // numbers without their signs are ordered as their bits are, with infinity and NaN above all others
+    for (int64_t i = 0; i < dim; ++i) {
+        uint32_t bits;
+        std::memcpy(&bits, from + i, 4);
+        largest = std::max(largest, bits & 0x7fffffff);
+    }
+    float most;
+    std::memcpy(&most, &largest, 4);
+    *scale = most / 127;
+    const float divisor = *scale > 0 ? *scale : 1;
+    for (int64_t i = 0; i < dim; ++i)
+        to[i] = uint8_t(int32_t(std::min(127.0f, std::max(-127.0f, std::rint(from[i] / divisor)))) + 128);
+    return largest < 0x7f800000;
+}
+
 // Query vectors `q0` and up as the micro kernels read them, with what is to be taken off their sums, and their scales.
 void pack(const Job& job, bool along, int64_t q0, uint8_t* packed, int32_t* corrections, float* scales) {
     const int64_t per = numbers_in_4_bytes(job.computed), lanes = job.lanes(), dim = job.stage.dim, r_q = job.stage.r_q;
@@ -874,6 +891,22 @@ int32_t metaembed_cascade(const Stage* stages, int64_t stage_count, int64_t coun
     return GOOD;
 } catch (...) {
     return NO_MEMORY;
+}
+
+// Encodes float vectors of `n` documents, so many numbers apart and contiguous each, in int8 into the slabs that they are stored in.
+int32_t metaembed_encode(const float* from, int64_t n, int64_t document, int64_t vector, int64_t dim, const Slab* slabs,
+                         int64_t slab_count) {
+    bool finite = true;
+    for (int64_t d = 0; d < n; ++d) {
+        const float* next = from + d * document;
+        for (int64_t s = 0; s < slab_count; ++s) {
+            const Slab& slab = slabs[s];
+            uint8_t* to = const_cast<uint8_t*>(slab.data) + d * slab.document;
+            float* scales = const_cast<float*>(slab.scales) + d * slab.scale_document;
+            for (int64_t v = 0; v < slab.used; ++v, next += vector) finite &= encode_int8(next, dim, to + v * slab.vector, scales + v);
+        }
+    }
+    return finite ? GOOD : BAD_DOCUMENTS;
 }
 
 }  // extern "C"

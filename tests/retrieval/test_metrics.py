@@ -6,7 +6,7 @@ import pytest
 import torch
 from sentence_transformers.multi_vector_encoder.evaluation import MultiVectorInformationRetrievalEvaluator
 
-from metaembed.evaluation.metrics import mrr, ndcg, recall
+from metaembed.retrieval.metrics import mrr, ndcg, recall
 from metaembed.evaluation.tables import markdown_table
 
 QUERIES, DOCUMENTS, CUTS = 7, 12, (1, 3, 10)
