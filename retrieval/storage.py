@@ -138,7 +138,7 @@ class Layout:
         at = iter(encoded)
         return all(
             kernel.encode(stack, [(next(at), next(at)) for _ in _slabs(vectors)]) for _, vectors in self.kept.values()
-        )  # with NaN or infinity it did not, and the error is raised where torch encodes
+        )  # not with NaN or infinity: the error is raised where torch encodes
 
     def _encode(self, stack: Tensor) -> Iterator[Tensor]:
         for quantization, vectors in self.kept.values():

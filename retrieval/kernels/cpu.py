@@ -165,7 +165,7 @@ class CpuKernel:
                 the first vectors, the next ones, and so on; `r` or fewer together.
 
         Returns:
-            Whether the vectors are free of NaN and infinity. If not, what was written is arbitrary.
+            Whether all numbers pass `check_finite`. If not, what was written is arbitrary.
         """
         vectors = vectors if vectors.stride(2) == 1 else vectors.contiguous()
         n, _, dim = vectors.shape

@@ -623,7 +623,7 @@ float round_query(Kind stored, int64_t dim, const float* from, float* to) {
     return scale;
 }
 
-// A vector in int8, as `quantization.encode` makes it to the last bit, and its scale. Returns false if it holds NaN or infinity.
+// A vector in int8, as `quantization.encode` makes it to the last bit, and its scale. Returns false if a number is NaN or too large.
 bool encode_int8(const float* from, int64_t dim, uint8_t* to, float* scale) {
     uint32_t largest = 0;  // numbers without their signs are ordered as their bits are, with infinity and NaN above all others
     for (int64_t i = 0; i < dim; ++i) {
@@ -637,7 +637,7 @@ bool encode_int8(const float* from, int64_t dim, uint8_t* to, float* scale) {
     const float divisor = *scale > 0 ? *scale : 1;
     for (int64_t i = 0; i < dim; ++i)
         to[i] = uint8_t(int32_t(std::min(127.0f, std::max(-127.0f, std::rint(from[i] / divisor)))) + 128);
-    return largest < 0x7f800000;
+    return most <= LARGEST;  // which NaN is not
 }
 
 // Query vectors `q0` and up as the micro kernels read them, with what is to be taken off their sums, and their scales.
