@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from ..configuration_metaembed import DEFAULT_BUDGETS
-from ..evaluation.metrics import ndcg, recall
 from ..scoring_metaembed import Budget, as_stack
 from .index import MultiVectorIndex
+from .metrics import ndcg, recall
 from .pca import fit_pca
 from .quantization import QUANTIZATIONS, bytes_per_vector, check_quantization
 from .search import check_k, search

@@ -104,10 +104,10 @@ class Catalog:
         else:
             _INHERITED.append(self._db)
 
-    def __del__(self) -> None:
+    def __del__(self, finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
         # A connection refers to itself, so it would stay open until the garbage is collected. At the end of the
-        # interpreter modules are gone already, and with them the need.
-        if hasattr(self, "_db") and not sys.is_finalizing():
+        # interpreter modules are gone already (hence the default argument), and with them the need.
+        if hasattr(self, "_db") and not finalizing():
             self.close()
 
     @contextlib.contextmanager

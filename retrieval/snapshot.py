@@ -355,11 +355,10 @@ class Snapshot:
         self, queries: Tensor, k: int, budget: Budget | None, stages: Any, narrows: bool
     ) -> list[tuple[int, list[Store], int]]:
         """For every stage, the final one included: query vectors, stores and documents to keep."""
-        stages = tuple(stages) if isinstance(stages, list) else stages
-        key = (queries.shape[1], k, budget, stages, narrows)
+        key = (queries.shape[1], k, _hashable(budget), _hashable(stages), narrows)
         try:
             known = self._plans.get(key)
-        except TypeError:  # a list within a stage
+        except TypeError:  # not a stage, which `_stages` says
             known, key = None, None
         if known is None:
             checked = self._stages(queries.shape[1], k, budget, stages, narrows)
@@ -422,6 +421,11 @@ class Snapshot:
     def project(self, x: Tensor) -> Tensor:
         """Do to queries what was done to the documents."""
         return x if self.pca is None else x @ self.pca
+
+
+def _hashable(given: Any) -> Any:
+    """Return lists as tuples, at any depth."""
+    return tuple(map(_hashable, given)) if isinstance(given, list | tuple) else given
 
 
 def check_ids(ids: Any) -> list[str]:

@@ -36,6 +36,7 @@ from torch import Tensor
 
 from ..configuration_metaembed import DEFAULT_BUDGETS
 from ..scoring_metaembed import check_finite
+from .kernels import choose_kernel
 from .quantization import bytes_per_vector, check_quantization, encode
 from .search import Slab, Store
 
@@ -46,6 +47,7 @@ _EDGES = tuple(r_c for _, r_c in DEFAULT_BUDGETS)
 _HEADER = 4096  # bytes in front of the rows, so that they begin at a page
 _WRITTEN_AT_ONCE = 1 << 22  # numbers
 _ENCODED_AT_ONCE = 1 << 18  # numbers, few enough for a processor's cache, where encoding is 5 times as fast
+_WORTH_COMPILING = 1 << 20  # numbers that are encoded by the compiled kernel, which has to be built once
 _NAME = re.compile(r"[0-9a-f]{16}")
 _FILE = re.compile(r"vectors-([0-9a-f]{16})\.[a-z]+\.[0-9]+\.(vectors|scales)")
 
@@ -117,12 +119,26 @@ class Layout:
     def encode(self, stack: Tensor) -> list[Tensor]:
         """Return documents `[n, r, dim]` float32 in their stored form: one tensor per part."""
         encoded = [torch.empty(len(stack), *part.shape, dtype=part.dtype) for part in self.parts]
+        if self._encode_compiled(stack, encoded):
+            return encoded
         start = 0
         for some in _split(stack, _ENCODED_AT_ONCE):
             for out, tensor in zip(encoded, self._encode(check_finite(some, "embeddings")), strict=True):
                 out[start : start + len(some)] = tensor
             start += len(some)
         return encoded
+
+    def _encode_compiled(self, stack: Tensor, encoded: Sequence[Tensor]) -> bool:
+        """Fill the tensors by the compiled kernel, which gives the same bytes. Return whether it did."""
+        if stack.numel() < _WORTH_COMPILING or {name for name, _ in self.kept.values()} != {"int8"}:
+            return False
+        kernel = choose_kernel(stack.device, (), 1, self.dim)
+        if not hasattr(kernel, "encode"):
+            return False
+        at = iter(encoded)
+        return all(
+            kernel.encode(stack, [(next(at), next(at)) for _ in _slabs(vectors)]) for _, vectors in self.kept.values()
+        )  # not with NaN or infinity: the error is raised where torch encodes
 
     def _encode(self, stack: Tensor) -> Iterator[Tensor]:
         for quantization, vectors in self.kept.values():

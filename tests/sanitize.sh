@@ -19,6 +19,6 @@ chmod +x "$work/sanitizing-c++"
 export CXX="$work/sanitizing-c++" XDG_CACHE_HOME="$work" HYPOTHESIS_STORAGE_DIRECTORY="$work/hypothesis"
 export ASAN_OPTIONS=detect_leaks=0:detect_odr_violation=0 UBSAN_OPTIONS=print_stacktrace=1
 preload="$($real -print-file-name=libasan.so) $($real -print-file-name=libstdc++.so)"
-calculating="mixed or guess or filter or equals or zero or selects or selected or integers or score or search or cascade or stage or documents or ties"
+calculating="encodes or mixed or guess or filter or equals or zero or selects or selected or integers or score or search or cascade or stage or documents or ties"
 LD_PRELOAD="$preload" "$python" -m pytest -v -p no:cacheprovider tests/test_scoring.py tests/retrieval/test_cascade.py \
     tests/retrieval/test_cpu_kernel.py -k "($calculating) and not compiler and not prints and not tuning" "$@"

@@ -6,8 +6,8 @@ import importlib
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Protocol
+from functools import cache, cached_property
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -36,7 +36,7 @@ class Store:
     _prefixes: dict[int, Store] = field(default_factory=dict, repr=False)
 
     def __len__(self) -> int:
-        return len(self.slabs[0].stored)
+        return self.slabs[0].stored.shape[0]  # len() of a tensor is slow
 
     @cached_property
     def vectors(self) -> int:
@@ -134,6 +134,11 @@ def kernel_name(device: torch.device) -> str:
     return _KERNELS.get(device.type, ("", ""))[0]
 
 
+@cache
+def _import_kernel(device_type: str) -> Any:
+    return importlib.import_module(_KERNELS[device_type][1], __package__)
+
+
 def choose_kernel(device: torch.device, stored: Iterable[Tensor], r_q: int, dim: int) -> Kernel | str:
     """Return the kernel for these documents, or the reason why there is none. Never raises.
 
@@ -148,7 +153,7 @@ def choose_kernel(device: torch.device, stored: Iterable[Tensor], r_q: int, dim:
     if device.type not in _KERNELS:
         return f"there is none for {device.type}"
     try:
-        module = importlib.import_module(_KERNELS[device.type][1], __package__)
+        module = _import_kernel(device.type)
         if not all(module.takes(slab, r_q, dim) for slab in stored):
             return module.LIMITS
         return module.find_kernel(device, dim)

@@ -102,12 +102,14 @@ class CpuKernel:
         try:
             loaded = ctypes.CDLL(str(library))
             self._scores, self._cascade = loaded.metaembed_scores, loaded.metaembed_cascade
+            self._encode = loaded.metaembed_encode
             instructions = loaded.metaembed_instructions
         except (OSError, AttributeError) as error:
             hint = "set XDG_CACHE_HOME to a folder of a file system from which programs may be run (not noexec)"
             raise KernelUnavailable(f"{library} cannot be loaded ({error}); {hint}") from error
         self._scores.argtypes = [p, i64, p, i64, i32, p, i64]
         self._cascade.argtypes = [p, i64, i64, p, ctypes.c_float, i32, p, p, i64, p]
+        self._encode.argtypes = [p, i64, i64, i64, i64, p, i64]
         instructions.restype = ctypes.c_char_p
         self.instructions = {name: instructions(kind).decode() for kind, name in enumerate(QUANTIZATIONS)}
 
@@ -153,6 +155,22 @@ class CpuKernel:
         _raise(self._cascade(stages.stages, len(steps), count, _address(allowed), *options, *into))
         found = int(scored[0, 0])  # fewer may be allowed than are asked for
         return (values, positions, scored) if found >= width else (values[:, :found], positions[:, :found], scored)
+
+    def encode(self, vectors: Tensor, slabs: Slabs) -> bool:
+        """Encode documents in int8, exactly as `quantization.encode` does.
+
+        Args:
+            vectors: `[n, r, D]` float32 on the CPU.
+            slabs: Where to write, contiguous: stored vectors `[n, used, D]` uint8 and scales `[n, used]` float32, for
+                the first vectors, the next ones, and so on; `r` or fewer together.
+
+        Returns:
+            Whether all numbers pass `check_finite`. If not, what was written is arbitrary.
+        """
+        vectors = vectors if vectors.stride(2) == 1 else vectors.contiguous()
+        n, _, dim = vectors.shape
+        into = _describe_all(slabs)
+        return not self._encode(vectors.data_ptr(), n, *vectors.stride()[:2], dim, ctypes.addressof(into), len(into))
 
 
 class _Stages:
@@ -291,6 +309,14 @@ def _disagreement(kernel: CpuKernel, quantization: str) -> float:
                 values, places, _ = kernel.cascade(taken, allowed)
                 compare(values, best)
                 compare(expected[(r_q, r_c) if len(taken) > 1 else (1, 1)].gather(1, places), best)
+    if quantization == "int8":
+        vectors = torch.randn(9, 5, 70, generator=generator) * 10 ** torch.arange(-4.0, 5.0)[:, None, None]
+        vectors[0, 0] = 0
+        expected_slabs = [encode(x, quantization) for x in vectors.split([1, 4], 1)]
+        written = [tuple(torch.empty_like(x.contiguous()) for x in slab) for slab in expected_slabs]
+        errors.append(0.0 if kernel.encode(vectors, written) else math.inf)
+        for slab, reference in zip(written, expected_slabs, strict=True):
+            errors += [0.0 if torch.equal(a, b) else math.inf for a, b in zip(slab, reference, strict=True)]
     return max(errors)
 
 

@@ -24,9 +24,11 @@ namespace {
 
 constexpr int64_t GROUP = 512;       // query vectors scored in one pass over a block of documents
 constexpr int64_t FEW = 8;           // query vectors that are multiplied along the rows; twice as many,
+constexpr int64_t FEWER = 4;         // the same of bytes where there are matrix tiles, which multiply 16 query vectors or none
 constexpr int64_t CROWD = 2048;      // if rows are a multiple of so many bytes: side by side they crowd few sets of the cache
 constexpr int64_t AHEAD = 32;        // document rows that are asked for before they are needed, where they lie apart
-constexpr int64_t ONE_IN = 16;       // documents is looked at to guess a score
+constexpr int64_t ONE_IN = 64;       // documents is looked at to guess a score,
+constexpr int64_t WORTH_A_GUESS = 32;  // if there are so many times as many as are kept
 constexpr double FOR_A_THREAD = 1 << 23;  // products that are worth a thread
 constexpr int64_t MOST_KEYS = 1 << 22;    // that are collected at a time, for all queries together
 constexpr float LARGEST = 1e15f;     // a score beyond this is an overflow, not a number
@@ -566,7 +568,7 @@ Choice choose(Kind stored, int64_t bytes, int64_t vectors) {
     const bool few = vectors <= FEW || (vectors <= 2 * FEW && bytes % CROWD == 0);
     if (stored == BFLOAT16) {
 #if HAS_AMX && defined(__AMX_BF16__)
-        if (amx_granted()) return choice<Amx<float, 1>, Amx<float, 2>>(BFLOAT16, "AMX");
+        if (amx_granted() && vectors > 1) return choice<Amx<float, 1>, Amx<float, 2>>(BFLOAT16, "AMX");
 #endif
 #if defined(__AVX512BF16__)
         if (few) return choose_dots<BFloat16>(vectors, BFLOAT16, "AVX-512 BF16");
@@ -574,7 +576,7 @@ Choice choose(Kind stored, int64_t bytes, int64_t vectors) {
 #endif
     } else if (stored != FLOAT32) {
 #if HAS_AMX && defined(__AMX_INT8__)
-        if (amx_granted()) return choice<Amx<int32_t, 1>, Amx<int32_t, 2>>(INT8, "AMX");
+        if (amx_granted() && vectors > FEWER) return choice<Amx<int32_t, 1>, Amx<int32_t, 2>>(INT8, "AMX");
 #endif
 #if defined(__AVX512VNNI__)
         if (few) return choose_dots<Int8>(vectors, INT8, "AVX-512 VNNI");
@@ -619,6 +621,23 @@ float round_query(Kind stored, int64_t dim, const float* from, float* to) {
     const float scale = most / 127, divisor = scale > 0 ? scale : 1;
     for (int64_t i = 0; i < dim; ++i) to[i] = std::min(127.0f, std::max(-127.0f, std::nearbyint(to[i] / divisor)));
     return scale;
+}
+
+// A vector in int8, as `quantization.encode` makes it to the last bit, and its scale. Returns false if a number is NaN or too large.
+bool encode_int8(const float* from, int64_t dim, uint8_t* to, float* scale) {
+    uint32_t largest = 0;  // numbers without their signs are ordered as their bits are, with infinity and NaN above all others
+    for (int64_t i = 0; i < dim; ++i) {
+        uint32_t bits;
+        std::memcpy(&bits, from + i, 4);
+        largest = std::max(largest, bits & 0x7fffffff);
+    }
+    float most;
+    std::memcpy(&most, &largest, 4);
+    *scale = most / 127;
+    const float divisor = *scale > 0 ? *scale : 1;
+    for (int64_t i = 0; i < dim; ++i)
+        to[i] = uint8_t(int32_t(std::min(127.0f, std::max(-127.0f, std::rint(from[i] / divisor)))) + 128);
+    return most <= LARGEST;  // which NaN is not
 }
 
 // Query vectors `q0` and up as the micro kernels read them, with what is to be taken off their sums, and their scales.
@@ -754,7 +773,7 @@ Status run(const Stage& stage, const Which& documents, int64_t q0, int64_t count
 // few are collected. If the sample was misleading, and fewer do, all are collected.
 Status run_guessing(const Stage& stage, const Which& documents, int64_t q0, int64_t count, int64_t threads, Best* found) {
     const int64_t n = documents.n, keep = found[0].k;
-    if (stage.r_q == 1 && stage.vectors() == 1 && !documents.index && keep >= 64 && n >= 2 * ONE_IN * keep) {
+    if (stage.r_q == 1 && stage.vectors() == 1 && !documents.index && keep >= 64 && n >= WORTH_A_GUESS * keep) {
         std::vector<int64_t> sample;
         for (int64_t start = 0; start < n; start += ONE_IN * LANES)
             for (int64_t i = start; i < std::min(n, start + LANES); ++i)
@@ -812,7 +831,7 @@ extern "C" {
 // All functions return a Status, and documents are those of all segments, one after another.
 
 // The instructions that documents of a kind are multiplied with.
-const char* metaembed_instructions(int32_t kind) { return choose(Kind(kind), 1, 2).name; }
+const char* metaembed_instructions(int32_t kind) { return choose(Kind(kind), 1, LANES).name; }
 
 // Scores of `count` queries against all `n` documents, or those of an index [n], into out [count, out_stride].
 int32_t metaembed_scores(const Stage* stage, int64_t count, const int64_t* index, int64_t n, int32_t threads, float* out,
@@ -872,6 +891,22 @@ int32_t metaembed_cascade(const Stage* stages, int64_t stage_count, int64_t coun
     return GOOD;
 } catch (...) {
     return NO_MEMORY;
+}
+
+// Encodes float vectors of `n` documents, so many numbers apart and contiguous each, in int8 into the slabs that they are stored in.
+int32_t metaembed_encode(const float* from, int64_t n, int64_t document, int64_t vector, int64_t dim, const Slab* slabs,
+                         int64_t slab_count) {
+    bool finite = true;
+    for (int64_t d = 0; d < n; ++d) {
+        const float* next = from + d * document;
+        for (int64_t s = 0; s < slab_count; ++s) {
+            const Slab& slab = slabs[s];
+            uint8_t* to = const_cast<uint8_t*>(slab.data) + d * slab.document;
+            float* scales = const_cast<float*>(slab.scales) + d * slab.scale_document;
+            for (int64_t v = 0; v < slab.used; ++v, next += vector) finite &= encode_int8(next, dim, to + v * slab.vector, scales + v);
+        }
+    }
+    return finite ? GOOD : BAD_DOCUMENTS;
 }
 
 }  // extern "C"

@@ -92,6 +92,25 @@ def same_as_torch(steps, allowed=None, margin=None, products="torch"):
 
 
 @settings(max_examples=60, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 9), st.integers(1, 70), st.floats(-44, 15), st.booleans(), st.data())
+def test_the_kernel_encodes_the_bytes_of_torch(n, vectors, dim, exponent, apart, data):
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
+    given = (torch.rand(n, dim, vectors, generator=generator) * 2 - 1) * 10**exponent  # down to denormal numbers
+    given = given * (torch.rand(n, dim, 1, generator=generator) > 0.2)
+    given = given.transpose(1, 2) if apart else given.transpose(1, 2).contiguous()
+    kept = data.draw(st.integers(1, vectors))
+    expected = [encode(part, "int8") for part in given[:, :kept].split([1, kept - 1] if kept > 1 else [1], dim=1)]
+    written = [
+        (torch.zeros(stored.shape, dtype=torch.uint8), torch.zeros(scales.shape)) for stored, scales in expected
+    ]
+    assert load_kernel().encode(given, written)
+    for mine, reference in zip(written, expected, strict=True):
+        assert torch.equal(mine[0], reference[0]) and torch.equal(mine[1], reference[1])
+    given[-1, 0, -1] = data.draw(st.sampled_from([torch.nan, torch.inf, -torch.inf, 2e15]))
+    assert not load_kernel().encode(given, written)
+
+
+@settings(max_examples=60, deadline=None)
 @given(
     st.integers(0, 70),
     st.integers(0, 400),

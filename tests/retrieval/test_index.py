@@ -101,6 +101,15 @@ def test_a_cascade_uses_the_copy_of_the_vectors_that_a_stage_names(place):
         index.search(x[0], k=5, stages=[((1, 1), 3)])
 
 
+def test_stages_that_were_read_from_json_are_prepared_once_and_find_the_same():
+    x = vectors(0, 300, 8, 16)
+    index = MultiVectorIndex.create(None, 8, 16)
+    index.add(x, names(300))
+    found = [index.search(x[:9], k=3, stages=stages).ids for stages in ([((1, 1), "main", 9)], [[[1, 1], "main", 9]])]
+    assert found[0] == found[1]
+    assert len(index._snapshot._plans) == 1
+
+
 def test_a_cascade_over_a_large_index_still_finds_the_documents():
     x = vectors(0, 5000, 6, 16)
     index = MultiVectorIndex.create(None, 6, 16, THREE)
@@ -375,6 +384,19 @@ def test_an_operation_that_raises_changes_nothing(place, change, error, match):
     index.add(vectors(2, 1, 2, 8), ["p"])
     assert index.ids == ["d0", "p"]
     index.verify()
+
+
+def test_the_kernel_encodes_large_adds_as_torch_encodes_small_ones(place, monkeypatch):
+    x, kept = vectors(0, 300, 8, 16), []
+    for least in (0, x.numel() + 1):
+        monkeypatch.setattr(storage, "_WORTH_COMPILING", least)
+        folder = None if place is None else place / str(least)
+        index = MultiVectorIndex.create(folder, 8, 16, {"first": ("int8", 3), "main": "int8"})
+        index.add(x, names(300))
+        with pytest.raises(ValueError, match="NaN or infinity"):
+            index.add(x / 0, names(300, 300))
+        kept.append(index._snapshot.take(torch.arange(300)))
+    assert all(torch.equal(compiled, by_torch) for compiled, by_torch in zip(*kept, strict=True))
 
 
 @pytest.mark.parametrize("call", ["add", "upsert", "delete", "compact"])

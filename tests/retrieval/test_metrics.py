@@ -6,8 +6,8 @@ import pytest
 import torch
 from sentence_transformers.multi_vector_encoder.evaluation import MultiVectorInformationRetrievalEvaluator
 
-from metaembed.evaluation.metrics import mrr, ndcg, recall
 from metaembed.evaluation.tables import markdown_table
+from metaembed.retrieval.metrics import mrr, ndcg, recall
 
 QUERIES, DOCUMENTS, CUTS = 7, 12, (1, 3, 10)
 
