@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,11 +41,17 @@ COLOURS = {
 
 @dataclass(frozen=True)
 class Point:
-    """One size of one method: what it costs, and the quality of each seed and query [S, Q]."""
+    """One size of one method: what it costs, and the quality of each seed and query [S, Q].
+
+    `vectors` are those of a document, and `winners` the share of distinct ones among the best, of each seed that was
+    measured with it.
+    """
 
     name: str
     size: int
     values: np.ndarray
+    vectors: float = 0
+    winners: tuple[float, ...] = ()
 
 
 class Measured:
@@ -81,7 +88,8 @@ class Measured:
         for name, first in named[0].items():
             if first.get("dial", False) == dial:
                 values = np.stack([unpack(views[name]["per_query"][self.metric]) for views in named])
-                points.append(Point(name, first["bytes"], values))
+                winners = tuple(views[name]["winners"] for views in named if "winners" in views[name])
+                points.append(Point(name, first["bytes"], values, first["vectors"][1], winners))
         return sorted(points, key=lambda point: point.size)
 
     def values(self, method: str, view: str, seeds: Iterable[int] | None = None) -> np.ndarray:
@@ -246,6 +254,34 @@ def best_rival(measured: Measured) -> tuple[str, str]:
     return markdown_table(head, rows), f"In short: {'; '.join(said)}."
 
 
+def vectors_table(measured: Measured) -> str:
+    """Return what each further vector of a document gains, and how many of them win, for every method."""
+    rows = []
+    for name in measured.found:
+        points = measured.points(name)
+        kinds = [[point for point in points if point.name.startswith("(") == meta] for meta in (True, False)]
+        for meta, kind in zip((True, False), kinds, strict=True):
+            kind.sort(key=lambda point: point.vectors)
+            label = ALL[name].label + ((", Meta Tokens" if meta else ", tokens") if all(kinds) else "")
+            if ALL[name].kind in ("mean", "last") or not kind:
+                continue
+            gains = [""]
+            for one, more in itertools.pairwise(kind):
+                points_a_vector = 100 * (more.values.mean() - one.values.mean()) / (more.vectors - one.vectors)
+                gains.append(f"{points_a_vector:+.2f}")
+            won = [f"{100 * np.mean(point.winners):.0f}%" if point.winners else "" for point in kind]
+            rows.append(
+                [
+                    label,
+                    len(measured.seeds(name)),
+                    ", ".join(f"{point.vectors:.0f}" for point in kind),
+                    " ".join(gains).strip(),
+                    " ".join(won).strip(),
+                ]
+            )
+    return markdown_table(["method", "seeds", "vectors", "gain of each further vector", "distinct winners"], rows)
+
+
 def variants_table(measured: Measured, methods: Sequence) -> str:
     """Return MMR's variants at every budget, with the difference from plain MMR at the first and the last."""
     rows = []
@@ -362,6 +398,7 @@ def section(results: Results, task: str) -> list[str]:
     if comparison:
         lines += ["Our best method at each size against the best rival, on the same queries:", "", comparison, ""]
         lines += [reading, ""]
+    lines += ["### What each further vector is worth", "", VECTORS, "", vectors_table(measured), ""]
     for title, methods in (("### Choices", CHOICES), ("### Forms of the full dial", (ALL["dial"], *DIALS))):
         if any(measured.seeds(method.name) for method in methods):
             lines += [title, "", variants_table(measured, methods), ""]
@@ -427,6 +464,10 @@ Methods:
   of their own, pooled with Ward's clusters; trained with the three budgets, query tokens x document tokens, and
   both cross terms. What serves a size is chosen in the same way.
 """
+VECTORS = """\
+A document has so many vectors; from each size to the next, a further vector gains so many hundredths of nDCG@10. Distinct
+winners: of the document's vectors that could be the best for some query vector, the share that is (the mean over
+the queries with a relevant document of each; of the runs since this is measured)."""
 ABOUT = {
     "pictures": """\
 A document is a picture of six OpenMoji pictograms on a 3 x 3 grid, a query names four to six of them, and every
