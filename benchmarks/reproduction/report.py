@@ -282,21 +282,37 @@ def vectors_table(measured: Measured) -> str:
     return markdown_table(["method", "seeds", "vectors", "gain of each further vector", "distinct winners"], rows)
 
 
-def variants_table(measured: Measured, methods: Sequence) -> str:
-    """Return MMR's variants at every budget, with the difference from plain MMR at the first and the last."""
+def variants_table(measured: Measured, methods: Sequence, views: Sequence[str], against: Sequence) -> str:
+    """Return the quality of variants of a method at some sizes, and their differences from others.
+
+    Args:
+        measured: The finished runs.
+        methods: The variants, in order.
+        views: The sizes, by the beginnings of their names.
+        against: `(beginning of a size's name, method, what the column is called)`, for each difference.
+    """
     rows = []
-    for method in (PAPER[0], *methods):
+    for method in methods:
         if not measured.seeds(method.name):
             continue
-        points = {point.name: point for point in measured.points(method.name)}
-        cells = [f"{points[name].values.mean():.3f}" if name in points else "" for name in map(budget_name, BUDGETS)]
-        tokens = [point for name, point in points.items() if name.startswith(("pooled to 16", "all"))]
-        cells += [f"{point.values.mean():.3f}" for point in tokens] or ["", ""]
-        found = measured.difference((method.name, "(1,1)"), ("mmr", "(1,1)")) if method is not PAPER[0] else None
-        cells.append(f"{found[0]:+.3f} [{found[1]:+.3f}, {found[2]:+.3f}]" if found else "")
+        points = {view: find(measured.points(method.name), view) for view in views}
+        cells = [f"{point.values.mean():.3f}" if point else "" for point in points.values()]
+        for view, other, _ in against:
+            own, base = (
+                find(measured.points(name), view) if measured.seeds(name) else None for name in (method.name, other)
+            )
+            if method.name == other or own is None or base is None:
+                cells.append("")
+                continue
+            mean, low, high, _ = measured.difference((method.name, own.name), (other, base.name))
+            cells.append(f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]")
         rows.append([method.label, len(measured.seeds(method.name)), *cells])
-    head = [*map(budget_name, BUDGETS), "16 pooled tokens", "all tokens", "(1,1) against MMR"]
-    return markdown_table(["", "seeds", *head], rows)
+    return markdown_table(["", "seeds", *views, *(label for _, _, label in against)], rows)
+
+
+def find(points: Sequence[Point], beginning: str) -> Point | None:
+    """Return the point whose name is, or begins with, some words, or None."""
+    return next((point for point in points if f"{point.name} ".startswith(f"{beginning} ")), None)
 
 
 def budget_name(budget: tuple[int, int]) -> str:
@@ -399,9 +415,16 @@ def section(results: Results, task: str) -> list[str]:
         lines += ["Our best method at each size against the best rival, on the same queries:", "", comparison, ""]
         lines += [reading, ""]
     lines += ["### What each further vector is worth", "", VECTORS, "", vectors_table(measured), ""]
-    for title, methods in (("### Choices", CHOICES), ("### Forms of the full dial", (ALL["dial"], *DIALS))):
-        if any(measured.seeds(method.name) for method in methods):
-            lines += [title, "", variants_table(measured, methods), ""]
+    budgets = list(map(budget_name, BUDGETS))
+    ends = [(budgets[0], "mmr", f"{budgets[0]} against MMR"), (budgets[-1], "mmr", f"{budgets[-1]} against MMR")]
+    if any(measured.seeds(method.name) for method in CHOICES):
+        lines += ["### Choices", "", variants_table(measured, (PAPER[0], *CHOICES), budgets, ends), ""]
+    if measured.seeds("dial"):
+        forms = (PAPER[0], ALL["tokens"], ALL["dial"], *DIALS)
+        views = [*budgets[:3], "pooled to 4", "pooled to 8", "pooled to 16", "all"]
+        differences = [ends[0], ("pooled to 16", "tokens", "16 pooled against tokens alone")]
+        differences.append(("all", "tokens", "all against tokens alone"))
+        lines += ["### Forms of the full dial", "", variants_table(measured, forms, views, differences), ""]
     return lines
 
 
@@ -465,9 +488,9 @@ Methods:
   both cross terms. What serves a size is chosen in the same way.
 """
 VECTORS = """\
-A document has so many vectors; from each size to the next, a further vector gains so many hundredths of nDCG@10. Distinct
-winners: of the document's vectors that could be the best for some query vector, the share that is (the mean over
-the queries with a relevant document of each; of the runs since this is measured)."""
+The gain is in hundredths of nDCG@10 for each further vector of a document, from one size to the next. Distinct
+winners: how many vectors of a relevant document are the best for some vector of its query, of those that could be
+(the number of query vectors or of document vectors, whichever is smaller); the mean over the queries."""
 ABOUT = {
     "pictures": """\
 A document is a picture of six OpenMoji pictograms on a 3 x 3 grid, a query names four to six of them, and every

@@ -31,7 +31,7 @@ class Method:
         temperature: Of the logits.
         weights: Weights of the budgets. Empty: 1 each.
         terms: Of a dial: "t" query tokens x document tokens, "c" the two cross terms.
-        term_weights: Weights of the token term and of each cross term. A budget's is 1, unless `weights` says otherwise.
+        term_weights: Of a dial: weights of the token term and of each cross term, where a budget's is 1.
         tokens_first: Share of the steps, from the start, that train the token term alone.
         projection: Of a dial: whether the tokens have a linear projection of their own.
         sees_query_tokens: Whether documents see the query Meta Tokens, as in the authors' layout.
