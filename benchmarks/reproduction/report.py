@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -380,9 +381,30 @@ def write_report(results: Results, docs: Path) -> None:
     lines = [INTRODUCTION]
     for task in tasks:
         lines += section(results, task)
+    lines += distilled(results)
     lines += ["## What is done and what is left", "", progress(results), ""]
     docs.mkdir(parents=True, exist_ok=True)
     (docs / "reproduction.md").write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
+
+
+def distilled(results: Results) -> list[str]:
+    """Return the lines about smaller models of the queries, if `benchmarks/distill.py` was run."""
+    path = results.folder / "distill.json"
+    if not path.is_file():
+        return []
+    found = json.loads(path.read_text())
+    teacher, *students = found["rows"]
+    rows = [
+        [teacher["model"], f"{teacher['milliseconds']:.1f}", *(f"{each:.3f}" for each in teacher[METRIC].values())]
+    ]
+    for student in students:
+        cells = []
+        for budget, packed in student["each"].items():
+            mean, low, high = interval((unpack(packed) - unpack(teacher["each"][budget]))[None])
+            cells.append(f"{student[METRIC][budget]:.3f} ({mean:+.3f} [{low:+.3f}, {high:+.3f}])")
+        rows.append([student["model"], f"{student['milliseconds']:.1f}", *cells])
+    table = markdown_table(["queries by", "ms a query", *teacher[METRIC]], rows)
+    return ["## Queries by a smaller model", "", DISTILLED.format(**found), "", table, ""]
 
 
 def section(results: Results, task: str) -> list[str]:
@@ -487,6 +509,12 @@ Methods:
   of their own, pooled with Ward's clusters; trained with the three budgets, query tokens x document tokens, and
   both cross terms. What serves a size is chosen in the same way.
 """
+DISTILLED = """\
+The manuals again: the teacher is MiniLM of 12 layers trained with MMR, seed 0, which made the document vectors. The
+students are its first layers, trained for {epochs} epochs to make its query vectors, of {texts:,} headings and first
+sentences of the training books (`metaembed.training.distill`). nDCG@10 at every budget, with the difference from the
+teacher's on the same queries, and the median time of one query on one thread. Command:
+`python benchmarks/distill.py`, then `make reproduce ARGS=--report`."""
 VECTORS = """\
 The gain is in hundredths of nDCG@10 for each further vector of a document, from one size to the next. Distinct
 winners: how many vectors of a relevant document are the best for some vector of its query, of those that could be
