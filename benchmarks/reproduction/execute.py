@@ -272,7 +272,7 @@ def byte_dial(
         for stored in BITS:
             if (vectors or documents.shape[1]) * bytes_per_vector(stored, dim) > LARGEST:
                 continue
-            if run.method != MMR and (stored not in BITS[1:3] or dim == DIMENSIONS[run.task][0]):
-                continue  # what never was the best for Meta Tokens
+            if run.method != MMR and (stored == "float32" or dim == DIMENSIONS[run.task][0]):
+                continue  # never the best
             cut = (queries @ rotation, documents @ rotation)
             yield {**view(f"{name} {dim} dimensions {stored}", *cut, stored=stored, vectors=vectors), "dial": True}

@@ -87,7 +87,7 @@ class Measured:
         named = [{view["view"]: view for view in result["views"]} for result in chosen]
         points = []
         for name, first in named[0].items():
-            if first.get("dial", False) == dial:
+            if first.get("dial", False) == dial and all(name in views for views in named):
                 values = np.stack([unpack(views[name]["per_query"][self.metric]) for views in named])
                 winners = tuple(views[name]["winners"] for views in named if "winners" in views[name])
                 points.append(Point(name, first["bytes"], values, first["vectors"][1], winners))
@@ -214,7 +214,7 @@ def best_rival(measured: Measured) -> tuple[str, str]:
     """Return, at each size, our best method against the best rival, paired: a table, and what it says."""
     made = curves(measured)
     ours = ("mmr", "mmr-bytes", "dial", "dial-bytes")
-    rivals = ("tokens", "tokens-bytes", "tokens-pooled", "agc", "dimensions", "mean", "last")
+    rivals = ("tokens", "tokens-bytes", "tokens-pooled", "agc", "dimensions", "mean", "last", "untrained")
     rows = []
     for size in SIZES:
         best = []
@@ -513,7 +513,7 @@ DISTILLED = """\
 The manuals again: the teacher is MiniLM of 12 layers trained with MMR, seed 0, which made the document vectors. The
 students are its first layers, trained for {epochs} epochs to make its query vectors, of {texts:,} headings and first
 sentences of the training books (`metaembed.training.distill`). nDCG@10 at every budget, with the difference from the
-teacher's on the same queries, and the median time of one query on one thread. Command:
+teacher's on the same queries, and the median CPU time of one query, on one thread. Command:
 `python benchmarks/distill.py`, then `make reproduce ARGS=--report`."""
 VECTORS = """\
 The gain is in hundredths of nDCG@10 for each further vector of a document, from one size to the next. Distinct
