@@ -14,7 +14,7 @@ import numpy as np
 from metaembed.evaluation.tables import markdown_table
 
 from .results import Results, bootstrap, interval, unpack
-from .runs import ALL, BUDGETS, CHOICES, DIALS, PAPER, TASKS, plan
+from .runs import ALL, BUDGETS, CHOICES, DIAL, DIALS, EVEN, PAPER, TASKS, plan
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -28,6 +28,7 @@ TITLES = {
 }
 COLOURS = {
     "mmr": "tab:blue",
+    "dial-t4": "tab:red",
     "dial": "tab:red",
     "tokens": "tab:green",
     "tokens-pooled": "tab:olive",
@@ -132,13 +133,14 @@ def curves(measured: Measured) -> dict[str, tuple[str, list[Point]]]:
     for name in ("mmr", "largest", "tokens", "tokens-pooled", "agc", "dimensions", "mean", "last", "untrained"):
         if measured.seeds(name):
             made[name] = (ALL[name].label, measured.points(name))
-    if measured.seeds("dial"):
-        points = measured.points("dial")
+    dial = next((each.name for each in (DIAL, EVEN) if measured.seeds(each.name)), None)
+    if dial:
+        points = measured.points(dial)
         reached = max(point.size for point in points)
         sizes = [size for size in SIZES if size < reached] + [reached]
-        made["dial"] = ("full dial", chosen_at(points, sizes))
-    for name in ("mmr", "dial", "tokens"):
-        if measured.seeds(name):
+        made[dial] = (ALL[dial].label, chosen_at(points, sizes))
+    for name in ("mmr", dial, "tokens"):
+        if name and measured.seeds(name):
             points = [*measured.points(name), *measured.points(name, dial=True)]
             chosen = chosen_at(points, (64, 128, *SIZES))
             made[f"{name}-bytes"] = (f"{made[name][0].split(',')[0]}, byte dial", chosen)
@@ -213,7 +215,7 @@ def bytes_table(measured: Measured) -> str:
 def best_rival(measured: Measured) -> tuple[str, str]:
     """Return, at each size, our best method against the best rival, paired: a table, and what it says."""
     made = curves(measured)
-    ours = ("mmr", "mmr-bytes", "dial", "dial-bytes")
+    ours = [name for method in (PAPER[0], DIAL, EVEN) for name in (method.name, f"{method.name}-bytes")]
     rivals = ("tokens", "tokens-bytes", "tokens-pooled", "agc", "dimensions", "mean", "last", "untrained")
     rows = []
     for size in SIZES:
@@ -328,7 +330,7 @@ def draw(axes, measured: Measured, title: str) -> None:
         low, high = np.array([np.quantile(bootstrap(point.values), [0.025, 0.975]) for point in points]).T
         means = np.array([point.values.mean() for point in points])
         base = name.removesuffix("-bytes")
-        thick, colour = base in ("dial", "mmr"), COLOURS[base]
+        thick, colour = base in (DIAL.name, EVEN.name, "mmr"), COLOURS[base]
         style = {"color": colour, "linewidth": 2.2 if thick else 1.2, "zorder": 3 if thick else 2}
         style["linestyle"] = "--" if name != base else "-"
         axes.plot(sizes, means, marker="o", markersize=4, label=label, **style)
@@ -441,8 +443,8 @@ def section(results: Results, task: str) -> list[str]:
     ends = [(budgets[0], "mmr", f"{budgets[0]} against MMR"), (budgets[-1], "mmr", f"{budgets[-1]} against MMR")]
     if any(measured.seeds(method.name) for method in CHOICES):
         lines += ["### Choices", "", variants_table(measured, (PAPER[0], *CHOICES), budgets, ends), ""]
-    if measured.seeds("dial"):
-        forms = (PAPER[0], ALL["tokens"], ALL["dial"], *DIALS)
+    if any(measured.seeds(method.name) for method in (DIAL, *DIALS)):
+        forms = (PAPER[0], ALL["tokens"], DIAL, *DIALS)
         views = [*budgets[:3], "pooled to 4", "pooled to 8", "pooled to 16", "all"]
         differences = [ends[0], ("pooled to 16", "tokens", "16 pooled against tokens alone")]
         differences.append(("all", "tokens", "all against tokens alone"))

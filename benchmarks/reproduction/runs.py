@@ -137,7 +137,8 @@ PAPER = (
     Method("mean", "one vector, mean", kind="mean"),
 )
 TOKENS = Method("tokens", "tokens, pooled afterwards", kind="tokens")
-DIAL = Method("dial", "full dial", kind="dial", budgets=SMALL, terms="tc", projection=True)
+EVEN = Method("dial", "full dial, every term weighs 1", kind="dial", budgets=SMALL, terms="tc", projection=True)
+DIAL = replace(EVEN, name="dial-t4", label="full dial", term_weights=(4.0, 1.0))  # what `token_terms=True` trains
 RIVALS = (
     TOKENS,
     Method("tokens-pooled", "tokens, pooled in the loss", kind="tokens", pooled=(1, 4, 8, 16, 32)),
@@ -168,18 +169,12 @@ CHOICES = (
     replace(MMR, name="hard-negatives", label="one hard negative a query", hard_negatives=1),
 )
 DIALS = (
-    replace(DIAL, name="dial-t", label="token term only", terms="t", projection=False),
-    replace(DIAL, name="dial-tc", label="token and cross terms", projection=False),
-    replace(DIAL, name="dial-tp", label="token term, projection", terms="t"),
-    replace(DIAL, name="dial-t4", label="token term weighs 4", term_weights=(4.0, 1.0)),
+    EVEN,
     replace(DIAL, name="dial-t16", label="token term weighs 16", term_weights=(16.0, 1.0)),
-    replace(
-        DIAL,
-        name="dial-first",
-        label="token term alone for 40% of the steps, then weighs 4",
-        term_weights=(4.0, 1.0),
-        tokens_first=0.4,
-    ),
+    replace(DIAL, name="dial-first", label="token term alone for 40% of the steps", tokens_first=0.4),
+    replace(EVEN, name="dial-t", label="token term only, weighs 1", terms="t", projection=False),
+    replace(EVEN, name="dial-tc", label="every term weighs 1, no projection", projection=False),
+    replace(EVEN, name="dial-tp", label="token term only, weighs 1, projection", terms="t"),
     replace(MMR, name="anchored", label="token-anchored MMR", kind="dial", terms="tc"),
 )
 UNTRAINED = Method("untrained", "MiniLM as it is, mean", kind="mean", trained=False)
