@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 Normalize = Literal["sum", "mean", "sqrt"]
 MAX_BATCH = 1_000_000
-# Which query vectors x which document vectors, and the weight of the term. With 1, five other terms outvote the tokens.
+# Which query vectors x which document vectors, and the weight: with 1 each, the tokens stay behind tokens alone.
 TOKEN_TERMS = {"tokens_tokens": 4.0, "meta_tokens": 1.0, "tokens_meta": 1.0}
 
 
