@@ -390,7 +390,7 @@ def write_report(results: Results, docs: Path) -> None:
 
 
 def distilled(results: Results) -> list[str]:
-    """Return the lines about smaller models of the queries, if `benchmarks/distill.py` was run."""
+    """Return the lines about smaller models of the queries, if `benchmarks/distill_manuals.py` was run."""
     path = results.folder / "distill.json"
     if not path.is_file():
         return []
@@ -517,7 +517,7 @@ The manuals again: the teacher is MiniLM of 12 layers trained with MMR, seed 0, 
 students are its first layers, trained for {epochs} epochs to make its query vectors, of {texts:,} headings and first
 sentences of the training books (`metaembed.training.distill`). nDCG@10 at every budget, with the difference from the
 teacher's on the same queries, and the median CPU time of one query, on one thread. Command:
-`python benchmarks/distill.py`, then `make reproduce ARGS=--report`."""
+`python benchmarks/distill_manuals.py`, then `make reproduce ARGS=--report`."""
 VECTORS = """\
 The gain is in hundredths of nDCG@10 for each further vector of a document, from one size to the next. Distinct
 winners: how many vectors of a relevant document are the best for some vector of its query, of those that could be

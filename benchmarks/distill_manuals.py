@@ -1,6 +1,6 @@
 """Distil MiniLM's queries: quality kept against milliseconds saved, at every budget, on real text.
 
-    python benchmarks/distill.py     trains the teacher (MMR on the manuals, as `make reproduce` does) and its students
+    python benchmarks/distill_manuals.py     trains the teacher (MMR on the manuals, as `make reproduce` does) and its students
 
 The students are the first layers of the teacher. They learn its query vectors from the headings and sentences of the
 training books, and search the vectors that the teacher made of the documents of the held-out books. The table goes
