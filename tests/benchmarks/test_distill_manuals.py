@@ -19,7 +19,7 @@ def test_the_teacher_is_trained_once_and_the_page_compares_its_students(monkeypa
     backbone, tokenizer = build_bert()
     backbone.save_pretrained(tmp_path / "bert")
     tokenizer.save_pretrained(tmp_path / "bert")
-    pairs = [(f"red apple {i}", "a cat face on the table. And a key " * (i % 3 + 1)) for i in range(9)]
+    pairs = [(f"red apple {i}", "a cat face on the table. And a key " * (i % 3 + 1)) for i in range(12)]
     for module in (manuals, distill):
         monkeypatch.setattr(module, "read_pairs", lambda folder: {"users": pairs, "gnuplot": pairs})
     monkeypatch.setattr(manuals, "fetch_backbone", lambda folder: tmp_path / "bert")
