@@ -22,14 +22,13 @@ from metaembed.scoring_metaembed import maxsim
 
 from .objectives import objective
 from .results import pack
-from .runs import DIAL, MMR, POOLED, TOKENS, Run
+from .runs import MMR, POOLED, TOKENS, Run
 from .tasks import Batches, task_of
 from .vectors import Encoder, Vectors, pool_agc
 
 SAVE_EVERY = 60  # seconds
 ENCODED_AT_ONCE = 32
 DIMENSIONS = {"pictures": (16, 32, 64), "manuals": (64, 128, 384)}  # of the byte dial
-DIALLED = (MMR, TOKENS, DIAL)  # the methods that are also measured in fewer dimensions and bits
 BITS = ("float32", "int8", "int4", "binary")
 LARGEST = 16 * 1024  # bytes of a document that the byte dial is asked for
 
@@ -84,7 +83,7 @@ def train(run: Run, task: Batches, encoder: Encoder, path: Path, deadline: float
             group["lr"] = settings.learning_rate * schedule(step, settings.warmup, settings.steps)
         with torch.autocast("cpu", task.task.dtype, enabled=task.task.dtype != torch.float32):
             queries, documents = encoder(features[0], "query"), encoder(features[1], "document")
-        loss = objective(run.method, queries, documents)
+        loss = objective(run.method, queries, documents, step / settings.steps)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(encoder.parameters(), 1.0)
         optimizer.step()
@@ -181,11 +180,15 @@ def measure(run: Run, queries: Vectors, documents: Vectors, relevant: Tensor, st
         storage: Quantization of the documents.
     """
     method = run.method
+    own = relevant.int().argmax(dim=1)  # a relevant document of each query
+    dialled = method in (MMR, TOKENS) or method.kind == "dial"  # also measured in fewer dimensions and bits
 
-    def view(name: str, q: Tensor, d: Tensor, stored: str = storage, vectors: float | None = None) -> dict:
+    def view(name: str, q: Tensor, d: Tensor, stored: str = "", vectors: float | None = None) -> dict:
         """Return the quality of query vectors [Q, i, D] with document vectors [N, j, D]."""
+        winners = {} if stored else {"winners": round(distinct_winners(q, d, own), 4)}
+        stored = stored or storage
         kept = decode(*encode(d, stored), stored, d.shape[-1])
-        scores = maxsim(q, kept)  # [Q, N]
+        scores = score(q, kept)  # [Q, N]
         ranked = relevant.gather(1, scores.topk(10, dim=1).indices)
         size = (d.shape[1] if vectors is None else vectors) * bytes_per_vector(stored, d.shape[-1])
         quality = ndcg(ranked, relevant.sum(dim=1), k=10)
@@ -195,6 +198,7 @@ def measure(run: Run, queries: Vectors, documents: Vectors, relevant: Tensor, st
             "vectors": [q.shape[1], d.shape[1] if vectors is None else round(vectors, 1)],
             "ndcg@10": round(quality.mean().item(), 4),
             "recall@1": round(ranked[:, 0].float().mean().item(), 4),
+            **winners,
             "per_query": {"ndcg@10": pack(quality), "recall@1": pack(ranked[:, 0])},
         }
 
@@ -209,7 +213,7 @@ def measure(run: Run, queries: Vectors, documents: Vectors, relevant: Tensor, st
             if r_q <= most_q and r_c <= most_c:
                 pair = (queries.meta[:, :r_q], documents.meta[:, :r_c])
                 yield view(f"({r_q},{r_c})", *pair)
-                if method in DIALLED:
+                if dialled:
                     yield from byte_dial(run, f"({r_q},{r_c})", *pair, view)
     if method.kind in ("tokens", "agc", "dial"):
         every = [tokens[own] for tokens, own in zip(documents.tokens, documents.mask, strict=True)]
@@ -226,8 +230,37 @@ def measure(run: Run, queries: Vectors, documents: Vectors, relevant: Tensor, st
             name = f"all {average:.0f} tokens" if size == longest else f"pooled to {size}"
             vectors = sum(min(len(one), size) for one in every) / len(every)
             yield view(name, queries.tokens, made, vectors=vectors)
-            if method in DIALLED:
+            if dialled:
                 yield from byte_dial(run, name, queries.tokens, made, view, vectors)
+
+
+def distinct_winners(queries: Tensor, documents: Tensor, own: Tensor) -> float:
+    """Return the share of distinct winners: 1.0 if each query vector has its best product with a vector of its own.
+
+    Args:
+        queries: Query vectors [Q, i, D]; rows of zeros fill up.
+        documents: Document vectors [N, j, D]; rows of zeros fill up.
+        own: A relevant document of each query [Q].
+
+    Returns:
+        The mean, over the queries and their documents, of the number of document vectors that are the best for some
+        query vector, divided by the number of query vectors or of document vectors, whichever is smaller.
+    """
+    shares = []
+    for query, document in zip(queries, documents[own], strict=True):
+        query, document = query[query.any(dim=1)], document[document.any(dim=1)]
+        won = (query @ document.T).argmax(dim=1).unique()
+        shares.append(len(won) / min(len(query), len(document)))
+    return sum(shares) / len(shares)
+
+
+def score(queries: Tensor, documents: Tensor, at_once: int = 64) -> Tensor:
+    """Return MaxSim scores [Q, N], without the products of the rows of zeros that fill up short queries."""
+    counts = queries.any(dim=2).sum(dim=1)
+    scores = queries.new_empty(len(queries), len(documents))
+    for part in counts.argsort().split(at_once):
+        scores[part] = maxsim(queries[part, : int(counts[part].max())].contiguous(), documents)
+    return scores
 
 
 def byte_dial(
@@ -239,7 +272,7 @@ def byte_dial(
         for stored in BITS:
             if (vectors or documents.shape[1]) * bytes_per_vector(stored, dim) > LARGEST:
                 continue
-            if run.method != MMR and (stored not in BITS[1:3] or dim == DIMENSIONS[run.task][0]):
-                continue  # what never was the best for Meta Tokens
+            if run.method != MMR and (stored == "float32" or dim == DIMENSIONS[run.task][0]):
+                continue  # never the best
             cut = (queries @ rotation, documents @ rotation)
             yield {**view(f"{name} {dim} dimensions {stored}", *cut, stored=stored, vectors=vectors), "dial": True}

@@ -18,8 +18,15 @@ def late_interaction(queries: Tensor, documents: Tensor, present: Tensor | None 
     return products.amax(dim=3).sum(dim=1)
 
 
-def objective(method: Method, queries: Vectors, documents: Vectors) -> Tensor:
-    """Return the loss of a batch, whose first documents are the queries' own."""
+def objective(method: Method, queries: Vectors, documents: Vectors, done: float = 1.0) -> Tensor:
+    """Return the loss of a batch, whose first documents are the queries' own.
+
+    Args:
+        method: Says what is trained.
+        queries: Of the batch.
+        documents: Of the batch, hard negatives at the end.
+        done: The share of the training's steps that are behind.
+    """
     targets = torch.arange(len(queries.mask))
 
     def loss(scores: Tensor, counts: Tensor | int) -> Tensor:
@@ -34,14 +41,19 @@ def objective(method: Method, queries: Vectors, documents: Vectors) -> Tensor:
     lengths = queries.mask.sum(dim=1, keepdim=True).float()
     total = torch.zeros(())
     if method.kind in ("tokens", "agc") or "t" in method.terms:
-        total += loss(late_interaction(queries.tokens, documents.tokens, documents.mask), lengths)
+        total += method.term_weights[0] * loss(
+            late_interaction(queries.tokens, documents.tokens, documents.mask), lengths
+        )
     if method.pooled:
         pool = pool_agc if method.kind == "agc" else pool_ward
         for pooled, present in pool(documents, method.pooled):
             total += loss(late_interaction(queries.tokens, pooled, present), lengths)
+    if done < method.tokens_first:
+        return total
     for (r_q, r_c), weight in zip(method.budgets, method.weights or (1,) * len(method.budgets), strict=True):
         total += weight * loss(late_interaction(queries.meta[:, :r_q], documents.meta[:, :r_c]), r_q)
     if "c" in method.terms:
-        total += loss(late_interaction(queries.meta, documents.tokens, documents.mask), queries.meta.shape[1])
-        total += loss(late_interaction(queries.tokens, documents.meta), lengths)
+        crossed = loss(late_interaction(queries.meta, documents.tokens, documents.mask), queries.meta.shape[1])
+        crossed += loss(late_interaction(queries.tokens, documents.meta), lengths)
+        total += method.term_weights[1] * crossed
     return total

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +14,7 @@ import numpy as np
 from metaembed.evaluation.tables import markdown_table
 
 from .results import Results, bootstrap, interval, unpack
-from .runs import ALL, BUDGETS, CHOICES, DIALS, PAPER, TASKS, plan
+from .runs import ALL, BUDGETS, CHOICES, DIAL, DIALS, EVEN, PAPER, TASKS, plan
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -26,6 +28,7 @@ TITLES = {
 }
 COLOURS = {
     "mmr": "tab:blue",
+    "dial-t4": "tab:red",
     "dial": "tab:red",
     "tokens": "tab:green",
     "tokens-pooled": "tab:olive",
@@ -40,11 +43,17 @@ COLOURS = {
 
 @dataclass(frozen=True)
 class Point:
-    """One size of one method: what it costs, and the quality of each seed and query [S, Q]."""
+    """One size of one method: what it costs, and the quality of each seed and query [S, Q].
+
+    `vectors` are those of a document, and `winners` the share of distinct ones among the best, of each seed that was
+    measured with it.
+    """
 
     name: str
     size: int
     values: np.ndarray
+    vectors: float = 0
+    winners: tuple[float, ...] = ()
 
 
 class Measured:
@@ -79,9 +88,10 @@ class Measured:
         named = [{view["view"]: view for view in result["views"]} for result in chosen]
         points = []
         for name, first in named[0].items():
-            if first.get("dial", False) == dial:
+            if first.get("dial", False) == dial and all(name in views for views in named):
                 values = np.stack([unpack(views[name]["per_query"][self.metric]) for views in named])
-                points.append(Point(name, first["bytes"], values))
+                winners = tuple(views[name]["winners"] for views in named if "winners" in views[name])
+                points.append(Point(name, first["bytes"], values, first["vectors"][1], winners))
         return sorted(points, key=lambda point: point.size)
 
     def values(self, method: str, view: str, seeds: Iterable[int] | None = None) -> np.ndarray:
@@ -123,13 +133,14 @@ def curves(measured: Measured) -> dict[str, tuple[str, list[Point]]]:
     for name in ("mmr", "largest", "tokens", "tokens-pooled", "agc", "dimensions", "mean", "last", "untrained"):
         if measured.seeds(name):
             made[name] = (ALL[name].label, measured.points(name))
-    if measured.seeds("dial"):
-        points = measured.points("dial")
+    dial = next((each.name for each in (DIAL, EVEN) if measured.seeds(each.name)), None)
+    if dial:
+        points = measured.points(dial)
         reached = max(point.size for point in points)
         sizes = [size for size in SIZES if size < reached] + [reached]
-        made["dial"] = ("full dial", chosen_at(points, sizes))
-    for name in ("mmr", "dial", "tokens"):
-        if measured.seeds(name):
+        made[dial] = (ALL[dial].label, chosen_at(points, sizes))
+    for name in ("mmr", dial, "tokens"):
+        if name and measured.seeds(name):
             points = [*measured.points(name), *measured.points(name, dial=True)]
             chosen = chosen_at(points, (64, 128, *SIZES))
             made[f"{name}-bytes"] = (f"{made[name][0].split(',')[0]}, byte dial", chosen)
@@ -204,8 +215,8 @@ def bytes_table(measured: Measured) -> str:
 def best_rival(measured: Measured) -> tuple[str, str]:
     """Return, at each size, our best method against the best rival, paired: a table, and what it says."""
     made = curves(measured)
-    ours = ("mmr", "mmr-bytes", "dial", "dial-bytes")
-    rivals = ("tokens", "tokens-bytes", "tokens-pooled", "agc", "dimensions", "mean", "last")
+    ours = [name for method in (PAPER[0], DIAL, EVEN) for name in (method.name, f"{method.name}-bytes")]
+    rivals = ("tokens", "tokens-bytes", "tokens-pooled", "agc", "dimensions", "mean", "last", "untrained")
     rows = []
     for size in SIZES:
         best = []
@@ -246,21 +257,65 @@ def best_rival(measured: Measured) -> tuple[str, str]:
     return markdown_table(head, rows), f"In short: {'; '.join(said)}."
 
 
-def variants_table(measured: Measured, methods: Sequence) -> str:
-    """Return MMR's variants at every budget, with the difference from plain MMR at the first and the last."""
+def vectors_table(measured: Measured) -> str:
+    """Return what each further vector of a document gains, and how many of them win, for every method."""
     rows = []
-    for method in (PAPER[0], *methods):
+    for name in measured.found:
+        points = measured.points(name)
+        kinds = [[point for point in points if point.name.startswith("(") == meta] for meta in (True, False)]
+        for meta, kind in zip((True, False), kinds, strict=True):
+            kind.sort(key=lambda point: point.vectors)
+            label = ALL[name].label + ((", Meta Tokens" if meta else ", tokens") if all(kinds) else "")
+            if ALL[name].kind in ("mean", "last") or not kind:
+                continue
+            gains = [""]
+            for one, more in itertools.pairwise(kind):
+                points_a_vector = 100 * (more.values.mean() - one.values.mean()) / (more.vectors - one.vectors)
+                gains.append(f"{points_a_vector:+.2f}")
+            won = [f"{100 * np.mean(point.winners):.0f}%" if point.winners else "" for point in kind]
+            rows.append(
+                [
+                    label,
+                    len(measured.seeds(name)),
+                    ", ".join(f"{point.vectors:.0f}" for point in kind),
+                    " ".join(gains).strip(),
+                    " ".join(won).strip(),
+                ]
+            )
+    return markdown_table(["method", "seeds", "vectors", "gain of each further vector", "distinct winners"], rows)
+
+
+def variants_table(measured: Measured, methods: Sequence, views: Sequence[str], against: Sequence) -> str:
+    """Return the quality of variants of a method at some sizes, and their differences from others.
+
+    Args:
+        measured: The finished runs.
+        methods: The variants, in order.
+        views: The sizes, by the beginnings of their names.
+        against: `(beginning of a size's name, method, what the column is called)`, for each difference.
+    """
+    rows = []
+    for method in methods:
         if not measured.seeds(method.name):
             continue
-        points = {point.name: point for point in measured.points(method.name)}
-        cells = [f"{points[name].values.mean():.3f}" if name in points else "" for name in map(budget_name, BUDGETS)]
-        tokens = [point for name, point in points.items() if name.startswith(("pooled to 16", "all"))]
-        cells += [f"{point.values.mean():.3f}" for point in tokens] or ["", ""]
-        found = measured.difference((method.name, "(1,1)"), ("mmr", "(1,1)")) if method is not PAPER[0] else None
-        cells.append(f"{found[0]:+.3f} [{found[1]:+.3f}, {found[2]:+.3f}]" if found else "")
+        points = {view: find(measured.points(method.name), view) for view in views}
+        cells = [f"{point.values.mean():.3f}" if point else "" for point in points.values()]
+        for view, other, _ in against:
+            own, base = (
+                find(measured.points(name), view) if measured.seeds(name) else None for name in (method.name, other)
+            )
+            if method.name == other or own is None or base is None:
+                cells.append("")
+                continue
+            mean, low, high, _ = measured.difference((method.name, own.name), (other, base.name))
+            cells.append(f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]")
         rows.append([method.label, len(measured.seeds(method.name)), *cells])
-    head = [*map(budget_name, BUDGETS), "16 pooled tokens", "all tokens", "(1,1) against MMR"]
-    return markdown_table(["", "seeds", *head], rows)
+    return markdown_table(["", "seeds", *views, *(label for _, _, label in against)], rows)
+
+
+def find(points: Sequence[Point], beginning: str) -> Point | None:
+    """Return the point whose name is, or begins with, some words, or None."""
+    return next((point for point in points if f"{point.name} ".startswith(f"{beginning} ")), None)
 
 
 def budget_name(budget: tuple[int, int]) -> str:
@@ -275,7 +330,7 @@ def draw(axes, measured: Measured, title: str) -> None:
         low, high = np.array([np.quantile(bootstrap(point.values), [0.025, 0.975]) for point in points]).T
         means = np.array([point.values.mean() for point in points])
         base = name.removesuffix("-bytes")
-        thick, colour = base in ("dial", "mmr"), COLOURS[base]
+        thick, colour = base in (DIAL.name, EVEN.name, "mmr"), COLOURS[base]
         style = {"color": colour, "linewidth": 2.2 if thick else 1.2, "zorder": 3 if thick else 2}
         style["linestyle"] = "--" if name != base else "-"
         axes.plot(sizes, means, marker="o", markersize=4, label=label, **style)
@@ -328,9 +383,30 @@ def write_report(results: Results, docs: Path) -> None:
     lines = [INTRODUCTION]
     for task in tasks:
         lines += section(results, task)
+    lines += distilled(results)
     lines += ["## What is done and what is left", "", progress(results), ""]
     docs.mkdir(parents=True, exist_ok=True)
     (docs / "reproduction.md").write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
+
+
+def distilled(results: Results) -> list[str]:
+    """Return the lines about smaller models of the queries, if `benchmarks/distill_manuals.py` was run."""
+    path = results.folder / "distill.json"
+    if not path.is_file():
+        return []
+    found = json.loads(path.read_text())
+    teacher, *students = found["rows"]
+    rows = [
+        [teacher["model"], f"{teacher['milliseconds']:.1f}", *(f"{each:.3f}" for each in teacher[METRIC].values())]
+    ]
+    for student in students:
+        cells = []
+        for budget, packed in student["each"].items():
+            mean, low, high = interval((unpack(packed) - unpack(teacher["each"][budget]))[None])
+            cells.append(f"{student[METRIC][budget]:.3f} ({mean:+.3f} [{low:+.3f}, {high:+.3f}])")
+        rows.append([student["model"], f"{student['milliseconds']:.1f}", *cells])
+    table = markdown_table(["queries by", "ms a query", *teacher[METRIC]], rows)
+    return ["## Queries by a smaller model", "", DISTILLED.format(**found), "", table, ""]
 
 
 def section(results: Results, task: str) -> list[str]:
@@ -362,9 +438,17 @@ def section(results: Results, task: str) -> list[str]:
     if comparison:
         lines += ["Our best method at each size against the best rival, on the same queries:", "", comparison, ""]
         lines += [reading, ""]
-    for title, methods in (("### Choices", CHOICES), ("### Forms of the full dial", (ALL["dial"], *DIALS))):
-        if any(measured.seeds(method.name) for method in methods):
-            lines += [title, "", variants_table(measured, methods), ""]
+    lines += ["### What each further vector is worth", "", VECTORS, "", vectors_table(measured), ""]
+    budgets = list(map(budget_name, BUDGETS))
+    ends = [(budgets[0], "mmr", f"{budgets[0]} against MMR"), (budgets[-1], "mmr", f"{budgets[-1]} against MMR")]
+    if any(measured.seeds(method.name) for method in CHOICES):
+        lines += ["### Choices", "", variants_table(measured, (PAPER[0], *CHOICES), budgets, ends), ""]
+    if any(measured.seeds(method.name) for method in (DIAL, *DIALS)):
+        forms = (PAPER[0], ALL["tokens"], DIAL, *DIALS)
+        views = [*budgets[:3], "pooled to 4", "pooled to 8", "pooled to 16", "all"]
+        differences = [ends[0], ("pooled to 16", "tokens", "16 pooled against tokens alone")]
+        differences.append(("all", "tokens", "all against tokens alone"))
+        lines += ["### Forms of the full dial", "", variants_table(measured, forms, views, differences), ""]
     return lines
 
 
@@ -425,8 +509,19 @@ Methods:
   combination for a size is chosen on one half of the queries and measured on the other.
 - **full dial**: Meta Tokens at (1,1), (2,4), (4,8) and, from the same forward pass, the tokens through a projection
   of their own, pooled with Ward's clusters; trained with the three budgets, query tokens x document tokens, and
-  both cross terms. What serves a size is chosen in the same way.
+  both cross terms. The term of query tokens x document tokens weighs 4, which was chosen on the pictures with seed 0,
+  and every other term 1. What serves a size is chosen as in the byte dial.
 """
+DISTILLED = """\
+The manuals again: the teacher is MiniLM of 12 layers trained with MMR, seed 0, which made the document vectors. The
+students are its first layers, trained for {epochs} epochs to make its query vectors, of {texts:,} headings and first
+sentences of the training books (`metaembed.training.distill`). nDCG@10 at every budget, with the difference from the
+teacher's on the same queries, and the median CPU time of one query, on one thread. Command:
+`python benchmarks/distill_manuals.py`, then `make reproduce ARGS=--report`."""
+VECTORS = """\
+The gain is in hundredths of nDCG@10 for each further vector of a document, from one size to the next. Distinct
+winners: how many vectors of a relevant document are the best for some vector of its query, of those that could be
+(the number of query vectors or of document vectors, whichever is smaller); the mean over the queries."""
 ABOUT = {
     "pictures": """\
 A document is a picture of six OpenMoji pictograms on a 3 x 3 grid, a query names four to six of them, and every

@@ -11,6 +11,9 @@ SMALL = BUDGETS[:3]  # what the full dial leaves to Meta Tokens
 POOLED = (1, 2, 4, 8, 16, 32, 64)  # vectors of a pooled document
 
 
+ADDED = ("term_weights", "tokens_first")  # fields that not all kept results know
+
+
 @dataclass(frozen=True)
 class Method:
     """How vectors are made of an input, and what is trained.
@@ -28,6 +31,8 @@ class Method:
         temperature: Of the logits.
         weights: Weights of the budgets. Empty: 1 each.
         terms: Of a dial: "t" query tokens x document tokens, "c" the two cross terms.
+        term_weights: Of a dial: weights of the token term and of each cross term, where a budget's is 1.
+        tokens_first: Share of the steps, from the start, that train the token term alone.
         projection: Of a dial: whether the tokens have a linear projection of their own.
         sees_query_tokens: Whether documents see the query Meta Tokens, as in the authors' layout.
         embedding_dim: Dimension after a projection. None: no projection.
@@ -49,6 +54,8 @@ class Method:
     temperature: float = 0.03
     weights: tuple[float, ...] = ()
     terms: str = ""
+    term_weights: tuple[float, float] = (1.0, 1.0)
+    tokens_first: float = 0.0
     projection: bool = False
     sees_query_tokens: bool = False
     embedding_dim: int | None = None
@@ -110,6 +117,9 @@ class Run:
         """Everything that the result depends on, but for the versions."""
         method = asdict(self.method)
         del method["name"], method["label"]
+        for name in ADDED:  # the results that were kept before there was this choice stay valid
+            if getattr(self.method, name) == Method.__dataclass_fields__[name].default:
+                del method[name]
         return {"task": self.task, "seed": self.seed, "method": method, "settings": asdict(self.settings)}
 
     @property
@@ -127,7 +137,8 @@ PAPER = (
     Method("mean", "one vector, mean", kind="mean"),
 )
 TOKENS = Method("tokens", "tokens, pooled afterwards", kind="tokens")
-DIAL = Method("dial", "full dial", kind="dial", budgets=SMALL, terms="tc", projection=True)
+EVEN = Method("dial", "full dial, every term weighs 1", kind="dial", budgets=SMALL, terms="tc", projection=True)
+DIAL = replace(EVEN, name="dial-t4", label="full dial", term_weights=(4.0, 1.0))  # what `token_terms=True` trains
 RIVALS = (
     TOKENS,
     Method("tokens-pooled", "tokens, pooled in the loss", kind="tokens", pooled=(1, 4, 8, 16, 32)),
@@ -158,9 +169,12 @@ CHOICES = (
     replace(MMR, name="hard-negatives", label="one hard negative a query", hard_negatives=1),
 )
 DIALS = (
-    replace(DIAL, name="dial-t", label="token term only", terms="t", projection=False),
-    replace(DIAL, name="dial-tc", label="token and cross terms", projection=False),
-    replace(DIAL, name="dial-tp", label="token term, projection", terms="t"),
+    EVEN,
+    replace(DIAL, name="dial-t16", label="token term weighs 16", term_weights=(16.0, 1.0)),
+    replace(DIAL, name="dial-first", label="token term alone for 40% of the steps", tokens_first=0.4),
+    replace(EVEN, name="dial-t", label="token term only, weighs 1", terms="t", projection=False),
+    replace(EVEN, name="dial-tc", label="every term weighs 1, no projection", projection=False),
+    replace(EVEN, name="dial-tp", label="token term only, weighs 1, projection", terms="t"),
     replace(MMR, name="anchored", label="token-anchored MMR", kind="dial", terms="tc"),
 )
 UNTRAINED = Method("untrained", "MiniLM as it is, mean", kind="mean", trained=False)

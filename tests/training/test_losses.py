@@ -103,6 +103,15 @@ def test_the_token_terms_are_the_formula_written_out(dial, weights):
         torch.testing.assert_close(actual[f"loss_{name}"], expected, atol=1e-6, rtol=0)
 
 
+def test_query_tokens_and_document_tokens_weigh_four_times_as_much_as_the_rest(dial):
+    """What docs/full-dial.md recommends is what True means, in both losses."""
+    once = dict.fromkeys(("tokens_tokens", "meta_tokens", "tokens_meta"), 1)
+    expected = MMRLoss(dial, token_terms=once)(features(dial))
+    expected["loss_tokens_tokens"] = 4 * expected["loss_tokens_tokens"]
+    for kind in (MMRLoss, CachedMMRLoss):
+        assert_equal_parts(kind(dial, token_terms=True)(features(dial)), expected)
+
+
 @pytest.mark.parametrize("negatives", [0, 2])
 @pytest.mark.parametrize("mixes_images", [True, False])
 def test_cached_equals_plain_with_token_terms(dial, negatives, mixes_images):
