@@ -1,6 +1,6 @@
 """The command `metaembed`: index folders and datasets, search them, serve them.
 
-Nothing of the package is imported here but in the commands that need it, so that `--help` is fast.
+What takes seconds to import (torch, transformers) is imported in the commands that need it, so that `--help` is fast.
 """
 
 from __future__ import annotations
@@ -74,8 +74,8 @@ def index(
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
 ) -> None:
     """Index folders of pictures, texts and PDFs, or datasets; go on after a kill."""
-    from .ingest import REPORT, begin, ingest
-    from .settings import SETTINGS, folder_of
+    from .ingest import begin, ingest
+    from .settings import REPORT, SETTINGS, folder_of
 
     named = _columns(columns, metadata)
     options = {"dpi": dpi, "pages": pages, "follow_links": follow_links, "allow_urls": allow_urls}
@@ -247,9 +247,8 @@ def info(index: Index, as_json: AsJson = False) -> None:
     """Say what an index holds."""
     from contextlib import closing
 
-    from .ingest import JOURNAL, REPORT
-    from .journal import Journal
-    from .settings import folder_of, open_index
+    from .journal import JOURNAL, Journal
+    from .settings import REPORT, folder_of, open_index
 
     settings, folder = _settings(index, None), folder_of(index)
     with closing(open_index(index)) as store:
