@@ -387,15 +387,12 @@ def _budget(text: str | None, query_vectors: int, document_vectors: int) -> tupl
 
 
 def _condition(where: str | None) -> dict[str, Any] | None:
-    if where is None:
-        return None
+    from .where import read_where
+
     try:
-        condition = json.loads(where)
+        return read_where(where, "--where")
     except ValueError as error:
-        raise Wrong(f"--where must be JSON: {error}") from None
-    if not isinstance(condition, dict):
-        raise Wrong('--where must be a JSON object, as {"kind": "pdf"}')
-    return condition
+        raise Wrong(str(error)) from None
 
 
 def _ms(seconds: float) -> float:
