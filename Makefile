@@ -10,7 +10,7 @@ test test-latest test-floor: export OMP_NUM_THREADS ?= 1
 # The lock takes torch and torchvision from here, as a pair: a new one is chosen by hand (docs/versions.md).
 TORCH := torch==2.14.1 torchvision==0.29.1
 
-.PHONY: quickstart demo reproduce test test-latest test-floor test-sanitize test-ray lint lock backbones benchmark benchmark-encode benchmark-training benchmark-index benchmark-ingest benchmark-server benchmark-stores test-kills clean
+.PHONY: quickstart demo reproduce test test-latest test-floor test-sanitize test-ray test-release lint lock backbones benchmark benchmark-encode benchmark-training benchmark-index benchmark-ingest benchmark-server benchmark-stores test-kills clean
 
 quickstart: $(VENV)/.ready
 	$(BIN)/python examples/quickstart.py $(ARGS)
@@ -59,6 +59,10 @@ test-floor: $(VENV)-floor/.ready
 test-ray: export METAEMBED_TEST_RAY = 1
 test-ray: $(VENV)/.ready
 	$(BIN)/python -m pytest tests/examples/test_encode_with_ray.py $(ARGS)
+
+# Builds what a release uploads, checks it, and uses it in an empty environment as the README says: docs/release.md.
+test-release:
+	$(PYTHON) tests/release.py $(ARGS)
 
 # The kernel's tests with the kernel built under AddressSanitizer and UndefinedBehaviorSanitizer.
 test-sanitize: $(VENV)/.ready
