@@ -70,7 +70,7 @@ def use():
 
     assert Path(metaembed.__file__).is_relative_to(sys.prefix), f"{metaembed.__file__} is not what was installed"
     small = ("--steps", 4, "--batch-size", 8, "--test-scenes", 20)
-    run(sys.executable, "-I", "examples/quickstart.py", *small, stdout=subprocess.DEVNULL)
+    run(sys.executable, "examples/quickstart.py", *small, stdout=subprocess.DEVNULL)
 
     sys.path.append("examples")
     from datasets import Dataset
