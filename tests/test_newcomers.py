@@ -1,4 +1,4 @@
-"""What a newcomer gets wrong: every error says what to do instead. (Others of this kind are tested where they belong.)"""
+"""What a newcomer gets wrong: the error says what to do instead. More of this kind is tested where it belongs."""
 
 import io
 
@@ -21,7 +21,7 @@ def pdf(tmp_path_factory):
 def test_a_pdf_that_is_passed_as_a_picture(qwen, pdf, form):
     content = pdf.read_bytes()
     given = {"path": pdf, "bytes": content, "file": io.BytesIO(content), "dict": {"image": str(pdf)}}[form]
-    with pytest.raises(ValueError, match="it is a PDF. Render its pages, with pypdfium2 for instance"):
+    with pytest.raises(ValueError, match=r"it is a PDF\. Render its pages, with pypdfium2 for instance"):
         qwen.encode_documents([given])
 
 
