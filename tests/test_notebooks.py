@@ -46,13 +46,13 @@ def test_the_three_notebooks_are_there():
 
 def test_the_quickstart_runs(run, tmp_path):
     printed = run("quickstart.ipynb", STEPS="2", TEST_SCENES="20")
-    assert "| (16,64) |" in printed and "(1, 1) [[" in printed
+    assert "| (16,64) |" in printed and "[1, 1] [[" in printed and "[16, 64] [[" in printed
     assert (tmp_path / "outputs/notebook/model/model.safetensors").is_file()
 
 
 def test_fine_tuning_on_own_pairs_runs(run, tmp_path):
     printed = run("fine_tune.ipynb", EPOCHS="1")
-    assert printed.count(" of 8 at budget (4,8)") == 2 and "| (16,64) |" in printed
+    assert printed.count(" of 8 at budget (4,8)") == 2 and "\n| (16" in printed
     assert len((tmp_path / "outputs/pairs/pairs.jsonl").read_text().splitlines()) == 256
 
 
