@@ -7,7 +7,9 @@ import sys
 import pytest
 
 import metaembed
+from metaembed.configuration_metaembed import DEFAULT_BUDGETS
 from metaembed.old_names import MOVED
+from metaembed.retrieval import storage
 
 HEAVY = {"sentence_transformers", "peft", "datasets", "mteb"}
 
@@ -50,6 +52,10 @@ print(type(sys.modules["metaembed.modeling_metaembed"].__loader__).__name__)
     done = fresh_process("-c", code)
     printed = done.stdout.split()
     assert done.returncode == 0 and "Watch" not in printed and printed[-1] == "SourceFileLoader", done.stderr
+
+
+def test_an_index_is_laid_out_for_the_papers_budgets_although_it_does_not_import_them():
+    assert tuple(r_c for _, r_c in DEFAULT_BUDGETS) == storage._EDGES
 
 
 @pytest.mark.parametrize("name", metaembed.__all__)
