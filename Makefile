@@ -10,7 +10,9 @@ test test-latest test-floor: export OMP_NUM_THREADS ?= 1
 # The lock takes torch and torchvision from here, as a pair: a new one is chosen by hand (docs/versions.md).
 TORCH := torch==2.14.1 torchvision==0.29.1
 
-.PHONY: quickstart demo reproduce test test-latest test-floor test-sanitize test-ray test-vllm test-onnx benchmark-gpu lint lock backbones benchmark benchmark-encode benchmark-training benchmark-index benchmark-ingest benchmark-server benchmark-stores test-kills clean
+.PHONY: quickstart demo reproduce docs docs-serve lint lock backbones clean
+.PHONY: test test-latest test-floor test-sanitize test-ray test-onnx test-vllm test-release test-kills
+.PHONY: benchmark benchmark-encode benchmark-training benchmark-gpu benchmark-index benchmark-ingest benchmark-server benchmark-stores
 
 quickstart: $(VENV)/.ready
 	$(BIN)/python examples/quickstart.py $(ARGS)
@@ -74,6 +76,10 @@ test-onnx: $(VENV)/.ready
 # for a torch that PyPI does not have: the same version from there does.
 test-vllm: $(VENV)/.ready $(VENV)-vllm/.ready
 	$(BIN)/python tests/examples/check_vllm.py --python $(VENV)-vllm/bin/python $(ARGS)
+
+# Builds what a release uploads, checks it, and uses it in an empty environment as the README says: docs/release.md.
+test-release:
+	$(PYTHON) tests/release.py $(ARGS)
 
 # The kernel's tests with the kernel built under AddressSanitizer and UndefinedBehaviorSanitizer.
 test-sanitize: $(VENV)/.ready

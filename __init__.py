@@ -4,17 +4,15 @@ import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from transformers import AutoConfig, AutoModel, AutoProcessor
-
-from .configuration_metaembed import MetaEmbedConfig
-from .inputs_metaembed import InputPolicy
-from .modeling_metaembed import MetaEmbedModel, MetaEmbedOutput
 from .old_names import OldModules
-from .processing_metaembed import MetaEmbedProcessor
-from .scoring_metaembed import Embeddings, maxsim
+from .registering import register_with_transformers
 
 if TYPE_CHECKING:
+    from .configuration_metaembed import MetaEmbedConfig
     from .evaluation.budgets import BudgetEvaluator
+    from .inputs_metaembed import InputPolicy
+    from .modeling_metaembed import MetaEmbedModel, MetaEmbedOutput
+    from .processing_metaembed import MetaEmbedProcessor
     from .retrieval.cascade import Stage, cascade
     from .retrieval.collection import EmbeddingCollection
     from .retrieval.fit_budget import fit_budget
@@ -23,6 +21,7 @@ if TYPE_CHECKING:
     from .retrieval.pca import fit_pca, fit_rotation
     from .retrieval.search import search
     from .retrieval.tune_cascade import tune_cascade
+    from .scoring_metaembed import Embeddings, maxsim
     from .sentence_metaembed import to_multi_vector_encoder
     from .stores import create_store, open_store
     from .training.lora import lora_config, merge_adapter
@@ -30,12 +29,19 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# Imported when first asked for: some of them need sentence-transformers or peft, which take seconds to import.
+# Imported when first asked for: torch, transformers, sentence-transformers and peft take seconds each, and neither
+# `metaembed --help` nor somebody who only searches needs them all.
 _LAZY = {
     "BudgetEvaluator": ".evaluation.budgets",
     "CachedMMRLoss": ".training.losses",
     "EmbeddingCollection": ".retrieval.collection",
+    "Embeddings": ".scoring_metaembed",
+    "InputPolicy": ".inputs_metaembed",
     "MMRLoss": ".training.losses",
+    "MetaEmbedConfig": ".configuration_metaembed",
+    "MetaEmbedModel": ".modeling_metaembed",
+    "MetaEmbedOutput": ".modeling_metaembed",
+    "MetaEmbedProcessor": ".processing_metaembed",
     "MultiVectorIndex": ".retrieval.index",
     "Stage": ".retrieval.cascade",
     "cascade": ".retrieval.cascade",
@@ -44,6 +50,7 @@ _LAZY = {
     "fit_pca": ".retrieval.pca",
     "fit_rotation": ".retrieval.pca",
     "lora_config": ".training.lora",
+    "maxsim": ".scoring_metaembed",
     "merge_adapter": ".training.lora",
     "open_store": ".stores",
     "search": ".retrieval.search",
@@ -94,6 +101,4 @@ def __dir__() -> list[str]:
 
 sys.meta_path.append(OldModules())
 
-AutoConfig.register(MetaEmbedConfig.model_type, MetaEmbedConfig)
-AutoModel.register(MetaEmbedConfig, MetaEmbedModel)
-AutoProcessor.register(MetaEmbedConfig, MetaEmbedProcessor)
+register_with_transformers()

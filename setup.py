@@ -27,6 +27,17 @@ def version():
     return re.search(r'^__version__ = "(.+)"$', (HERE / "__init__.py").read_text(encoding="utf-8"), re.MULTILINE)[1]
 
 
+def long_description():
+    """Return the README for the package index, where relative links lead nowhere: to the files of this version."""
+
+    def absolute(link):
+        kind = "raw" if link["image"] else "blob"
+        return f"{link['image']}[{link['text']}]({HOME}/{kind}/v{version()}/{link['path']})"
+
+    text = (HERE / "README.md").read_text(encoding="utf-8")
+    return re.sub(r"(?P<image>!?)\[(?P<text>[^]]*)\]\((?!\w+:|#)(?P<path>[^)\s]+)\)", absolute, text)
+
+
 TRAIN = [
     "peft>=0.20.0",  # the lowest that transformers 5.20 takes
     "accelerate>=1.3.0",  # has what the trainer of transformers 5.20 calls
@@ -103,7 +114,7 @@ setup(
     name="metaembed",
     version=version(),
     description="Multimodal retrieval as a dial: choose the number of vectors of queries and documents at search time",
-    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description=long_description(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     url=HOME,

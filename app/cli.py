@@ -1,6 +1,6 @@
 """The command `metaembed`: index folders and datasets, search them, serve them.
 
-Nothing of the package is imported here but in the commands that need it, so that `--help` is fast.
+What takes seconds to import (torch, transformers) is imported in the commands that need it, so that `--help` is fast.
 """
 
 from __future__ import annotations
@@ -74,8 +74,8 @@ def index(
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
 ) -> None:
     """Index folders of pictures, texts and PDFs, or datasets; go on after a kill."""
-    from .ingest import REPORT, begin, ingest
-    from .settings import SETTINGS, folder_of
+    from .ingest import begin, ingest
+    from .settings import REPORT, SETTINGS, folder_of
 
     named = _columns(columns, metadata)
     options = {"dpi": dpi, "pages": pages, "follow_links": follow_links, "allow_urls": allow_urls}
@@ -247,9 +247,8 @@ def info(index: Index, as_json: AsJson = False) -> None:
     """Say what an index holds."""
     from contextlib import closing
 
-    from .ingest import JOURNAL, REPORT
-    from .journal import Journal
-    from .settings import folder_of, open_index
+    from .journal import JOURNAL, Journal
+    from .settings import REPORT, folder_of, open_index
 
     settings, folder = _settings(index, None), folder_of(index)
     with closing(open_index(index)) as store:
@@ -388,15 +387,12 @@ def _budget(text: str | None, query_vectors: int, document_vectors: int) -> tupl
 
 
 def _condition(where: str | None) -> dict[str, Any] | None:
-    if where is None:
-        return None
+    from .where import read_where
+
     try:
-        condition = json.loads(where)
+        return read_where(where, "--where")
     except ValueError as error:
-        raise Wrong(f"--where must be JSON: {error}") from None
-    if not isinstance(condition, dict):
-        raise Wrong('--where must be a JSON object, as {"kind": "pdf"}')
-    return condition
+        raise Wrong(str(error)) from None
 
 
 def _ms(seconds: float) -> float:

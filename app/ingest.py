@@ -23,15 +23,22 @@ from tqdm import tqdm
 
 from ..inputs_metaembed import InputPolicy
 from .encoder import Encoder
-from .journal import Journal
+from .journal import JOURNAL, Journal
 from .pdf import PdfReader
-from .settings import SETTINGS, Settings, folder_of, is_address, open_index, read_settings, write_settings
+from .settings import (
+    REPORT,
+    SETTINGS,
+    Settings,
+    folder_of,
+    is_address,
+    open_index,
+    read_settings,
+    write_settings,
+)
 from .sources import DATASETS, Columns, Document, File, Problem, Reading, count_rows, documents_of, inspect, rows, walk
 
 __all__ = ["JOURNAL", "REPORT", "Summary", "begin", "ingest"]
 
-REPORT = "report.jsonl"
-JOURNAL = "sources.sqlite"
 LOCK = "indexing.lock"
 _FILES_AHEAD = 1000  # files that are hashed before their turn, for the number of documents to come
 

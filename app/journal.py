@@ -8,7 +8,9 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Journal"]
+__all__ = ["JOURNAL", "Journal"]
+
+JOURNAL = "sources.sqlite"
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS documents (

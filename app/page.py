@@ -27,6 +27,7 @@ from .attention import Attention, AttentionReader, highlight
 from .encoder import Encoder, load_encoder
 from .settings import Settings, open_index, read_settings
 from .source import Source, picture_of
+from .where import EXAMPLE, read_where
 
 try:
     import gradio as gr
@@ -35,6 +36,7 @@ except ImportError as error:
 
 _THUMBNAIL, _LARGE = 280, 900  # pixels of the longer side
 _SIDE_BY_SIDE = 5  # results of every budget
+_MOST = 100  # results, each with a picture in the page
 _SESSIONS = 256  # visitors whose state is kept
 _HINT = "Type words, drop a picture, or both."
 _NOTHING = "Nothing has been searched for yet."
@@ -51,6 +53,8 @@ class Asked:
         query: `[R_q, D]`, all vectors of the query, of which every budget takes the first.
         encoding: Seconds that encoding took.
         budget: `(query vectors, document vectors)` of the results.
+        k: How many results.
+        where: The filter, as it was typed.
         hits: Ids, scores and metadata of the results.
         chosen: The id of the result that is looked at.
     """
@@ -59,6 +63,8 @@ class Asked:
     query: Tensor
     encoding: float
     budget: tuple[int, int]
+    k: float | None = None
+    where: str = ""
     hits: list[tuple[str, float, dict[str, Any]]] = field(default_factory=list)
     chosen: str | None = None
 
@@ -83,7 +89,7 @@ class Search:
         index: What to search.
         encoder: Encodes queries.
         source: Opens the documents that were indexed.
-        k: How many results to show.
+        k: How many results to show to who asks for no other number.
     """
 
     def __init__(self, index: VectorStore, encoder: Encoder, source: Source, k: int = 12):
@@ -114,15 +120,36 @@ class Search:
         item = words if picture is None else {"image": picture, "text": words} if words else picture
         start = time.perf_counter()
         query = self.encoder.encode_queries([item])[0]
-        return Asked(item, query, time.perf_counter() - start, self.budgets[-1])
+        return Asked(item, query, time.perf_counter() - start, self.budgets[-1], self.k)
 
-    def narrow(self, asked: Asked, r_q: float, r_c: float) -> tuple[Asked, float]:
-        """Find the documents of a query at a budget, without encoding it again, and return the seconds too."""
-        budget = self.rest(r_q, r_c)
-        hits, seconds = self._find(asked.query, budget, self.k)
+    def narrow(
+        self, asked: Asked, r_q: float, r_c: float, k: float | None = None, where: str | None = None
+    ) -> tuple[Asked, float]:
+        """Find the documents of a query at a budget, without encoding it again, and return the seconds too.
+
+        Args:
+            asked: What was asked.
+            r_q: Where the slider of query vectors is.
+            r_c: Where the slider of document vectors is.
+            k: How many results. None: as before.
+            where: The filter, as it was typed. None: as before.
+
+        Raises:
+            ValueError: If there cannot be so many results, or the filter is none.
+        """
+        asked = self.want(asked, r_q, r_c, asked.k if k is None else k, asked.where if where is None else where)
+        k = asked.k
+        if k is None or not 1 <= k <= _MOST or k != int(k):
+            given = "" if k is None else f", not {k}"
+            raise ValueError(f"The number of results must be a whole number from 1 to {_MOST}{given}.")
+        hits, seconds = self._find(asked, asked.budget, int(k))
         ids = [id for id, _, _ in hits]
         chosen = asked.chosen if asked.chosen in ids else ids[0] if ids else None
-        return replace(asked, budget=budget, hits=hits, chosen=chosen), seconds
+        return replace(asked, hits=hits, chosen=chosen), seconds
+
+    def want(self, asked: Asked, r_q: float, r_c: float, k: float | None, where: str | None) -> Asked:
+        """Return what was asked, with what the controls of the page say now."""
+        return replace(asked, budget=self.rest(r_q, r_c), k=k, where=(where or "").strip())
 
     def rest(self, r_q: float, r_c: float) -> tuple[int, int]:
         """Return the budget that sliders at these values mean."""
@@ -138,9 +165,10 @@ class Search:
             raise ValueError(f"There is no result {rank!r}.")
         return replace(asked, chosen=asked.hits[rank][0])
 
-    def _find(self, query: Tensor, budget: tuple[int, int], k: int) -> tuple[list[Any], float]:
+    def _find(self, asked: Asked, budget: tuple[int, int], k: int) -> tuple[list[Any], float]:
+        where = read_where(asked.where, "The filter")
         start = time.perf_counter()
-        found = self.index.search(query[None, : budget[0]], k=k, budget=budget)
+        found = self.index.search(asked.query[None, : budget[0]], k=k, budget=budget, where=where)
         seconds = time.perf_counter() - start
         return list(zip(found.ids[0], found.scores[0].tolist(), found.metadata[0], strict=True)), seconds
 
@@ -161,7 +189,7 @@ class Search:
     def cards(self, asked: Asked) -> str:
         """Return the results."""
         if not asked.hits:
-            return html.message("This index is empty.")
+            return html.message("No document fits the filter." if asked.where else "This index is empty.")
         return html.cards([self._found(*hit) for hit in asked.hits], asked.budget[0], asked.chosen)
 
     def compare(self, asked: Asked) -> str:
@@ -170,7 +198,7 @@ class Search:
         for budget in self.budgets:
             times: list[float] = []
             while len(times) < 5 and sum(times) < 0.05:  # the median of several, where they are short
-                hits, seconds = self._find(asked.query, budget, _SIDE_BY_SIDE)
+                hits, seconds = self._find(asked, budget, _SIDE_BY_SIDE)
                 times.append(seconds)
             found = [self._found(*hit) for hit in hits]
             rows.append(html.BudgetRow(budget, self._bytes(asked, budget[1]), median(times), found))
@@ -295,21 +323,32 @@ class Events:
     def __init__(self, search: Search):
         self.search = search
 
-    def ask(self, words: str, picture: Image.Image | None, r_q: float, r_c: float) -> tuple[Asked | None, str, str]:
+    def ask(
+        self, words: str, picture: Image.Image | None, r_q: float, r_c: float, k: float | None, where: str
+    ) -> tuple[Asked | None, str, str]:
         """Words or a picture were given."""
-        return self.narrow(self.search.ask(words, picture), r_q, r_c)
+        return self.narrow(self.search.ask(words, picture), r_q, r_c, k, where)
 
-    def narrow(self, asked: Asked | None, r_q: float, r_c: float) -> tuple[Asked | None, str, str]:
-        """A budget was chosen."""
+    def narrow(
+        self, asked: Asked | None, r_q: float, r_c: float, k: float | None, where: str
+    ) -> tuple[Asked | None, str, str]:
+        """A budget, a number of results or a filter was chosen. The query is kept if that cannot be."""
         if asked is None:
             return None, "", html.message(_HINT)
-        asked, scoring = self.search.narrow(asked, r_q, r_c)
+        asked = replace(self.search.want(asked, r_q, r_c, k, where), hits=[])
+        try:
+            asked, scoring = self.search.narrow(asked, r_q, r_c)
+        except ValueError as error:
+            return replace(asked, chosen=None), "", html.wrong(str(error))
         return asked, self.search.summary(asked, scoring), self.search.cards(asked)
 
-    def follow(self, asked: Asked | None, r_q: float, r_c: float) -> Any:
-        """A query was encoded, and somebody may have moved a slider meanwhile."""
-        moved = asked is not None and asked.budget != self.search.rest(r_q, r_c)
-        return self.narrow(asked, r_q, r_c) if moved else (gr.skip(), gr.skip(), gr.skip())
+    def follow(self, asked: Asked | None, r_q: float, r_c: float, k: float | None, where: str) -> Any:
+        """A query was encoded, and somebody may have moved something meanwhile; or a field was left."""
+        if asked is not None:
+            now = self.search.want(asked, r_q, r_c, k, where)
+            if (now.budget, now.k, now.where) != (asked.budget, asked.k, asked.where):
+                return self.narrow(asked, r_q, r_c, k, where)
+        return gr.skip(), gr.skip(), gr.skip()
 
     def choose(self, asked: Asked | None, event: gr.EventData) -> Asked | None:
         """A result was chosen."""
@@ -426,6 +465,11 @@ def build(search: Search, title: str = "metaembed", examples: Sequence[str] = ()
         with gr.Row():
             r_q = _slider("Query vectors", rests[0], "query-vectors")
             r_c = _slider("Document vectors", rests[1], "document-vectors")
+        with gr.Row():
+            k = gr.Number(search.k, label="Results", precision=0, min_width=110, scale=1, elem_id="count")
+            where = gr.Textbox(
+                label="Filter", placeholder=EXAMPLE, max_length=8000, min_width=280, scale=6, elem_id="filter"
+            )
         facts = gr.HTML(apply_default_css=False, elem_id="facts")
         with gr.Tabs():
             with gr.Tab("Results"), gr.Row():
@@ -448,6 +492,7 @@ def build(search: Search, title: str = "metaembed", examples: Sequence[str] = ()
         # does changes it; `seen` is a memory, so that an answer which comes late does no harm.
         quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden", "trigger_mode": "always_last"}
         budget, answer = [r_q, r_c], [state, facts, found]
+        wanted = [*budget, k, where]
         sight: dict[str, Any] = {
             "fn": told(events.look_first),
             "inputs": [state, seen, side, layer],
@@ -460,10 +505,12 @@ def build(search: Search, title: str = "metaembed", examples: Sequence[str] = ()
         starts += [tried.load_input_event.then] if tried else []
         for number, start in enumerate(starts):
             options = {**quiet, "show_progress": "minimal"} if number else {"api_name": "search"}
-            asked = start(told(events.ask), [text, picture, *budget], answer, **options)
-            asked.then(told(events.follow), [state, *budget], answer, **quiet).then(**sight).then(**comparing)
+            asked = start(told(events.ask), [text, picture, *wanted], answer, **options)
+            asked.then(told(events.follow), [state, *wanted], answer, **quiet).then(**sight).then(**comparing)
         moved = gr.on([r_q.input, r_c.input], None, budget, budget, js=_SNAP_JS % tuple(rests), **quiet)
-        moved.then(told(events.narrow), [state, *budget], answer, **quiet).then(**sight).then(**comparing)
+        moved.then(told(events.narrow), [state, *wanted], answer, **quiet).then(**sight).then(**comparing)
+        changed = gr.on([k.input, where.submit, where.blur], told(events.follow), [state, *wanted], answer, **quiet)
+        changed.then(**sight).then(**comparing)
         found.select(told(events.choose), state, state, **quiet).then(**sight)
         side.input(**sight)
         gr.on([meta.input, layer.input], told(events.look), [state, seen, side, meta, layer], [seen, looked], **quiet)

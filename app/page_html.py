@@ -64,6 +64,11 @@ def message(text: str) -> str:
     return f'<p class="me-message">{escape(text)}</p>'
 
 
+def wrong(text: str) -> str:
+    """Return what a visitor has to change, which a screen reader says at once."""
+    return f'<p class="me-message me-wrong" role="alert">{escape(text)}</p>'
+
+
 def summary(facts: Sequence[tuple[str, str]]) -> str:
     """Return facts, `(name, value)`, as a line of figures."""
     items = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in facts)
@@ -177,6 +182,8 @@ footer { display: none !important; }
 .me-heading { font-size: 1.05rem; font-weight: 600; margin: 0.3rem 0 0; }
 .me-note { color: var(--body-text-color-subdued); font-size: 0.92rem; margin: 0.3rem 0 0; }
 .me-message { color: var(--body-text-color-subdued); padding: 1.2rem 0.2rem; margin: 0; }
+.me-wrong { color: var(--body-text-color); border-left: 3px solid var(--error-border-color, #dc2626);
+  padding: 0.6rem 0.9rem; overflow-wrap: anywhere; }
 .me-facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(120px, 1fr)); gap: 0.4rem 1.2rem;
   margin: 0; padding: 0.6rem 0; }
 .me-facts dt { font-size: 0.78rem; color: var(--body-text-color-subdued); }

@@ -10,9 +10,18 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
-__all__ = ["SETTINGS", "Settings", "folder_of", "is_address", "open_index", "read_settings", "write_settings"]
+__all__ = [
+    "REPORT",
+    "SETTINGS",
+    "Settings",
+    "folder_of",
+    "is_address",
+    "open_index",
+    "read_settings",
+    "write_settings",
+]
 
-SETTINGS = "metaembed.json"
+SETTINGS, REPORT = "metaembed.json", "report.jsonl"
 _VERSION = 1
 
 

@@ -23,22 +23,25 @@ from pathlib import Path
 
 from transformers import set_seed
 
-from metaembed.cards.card import write_eval_results
-from metaembed.evaluation.budgets import budget_table
-from metaembed.sentence_metaembed import to_multi_vector_encoder
-from metaembed.training.arguments import parse_arguments
-from metaembed.training.data import load_pairs
-from metaembed.training.lora import merge_adapter
-from metaembed.training.run import (
-    check_run,
-    keep_the_best,
-    learning_rates,
-    make_loss,
-    make_model,
-    one_line_errors,
-    publish,
-)
-from metaembed.training.trainer import MetaEmbedTrainer, last_checkpoint
+try:
+    from metaembed.cards.card import write_eval_results
+    from metaembed.evaluation.budgets import budget_table
+    from metaembed.sentence_metaembed import to_multi_vector_encoder
+    from metaembed.training.arguments import parse_arguments
+    from metaembed.training.data import load_pairs
+    from metaembed.training.lora import merge_adapter
+    from metaembed.training.run import (
+        check_run,
+        keep_the_best,
+        learning_rates,
+        make_loss,
+        make_model,
+        one_line_errors,
+        publish,
+    )
+    from metaembed.training.trainer import MetaEmbedTrainer, last_checkpoint
+except ImportError as error:  # of what only training needs
+    raise SystemExit(f"train.py: error: {error}: pip install 'metaembed[train]'") from error
 
 logger = logging.getLogger("train")
 

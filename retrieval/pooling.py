@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from torch.nn.utils.rnn import pad_sequence
 
-from ..configuration_metaembed import check_count
 from ..scoring_metaembed import check_finite
 
 
@@ -69,6 +68,8 @@ def pool_padded(embeddings: Tensor, vectors: int) -> Tensor:
         TypeError: if `vectors` is not a whole number.
         ValueError: if it is less than 1.
     """
+    from ..configuration_metaembed import check_count  # here, as it imports transformers, and an index needs none
+
     vectors = check_count("tokens", vectors, 1_000_000)
     rows = (document[: max(1, int(document.any(dim=1).sum()))] for document in embeddings.detach().cpu())
     pooled = [pool([document], min(vectors, len(document)))[0] for document in rows]

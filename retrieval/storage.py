@@ -34,7 +34,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..configuration_metaembed import DEFAULT_BUDGETS
 from ..scoring_metaembed import check_finite
 from .kernels import choose_kernel
 from .quantization import bytes_per_vector, check_quantization, encode
@@ -43,7 +42,7 @@ from .search import Slab, Store
 ROLES = ("first", "main", "exact")  # what a copy of the vectors is for; "main" always exists
 LOCK, QUEUE, HOLDER = "index.lock", "index.lock.queue", "index.lock.holder"
 
-_EDGES = tuple(r_c for _, r_c in DEFAULT_BUDGETS)
+_EDGES = (1, 4, 8, 16, 64)  # of DEFAULT_BUDGETS, whose module imports transformers: an index needs none
 _HEADER = 4096  # bytes in front of the rows, so that they begin at a page
 _WRITTEN_AT_ONCE = 1 << 22  # numbers
 _ENCODED_AT_ONCE = 1 << 18  # numbers, few enough for a processor's cache, where encoding is 5 times as fast

@@ -55,18 +55,39 @@ def test_the_examples_of_the_full_dial_run(tmp_path, monkeypatch, pictures):
 
 def test_the_examples_of_the_readme_run(tmp_path, monkeypatch, pictures):
     monkeypatch.chdir(tmp_path)
-    pictures[0].save("invoice.png")
-    tiny_model(num_query_tokens=16, num_document_tokens=64).save_pretrained("trained")
+    quickstart = tmp_path / "outputs" / "quickstart"  # what `make quickstart` writes
+    tiny_model(num_query_tokens=16, num_document_tokens=64).save_pretrained(quickstart / "model")
+    (quickstart / "reload").mkdir()
+    for number in range(8):
+        pictures[number % 3].save(quickstart / "reload" / f"{number}.png")
     names = run_blocks(
         "../README.md",
-        {
-            "you/your-metaembed": tmp_path / "trained",
-            "Qwen/Qwen2.5-VL-3B-Instruct": save_tiny_backbone(tmp_path / "backbone"),
-        },
+        {"Qwen/Qwen2.5-VL-3B-Instruct": save_tiny_backbone(tmp_path / "backbone")},
         dataset=Dataset.from_dict({"query": ["red", "cat"], "positive": ["a red apple", "a cat face"]}),
     )
-    assert names["found"].ids == [["invoice"]]  # of one query, and the other document has no page
+    assert all(metadata["page"] < 5 for found in names["found"].metadata for metadata in found)
     assert (tmp_path / "my-metaembed" / "model.safetensors").is_file()
+
+
+def test_lines_of_the_readme_are_short():
+    """They are read in terminals, and beside each other in a review."""
+    lines = (DOCS.parent / "README.md").read_text(encoding="utf-8").splitlines()
+    assert [line for line in lines if len(line) > 100] == []
+
+
+def test_the_times_of_the_readme_are_those_that_were_measured():
+    readme, measured = (
+        path.read_text(encoding="utf-8") for path in (DOCS.parent / "README.md", DOCS / "performance.md")
+    )
+    times = measured.partition("10,000 documents, 128 dimensions, 1 thread")[2].partition("32 queries")[0]
+    for name, row in (
+        ("metaembed", "metaembed, compiled, float32"),
+        ("sentence-transformers", "sentence-transformers"),
+        ("colpali-engine", "colpali-engine"),
+        ("PyLate", "pylate's formula (einsum, in chunks)"),
+    ):
+        time = next(line for line in times.splitlines() if line.startswith(f"| {row} |")).split("|")[-2].strip()
+        assert re.search(rf"^\| {name}\b.*\| {re.escape(time)}( \(5\))? \|$", readme, re.MULTILINE), f"{name}: {time}"
 
 
 @pytest.mark.parametrize("path", sorted([*DOCS.glob("*.md"), *DOCS.parent.glob("*.md")]), ids=lambda path: path.name)

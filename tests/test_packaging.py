@@ -97,7 +97,8 @@ def test_no_link_is_in_the_repository():
 
 
 def test_the_source_distribution_builds_the_same_wheel(unpacked, wheel, tmp_path):
-    assert names_in_wheel(build("wheel", unpacked, tmp_path / "dist")) == names_in_wheel(wheel)
+    source = shutil.copytree(unpacked, tmp_path / "source")  # building leaves a folder in it
+    assert names_in_wheel(build("wheel", source, tmp_path / "dist")) == names_in_wheel(wheel)
 
 
 def test_the_source_distribution_is_enough_to_run_the_tests(clone, unpacked):
@@ -108,11 +109,38 @@ def test_the_source_distribution_is_enough_to_run_the_tests(clone, unpacked):
     assert needed - files(unpacked) == set()
 
 
+def test_the_source_distribution_holds_what_git_tracks_and_nothing_else(unpacked):
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("this is no clone")
+    tracked = {name for name in listed.stdout.split("\0") if name and (ROOT / name).exists()}
+    of_the_repository = {".dockerignore", ".gitignore", ".pre-commit-config.yaml"}
+    tracked = {name for name in tracked - of_the_repository if not name.startswith(".github/")}
+    made = {name for name in files(unpacked) if name.startswith("metaembed.egg-info/")} | {"PKG-INFO", "setup.cfg"}
+    assert files(unpacked) - made == tracked
+
+
+def test_links_of_the_readme_lead_to_files_of_this_version_on_the_package_index_too(wheel):
+    home = re.search(r'^repository-code: "(.+)"$', (ROOT / "CITATION.cff").read_text(), re.MULTILINE)[1]
+    page = metadata(wheel).partition("\n\n")[2]
+    links = re.findall(r"(!?)\[[^]]*\]\(([^)#]+)\)", page)
+    here = [(image, link) for image, link in links if link.startswith(home)]
+    for image, link in here:
+        kind, tag, path = link.removeprefix(f"{home}/").split("/", 2)
+        assert (kind, tag) == ("raw" if image else "blob", f"v{version()}") and (ROOT / path).is_file(), link
+    assert len(here) > 15 and all(link.startswith("https://") for _, link in links)
+
+
+def version():
+    return re.search(r'^__version__ = "(.+)"$', (ROOT / "__init__.py").read_text(), re.MULTILINE)[1]
+
+
 def test_the_version_is_stated_once(wheel):
     text = metadata(wheel)
-    stated = re.search(r'^__version__ = "(.+)"$', (ROOT / "__init__.py").read_text(), re.MULTILINE)[1]
-    assert f"\nVersion: {stated}\n" in text
-    assert f'"{stated}"' not in (ROOT / "setup.py").read_text()
+    assert f"\nVersion: {version()}\n" in text
+    for path in (*ROOT.glob("*.py"), *ROOT.glob("[!t]*/*.py")):  # all but the tests
+        assert path.name == "__init__.py" or f'"{version()}"' not in path.read_text(encoding="utf-8"), path
     for label in ("Documentation", "Changelog", "Issues"):
         assert f"\nProject-URL: {label}, https://" in text
 

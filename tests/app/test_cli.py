@@ -113,7 +113,8 @@ def test_unreadable_files_are_in_the_exit_code_the_report_and_the_output(model, 
         (("search", "INDEX", "x", "--budget", "four"), "2 metaembed: --budget must be Q,D"),
         (("search", "INDEX", "x", "--where", "{"), "2 metaembed: --where must be JSON"),
         (("search", "INDEX", "x", "--where", "[1]"), "2 metaembed: --where must be a JSON object"),
-        (("search", "INDEX", "x", "--where", '{"a": {"$no": 1}}'), "1 metaembed: "),
+        (("search", "INDEX", "x", "--where", '{"a": {"$no": 1}}'), "2 metaembed: --where is no filter: there is no"),
+        (("search", "INDEX", "x", "--where", '{"a": [1]}'), "2 metaembed: --where is no filter: $eq compares"),
         (("search", "INDEX", "--image", "nowhere.png"), "2 metaembed: nowhere.png: No such file"),
         (("search", "INDEX", "x", "--k", "0"), "2 metaembed: "),
         (("search", "nowhere", "x"), "1 metaembed: there is no index nowhere"),
@@ -158,18 +159,26 @@ def test_help_fits_a_screen(capsys):
         assert len(lines) <= 24 and max(map(len, lines)) <= 80, command
 
 
-def test_help_imports_none_of_the_package_and_no_torch():
-    code = f"""
-import runpy, sys
-sys.argv = ["metaembed", "index", "--help"]
+@pytest.mark.parametrize("command", [(), ("search",)])
+def test_help_imports_neither_torch_nor_transformers(command):
+    code = "import sys; from metaembed.app.cli import main\ntry: main(sys.argv[1:])\nfinally: print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code, *command, "--help"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and " ".join(["Usage: metaembed", *command]) in done.stdout, done.stderr
+    assert {"torch", "transformers", "numpy"}.isdisjoint(done.stdout.splitlines()[-1].split())
+
+
+def test_info_imports_no_transformers(made, fresh_process):
+    code = """
+import sys
+from metaembed.app.cli import main
+del sys.modules["transformers"]  # as if it had not been imported yet
 try:
-    runpy.run_path({cli.__file__!r}, run_name="__main__")
-except SystemExit as ended:
-    assert not ended.code
-assert not {{"torch", "transformers", "metaembed"}} & sys.modules.keys()
+    main(["info", *sys.argv[1:]])
+finally:
+    assert "transformers" not in sys.modules
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0 and "Usage: metaembed index" in done.stdout, done.stderr
+    done = fresh_process("-c", code, made[0])
+    assert done.returncode == 0 and "image 2, pdf 2, text 2" in done.stdout, done.stderr
 
 
 def test_serve_and_demo_say_what_to_install_when_a_part_is_missing(made, capsys, monkeypatch):

@@ -143,7 +143,7 @@ def test_visitors_at_the_same_time_get_their_own_answers(search):
     events = Events(search)
 
     def visit(text):
-        state, _, cards = events.ask(text, None, 4, 8)
+        state, _, cards = events.ask(text, None, 4, 8, 9, "")
         looked = events.look_first(state, None, "query", "last")[2]
         return cards, looked
 
@@ -152,16 +152,60 @@ def test_visitors_at_the_same_time_get_their_own_answers(search):
         assert list(pool.map(visit, words * 2)) == alone * 2
 
 
-def test_a_slider_that_moved_while_a_query_was_encoded_counts(search):
+def test_what_moved_while_a_query_was_encoded_counts(search):
     events = Events(search)
-    state, _, _ = events.ask("red apple", None, 4, 8)
-    assert events.follow(state, 1, 4)[0].budget == (1, 4)
-    assert events.follow(state, 4, 7)[1] == page_module.gr.skip(), "it has not moved"
+    state, _, _ = events.ask("red apple", None, 4, 8, 9, "")
+    assert events.follow(state, 1, 4, 9, "")[0].budget == (1, 4)
+    assert len(events.follow(state, 4, 8, 2, "")[0].hits) == 2
+    assert len(events.follow(state, 4, 8, 9, '{"kind": "pdf"}')[0].hits) == 2
+    assert events.follow(state, 4, 7, 9, " ")[1] == page_module.gr.skip(), "nothing has moved"
+
+
+def test_as_many_results_are_shown_as_asked_for(search):
+    state = asked(search)
+    for k in (1, 4, 100):
+        narrowed, _ = search.narrow(state, 4, 8, k)
+        assert narrowed.hits == state.hits[:k] and search.cards(narrowed).count("<li>") == min(k, 9)
+
+
+def test_a_filter_is_that_of_the_command_line_and_holds_at_every_budget(search):
+    where = '{"kind": "image", "file": {"$gt": "picture 2"}}'
+    state, _ = search.narrow(asked(search), 4, 8, None, where)
+    query = search.encoder.encode_queries(["red apple"])
+    found = search.index.search(query, k=9, where={"kind": "image", "file": {"$gt": "picture 2"}})
+    assert [hit[0] for hit in state.hits] == found.ids[0] and len(state.hits) == 4
+    shown = search.compare(state)
+    assert "picture 1" not in shown and "note.md" not in shown and "4 of 4" in shown
+    nothing, _ = search.narrow(state, 4, 8, None, '{"kind": "video"}')
+    assert "No document fits the filter." in search.cards(nothing)
+
+
+@pytest.mark.parametrize(
+    ("k", "where", "sentence"),
+    [
+        (0, "", "The number of results must be a whole number from 1 to 100, not 0."),
+        (101, "", "not 101."),
+        (2.5, "", "not 2.5."),
+        (None, "", "from 1 to 100."),
+        (9, "kind=pdf", "The filter must be JSON, such as"),
+        (9, "[1]", "The filter must be a JSON object, such as"),
+        (9, '{"kind": {"$like": "p"}}', "The filter is no filter: there is no operator"),
+        (9, '{"kind": ["pdf"]}', "The filter is no filter: $eq compares"),
+        (9, '{"<b>": {"$no": 1}}', "&#x27;$no&#x27;"),
+    ],
+)
+def test_what_cannot_be_searched_with_is_a_sentence_and_the_query_is_kept(search, k, where, sentence, monkeypatch):
+    events = Events(search)
+    state, facts, shown = events.ask("red apple", None, 4, 8, k, where)
+    assert 'role="alert"' in shown and sentence in shown and not facts and "<b>" not in shown
+    assert "Nothing has been searched" in events.compare(state) + events.look(state, None, "query", 1, "last")[1]
+    monkeypatch.setattr(search.encoder, "encode_queries", None)
+    assert events.follow(state, 4, 8, 9, "")[0].hits == events.narrow(state, 4, 8, 9, "")[0].hits != []
 
 
 def test_nothing_asked_is_a_hint_and_no_error(search):
     events = Events(search)
-    assert events.ask("", None, 1, 1)[0] is None
+    assert events.ask("", None, 1, 1, 9, "")[0] is None
     assert "Nothing has been searched" in events.compare(None) + events.look(None, None, "query", 1, "last")[1]
     with pytest.raises(ValueError, match="no result 99"):
         search.choose(asked(search), 99)
@@ -196,7 +240,7 @@ def post(url, words, picture=None):
     """Call the search by Gradio's own API, as a script of a stranger would."""
     call = urllib.request.Request(
         f"{url}gradio_api/call/search",
-        json.dumps({"data": [words, picture, 4, 8]}).encode(),
+        json.dumps({"data": [words, picture, 4, 8, 9, ""]}).encode(),
         {"Content-Type": "application/json"},
     )
     with urllib.request.urlopen(call, timeout=20) as answer:

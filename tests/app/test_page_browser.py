@@ -127,6 +127,27 @@ def test_every_budget_is_side_by_side(visit, search):
     assert rows.nth(0).locator("li").count() == 5
 
 
+def test_results_are_counted_and_filtered_by_the_keyboard_and_a_wrong_filter_is_said(visit, search):
+    page = visit()
+    ask(page, "red apple")
+    count, field = page.get_by_role("spinbutton", name="Results"), page.get_by_role("textbox", name="Filter")
+    count.fill("3")
+    expect(page.locator("#results button")).to_have_count(3)
+    page.keyboard.press("Tab")
+    expect(field).to_be_focused()
+    page.keyboard.type('{"kind": "pdf"}')
+    page.keyboard.press("Enter")
+    expect(page.locator("#results button")).to_have_count(2)
+    expect(page.locator("#results button").first).to_contain_text("report.pdf")
+    field.fill("kind=pdf")
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("alert")).to_contain_text("The filter must be JSON, such as")
+    field.fill("")
+    page.keyboard.press("Tab")  # leaving the field is enough
+    expect(page.locator("#results button")).to_have_count(3)
+    assert names(page) == expected(search, "red apple", (4, 8))[:3]
+
+
 def test_a_picture_is_uploaded_and_searched_for(visit, search):
     page = visit()
     root = search.source.settings.roots[0]
