@@ -1,0 +1,67 @@
+"""What `mkdocs.yml` adds to MkDocs: links out of docs/, the package for the API reference, and links of docstrings."""
+
+from __future__ import annotations
+
+import logging
+import re
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from mkdocs.plugins import event_priority
+
+ROOT = Path(__file__).parents[2]
+NO_PART_OF_THE_PACKAGE = ("setup.py",)
+log = logging.getLogger("mkdocs.hooks")  # a warning fails a strict build
+_package = tempfile.TemporaryDirectory(prefix="metaembed-docs-")
+
+
+@event_priority(100)  # before mkdocstrings reads where the package is
+def on_config(config: Any) -> Any:
+    """Give the API reference a copy of the package under its name: a clone's folder may have any, and tests in it."""
+    package = Path(_package.name) / "metaembed"
+    shutil.rmtree(package, ignore_errors=True)
+    for path in ROOT.glob("*.py"):
+        if path.name not in NO_PART_OF_THE_PACKAGE:
+            package.mkdir(exist_ok=True)
+            shutil.copy(path, package)
+    for marker in ROOT.glob("*/__init__.py"):
+        shutil.copytree(marker.parent, package / marker.parent.name, ignore=shutil.ignore_patterns("__pycache__"))
+    config.plugins["mkdocstrings"].config["handlers"]["python"]["paths"] = [_package.name]
+    return config
+
+
+def on_page_markdown(markdown: str, page: Any, config: Any, **kwargs: Any) -> str:
+    """Lead links to files outside docs/, which GitHub shows, to the repository."""
+    folder = Path(page.file.abs_src_path).parent
+
+    def to_repository(match: re.Match[str]) -> str:
+        name, _, anchor = match[2].partition("#")
+        target = (folder / name).resolve()
+        if target.is_relative_to(Path(config.docs_dir).resolve()):
+            return match[0]
+        if not target.exists():
+            log.warning(f"{page.file.src_path} links to {match[2]}, which does not exist")
+        kind = "tree" if target.is_dir() else "blob"
+        address = f"{config.repo_url}/{kind}/main/{target.relative_to(ROOT).as_posix()}"
+        return f"{match[1]}({address}{'#' * bool(anchor)}{anchor})"
+
+    return re.sub(r"(\])\((\.\./[^)\s]+)\)", to_repository, markdown)
+
+
+def on_env(env: Any, config: Any, files: Any) -> Any:
+    """Turn the [`name`] of docstrings into links, where the reference has the name, and into code where not."""
+    documented = {}
+    for identifier in config.plugins["autorefs"]._primary_url_map:
+        for start in range(identifier.count(".") + 1):
+            documented.setdefault(".".join(identifier.split(".")[start:]), identifier)
+    for file in files.documentation_pages():
+        link = r'<autoref identifier="{}" optional><code>{}</code></autoref>'
+
+        def resolve(match: re.Match[str], link: str = link) -> str:
+            known = documented.get(match[1])
+            return link.format(known, match[1]) if known else f"<code>{match[1]}</code>"
+
+        file.page.content = re.sub(r"\[<code>([\w.]+)</code>\]", resolve, file.page.content)
+    return env
