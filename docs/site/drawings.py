@@ -24,12 +24,12 @@ def text(x: float, y: float, words: str, css: str = "", anchor: str = "start") -
     return f'<text x="{x:g}" y="{y:g}" class="{css}" text-anchor="{anchor}">{escape(words)}</text>'
 
 
-def cells(x: float, y: float, count: int, css: str, size: int = 18, gap: int = 4, on: int | None = None) -> str:
-    """Return a row of squares, of which the first `on` are bright."""
+def cells(x: float, y: float, count: int, css: str, width: int = 18, gap: int = 4, on: int | None = None) -> str:
+    """Return a row of cells, of which the first `on` are bright."""
     on = count if on is None else on
-    step, dim = size + gap, f"{css} off"
+    size = f'width="{width}" height="{max(width, 12)}" rx="{min(3, width // 3)}"'
     return "".join(
-        f'<rect x="{x + i * step:g}" y="{y:g}" width="{size}" height="{size}" rx="3" class="{css if i < on else dim}"/>'
+        f'<rect x="{x + i * (width + gap):g}" y="{y:g}" {size} class="{css if i < on else f"{css} off"}"/>'
         for i in range(count)
     )
 
@@ -63,10 +63,13 @@ def meta_tokens() -> str:
         *(arrow(x, 160, x, 196) for x in (361, 405, 449, 493)),
         cells(352, 202, 8, "document"),
         text(532, 217, "…"),
-        text(30, 208, "Only the last hidden states at the Meta Tokens"),
-        text(30, 230, "are kept: projected, L2-normalised, [64, D]"),
+        text(30, 194, "Kept are the last hidden states at"),
+        text(30, 216, "the Meta Tokens, L2-normalised:"),
+        text(30, 238, "the embedding, [64, D]"),
     ]
-    return picture(590, 256, "Meta Tokens are appended to the input; their last hidden states are the embedding", parts)
+    return picture(
+        590, 262, "Meta Tokens are appended to the input; their last hidden states are the embedding", parts
+    )
 
 
 def budgets() -> str:
@@ -74,10 +77,12 @@ def budgets() -> str:
     parts = [text(30, 40, "query vectors"), text(250, 40, "document vectors"), text(650, 40, "budget")]
     for row, (r_q, r_c) in enumerate([(1, 1), (2, 4), (4, 8), (8, 16), (16, 64)]):
         y = 58 + 30 * row
-        parts.append(cells(30, y, 16, "query", size=9, gap=3, on=r_q))
-        parts.append(cells(250, y, 64, "document", size=4, gap=2, on=r_c))
+        parts.append(cells(30, y, 16, "query", width=9, gap=3, on=r_q))
+        parts.append(cells(250, y, 64, "document", width=4, gap=2, on=r_c))
         parts.append(text(650, y + 12, f"({r_q}, {r_c})"))
-    parts.append(text(30, 226, "One encoding and one index: a budget says how many vectors count, from the first.", "small"))
+    parts.append(
+        text(30, 226, "One encoding and one index: a budget says how many vectors count, from the first.", "small")
+    )
     return picture(730, 250, "Budgets are prefixes of the same query and document vectors", parts)
 
 
@@ -112,7 +117,7 @@ def full_dial() -> str:
     for row, count in enumerate((1, 4, 8)):
         parts += [cells(30, 58 + 32 * row, 8, "document", on=count), text(222, 72 + 32 * row, f"{count}", "small")]
     for row, (count, words) in enumerate(((8, "8 pooled"), (16, "16 pooled"), (24, "all"))):
-        parts.append(cells(370, 58 + 32 * row, 24, "query", size=9, gap=3, on=count))
+        parts.append(cells(370, 60 + 32 * row, 24, "document", width=9, gap=3, on=count))
         parts.append(text(668, 72 + 32 * row, words, "small"))
     parts.append(text(30, 178, "Both come from one encoding of the document.", "small"))
     return picture(740, 200, "The full dial: Meta Tokens for small sizes, pooled tokens for large ones", parts)

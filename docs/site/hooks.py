@@ -34,6 +34,8 @@ def on_config(config: Any) -> Any:
 
 def on_page_markdown(markdown: str, page: Any, config: Any, **kwargs: Any) -> str:
     """Lead links to files outside docs/, which GitHub shows, to the repository."""
+    if page.is_homepage:
+        page.meta["hide"] = ["navigation"]  # which would list this page alone
     folder = Path(page.file.abs_src_path).parent
 
     def to_repository(match: re.Match[str]) -> str:
