@@ -82,6 +82,11 @@ PIPELINES = [
     "haystack-ai>=3.4.1",
 ]
 
+DOCS = [  # earlier versions were not tried
+    "mkdocs-material>=9.8.2",
+    "mkdocstrings-python>=2.0.11",
+]
+
 FOLDERS = ["app", "backbones", "cards", "evaluation", "retrieval", "retrieval.kernels", "stores", "training"]
 
 CUDA = [
@@ -133,7 +138,8 @@ setup(
         "qdrant": QDRANT,
         "postgres": POSTGRES,
         "ray": RAY,
-        "test": TRAIN + EXAMPLES + EVALUATE + APP + QDRANT + POSTGRES + RAY + PIPELINES + TEST,
+        "test": TRAIN + EXAMPLES + EVALUATE + APP + QDRANT + POSTGRES + RAY + PIPELINES + DOCS + TEST,
+        "docs": DOCS,
         "examples": TRAIN + EXAMPLES,
         "cuda": CUDA,
     },

@@ -157,7 +157,7 @@ def surroundings(name, model, tmp_path):
         "processor": model.processor,
         "encoder": to_multi_vector_encoder(model),
         **{known.rpartition(".")[2]: pkgutil.resolve_name(known) for known in DOCUMENTED},
-        **vars(metaembed),
+        **{known: getattr(metaembed, known) for known in metaembed.__all__},
     }
     if name.startswith("metaembed.training.distill"):
         vectors = documents_to_search()[0]
