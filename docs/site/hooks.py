@@ -28,14 +28,15 @@ def on_config(config: Any) -> Any:
             shutil.copy(path, package)
     for marker in ROOT.glob("*/__init__.py"):
         shutil.copytree(marker.parent, package / marker.parent.name, ignore=shutil.ignore_patterns("__pycache__"))
+    for path in package.rglob("*.py"):  # Google's style knows "Example:" too, but griffe shows only this as code
+        text = re.sub(r"^( +)Example:$", r"\1Examples:", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+        path.write_text(text, encoding="utf-8")
     config.plugins["mkdocstrings"].config["handlers"]["python"]["paths"] = [_package.name]
     return config
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, **kwargs: Any) -> str:
     """Lead links to files outside docs/, which GitHub shows, to the repository."""
-    if page.is_homepage:
-        page.meta["hide"] = ["navigation"]  # which would list this page alone
     folder = Path(page.file.abs_src_path).parent
 
     def to_repository(match: re.Match[str]) -> str:
