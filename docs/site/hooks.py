@@ -31,8 +31,18 @@ def on_config(config: Any) -> Any:
     for path in package.rglob("*.py"):  # Google's style knows "Example:" too, but griffe shows only this as code
         text = re.sub(r"^( +)Example:$", r"\1Examples:", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
         path.write_text(text, encoding="utf-8")
+    config.nav = existing(config.nav, Path(config.docs_dir))
     config.plugins["mkdocstrings"].config["handlers"]["python"]["paths"] = [_package.name]
     return config
+
+
+def existing(nav: Any, docs: Path) -> Any:
+    """Return a part of the navigation without the pages that are not there (yet)."""
+    if isinstance(nav, list):
+        return [part for part in (existing(part, docs) for part in nav) if part]
+    if isinstance(nav, dict):
+        return {title: part for title, part in ((title, existing(part, docs)) for title, part in nav.items()) if part}
+    return nav if (docs / nav).is_file() else None
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, **kwargs: Any) -> str:
