@@ -10,7 +10,7 @@ test test-latest test-floor: export OMP_NUM_THREADS ?= 1
 # The lock takes torch and torchvision from here, as a pair: a new one is chosen by hand (docs/versions.md).
 TORCH := torch==2.14.1 torchvision==0.29.1
 
-.PHONY: quickstart demo docs docs-serve reproduce test test-latest test-floor test-sanitize test-ray lint lock backbones benchmark benchmark-encode benchmark-training benchmark-index benchmark-ingest benchmark-server benchmark-stores test-kills clean
+.PHONY: quickstart demo reproduce test test-latest test-floor test-sanitize test-ray lint lock backbones benchmark benchmark-encode benchmark-training benchmark-index benchmark-ingest benchmark-server benchmark-stores test-kills clean
 
 quickstart: $(VENV)/.ready
 	$(BIN)/python examples/quickstart.py $(ARGS)
@@ -20,6 +20,7 @@ demo: $(VENV)/.ready
 	$(BIN)/python examples/demo.py $(ARGS)
 
 # The documentation site, in build/site: a warning, such as a broken link, is an error.
+.PHONY: docs docs-serve
 docs docs-serve: export NO_MKDOCS_2_WARNING = 1
 docs: $(VENV)/.ready
 	$(BIN)/python -m mkdocs build $(ARGS)

@@ -35,7 +35,12 @@ TRAIN = [
 EVALUATE = [
     "mteb>=2.26.24",  # evaluates sentence-transformers' MultiVectorEncoder; earlier ones were not tried
 ]
+DOCS = [  # earlier versions were not tried
+    "mkdocs-material>=9.8.2",
+    "mkdocstrings-python>=2.0.11",
+]
 TEST = [
+    *DOCS,  # a test builds the site
     "pytest>=8",
     "pytest-timeout>=2.3.1",
     "pytest-xdist>=3.6",
@@ -80,11 +85,6 @@ PIPELINES = [
     "langchain-core>=1.8.3",
     "llama-index-core>=0.14.25",
     "haystack-ai>=3.4.1",
-]
-
-DOCS = [  # earlier versions were not tried
-    "mkdocs-material>=9.8.2",
-    "mkdocstrings-python>=2.0.11",
 ]
 
 FOLDERS = ["app", "backbones", "cards", "evaluation", "retrieval", "retrieval.kernels", "stores", "training"]
@@ -138,10 +138,10 @@ setup(
         "qdrant": QDRANT,
         "postgres": POSTGRES,
         "ray": RAY,
-        "test": TRAIN + EXAMPLES + EVALUATE + APP + QDRANT + POSTGRES + RAY + PIPELINES + DOCS + TEST,
-        "docs": DOCS,
+        "test": TRAIN + EXAMPLES + EVALUATE + APP + QDRANT + POSTGRES + RAY + PIPELINES + TEST,
         "examples": TRAIN + EXAMPLES,
         "cuda": CUDA,
+        "docs": DOCS,
     },
     classifiers=[
         "License :: OSI Approved :: Apache Software License",
