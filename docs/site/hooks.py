@@ -12,7 +12,6 @@ from typing import Any
 from mkdocs.plugins import event_priority
 
 ROOT = Path(__file__).parents[2]
-NO_PART_OF_THE_PACKAGE = ("setup.py",)
 log = logging.getLogger("mkdocs.hooks")  # a warning fails a strict build
 _package = tempfile.TemporaryDirectory(prefix="metaembed-docs-")
 
@@ -22,9 +21,9 @@ def on_config(config: Any) -> Any:
     """Give the API reference a copy of the package under its name: a clone's folder may have any, and tests in it."""
     package = Path(_package.name) / "metaembed"
     shutil.rmtree(package, ignore_errors=True)
+    package.mkdir()
     for path in ROOT.glob("*.py"):
-        if path.name not in NO_PART_OF_THE_PACKAGE:
-            package.mkdir(exist_ok=True)
+        if path.name != "setup.py":
             shutil.copy(path, package)
     for marker in ROOT.glob("*/__init__.py"):
         shutil.copytree(marker.parent, package / marker.parent.name, ignore=shutil.ignore_patterns("__pycache__"))
