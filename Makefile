@@ -21,6 +21,16 @@ quickstart: $(VENV)/.ready
 demo: $(VENV)/.ready
 	$(BIN)/python examples/demo.py $(ARGS)
 
+# The documentation site, in build/site: a warning, such as a broken link, is an error.
+.PHONY: docs docs-serve
+docs docs-serve: export NO_MKDOCS_2_WARNING = 1
+docs: $(VENV)/.ready
+	$(BIN)/python -m mkdocs build $(ARGS)
+
+# The same on http://127.0.0.1:8000, built again when a page changes.
+docs-serve: $(VENV)/.ready
+	$(BIN)/python -m mkdocs serve $(ARGS)
+
 # The experiments of docs/reproduction.md: `ARGS=--full` for all of them, which takes hours and goes on where it was.
 reproduce: $(VENV)/.ready
 	$(BIN)/python benchmarks/reproduce.py $(ARGS)

