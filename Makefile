@@ -22,7 +22,6 @@ demo: $(VENV)/.ready
 	$(BIN)/python examples/demo.py $(ARGS)
 
 # The documentation site, in build/site: a warning, such as a broken link, is an error.
-.PHONY: docs docs-serve
 docs docs-serve: export NO_MKDOCS_2_WARNING = 1
 docs: $(VENV)/.ready
 	$(BIN)/python -m mkdocs build $(ARGS)
