@@ -24,7 +24,7 @@ namespace {
 
 constexpr int64_t GROUP = 512;       // query vectors scored in one pass over a block of documents
 constexpr int64_t FEW = 8;           // query vectors that are multiplied along the rows; twice as many,
-constexpr int64_t FEWER = 4;         // the same of bytes where there are matrix tiles, which multiply 16 query vectors or none
+constexpr int64_t FEWER = 4;         // the same for integers where there are matrix tiles, of which they would use a quarter
 constexpr int64_t CROWD = 2048;      // if rows are a multiple of so many bytes: side by side they crowd few sets of the cache
 constexpr int64_t AHEAD = 32;        // document rows that are asked for before they are needed, where they lie apart
 constexpr int64_t ONE_IN = 64;       // documents is looked at to guess a score,
