@@ -440,7 +440,7 @@ def check_ids(ids: Any) -> list[str]:
     ids = list(ids)
     for i in ids:
         if not isinstance(i, str):
-            raise TypeError(f"ids must be str, not {i!r}")
+            raise TypeError(f"ids must be str, not {i!r}: a position is no id; index.ids has the id at each position")
         if not i or "\0" in i or (not i.isprintable() and not _encodable(i)):
             raise ValueError(f"an id must not be empty, nor contain the character NUL or a lone surrogate: {i!r}")
     return ids

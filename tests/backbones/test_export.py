@@ -14,6 +14,7 @@ from conformance import picture
 from PIL import Image
 from sentence_transformers import MultiVectorEncoder
 from serve_vllm import VllmClient
+from test_docs import run_blocks
 from tiny import build
 from tiny_models import tiny_model
 from transformers import AutoModel, AutoProcessor
@@ -194,3 +195,11 @@ def test_special_tokens_of_the_description_are_the_processor_s(model, folder):
     strings = json.loads((folder / "meta_tokens.json").read_text())["special_tokens"]
     assert {"<|image_pad|>", "<|meta_query_0|>", "<|meta_document_7|>"} <= set(strings)
     assert re.compile("|".join(map(re.escape, sorted(strings, key=len, reverse=True)))).pattern.count("meta_") == 12
+
+
+def test_the_examples_of_the_page_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    plain = tiny_model(num_query_tokens=16)
+    names = run_blocks("export.md", model=plain)
+    expected = plain.encode_queries(["a red apple"])
+    torch.testing.assert_close(names["vectors"], expected, atol=1e-6, rtol=0)
