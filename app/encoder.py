@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..inputs_metaembed import InputPolicy, Item, is_single, naming, parse_all
+from ..inputs_metaembed import InputPolicy, Item, is_single, naming, parse_all, read_image
 from ..loading_metaembed import find_file, read_json
 from ..modeling_metaembed import MetaEmbedModel, check_finite, execution_device
 from ..processing_metaembed import default_device_cpu
@@ -189,12 +188,10 @@ class _MultiVector(Encoder):
 
     def _plain(self, item: Item) -> dict[str, Any]:
         """Return a dict of one text and/or one picture, read: what every such model takes."""
-        with ExitStack() as stack:
-            images, videos = item.load(self.policy, stack)
-        if videos or len(images) > 1:
-            raise ValueError(f"{self.name} takes one text and one picture at most, and no video")
+        if item.videos or item.audios or item.num_images > 1:
+            raise ValueError(f"{self.name} takes one text and one picture at most, and no video or recording")
         parts = [part["text"] for message in item.messages for part in message["content"] if part["type"] == "text"]
-        found = {"image": images[0]} if images else {}
+        found = {"image": read_image(item.images[0], self.policy)} if item.images else {}
         return found | ({"text": "\n".join(parts)} if parts else {})
 
     @torch.inference_mode()

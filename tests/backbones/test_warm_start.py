@@ -13,6 +13,7 @@ from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING,
     BertConfig,
     BertForMaskedLM,
     BertForPreTraining,
@@ -99,7 +100,12 @@ def test_only_weights_that_no_row_depends_on_may_be_missing(tmp_path):
         MetaEmbedModel.from_backbone(tmp_path, num_query_tokens=2, num_document_tokens=4)
 
 
-HEADED = (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, MODEL_FOR_MASKED_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING)
+HEADED = (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+)
 
 
 def save_with_head(name, folder):
