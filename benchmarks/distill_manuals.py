@@ -1,10 +1,11 @@
 """Distil MiniLM's queries: quality kept against milliseconds saved, at every budget, on real text.
 
-    python benchmarks/distill_manuals.py     trains the teacher (MMR on the manuals, as `make reproduce` does) and its students
+    python benchmarks/distill_manuals.py
 
-The students are the first layers of the teacher. They learn its query vectors from the headings and sentences of the
-training books, and search the vectors that the teacher made of the documents of the held-out books. The table goes
-into docs/reproduction.md with `make reproduce ARGS=--report`.
+The teacher is trained first: MMR on the manuals, as `make reproduce` does. The students are its first layers. They
+learn its query vectors from the headings and sentences of the training books, and search the vectors that the teacher
+made of the documents of the held-out books. The table goes into docs/reproduction.md with
+`make reproduce ARGS=--report`.
 """
 
 from __future__ import annotations

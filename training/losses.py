@@ -21,8 +21,7 @@ if TYPE_CHECKING:
 
 Normalize = Literal["sum", "mean", "sqrt"]
 MAX_BATCH = 1_000_000
-# Which query vectors x which document vectors, and the weight: with 1 each, the tokens stay behind tokens alone.
-TOKEN_TERMS = {"tokens_tokens": 4.0, "meta_tokens": 1.0, "tokens_meta": 1.0}
+TOKEN_TERMS = ("tokens_tokens", "meta_tokens", "tokens_meta")  # which query vectors x which document vectors
 
 
 def mmr_scores(queries: Tensor, documents: Tensor, budget: tuple[int, int], normalize: Normalize) -> Tensor:
@@ -156,7 +155,9 @@ class MMRSettings:
         """
         config = encoder_config(encoder)
         sizes = (config.num_query_tokens, config.num_document_tokens)
-        terms = token_terms if isinstance(token_terms, Mapping) else TOKEN_TERMS if token_terms else {}
+        terms = (
+            token_terms if isinstance(token_terms, Mapping) else dict.fromkeys(TOKEN_TERMS if token_terms else (), 1.0)
+        )
         if terms and not config.token_projection:
             raise ValueError(
                 "token_terms train the vectors of tokens, and this model was made without: create it with "
@@ -316,10 +317,9 @@ class MMRLoss(MMRObjective, nn.Module):
             trained from random weights, "sqrt" did best over six seeds.
         token_terms: Also train the vectors of the tokens (the full dial), from the same forward pass. True: by three
             more InfoNCE terms: "tokens_tokens" (query tokens x document tokens), "meta_tokens" (query Meta Tokens x
-            document tokens) and "tokens_meta"; or a dict of some of these and their weights. The weights of True are
-            4, 1 and 1: with 1 each, the tokens stay behind a model of tokens alone (docs/full-dial.md). Their scores
-            are divided by the root of the number of the query's vectors, whatever `normalize` says. The model must
-            have a `token_projection`.
+            document tokens) and "tokens_meta"; or a dict of some of these and their weights; docs/full-dial.md says
+            which. True: 1 each. Their scores are divided by the root of the number of the query's vectors, whatever
+            `normalize` says. The model must have a `token_projection`.
         gather_across_devices: Use the documents of all ranks as negatives, not only those of this rank.
         score_mini_batch_size: Number of queries scored at a time, to bound the memory. None: all.
 

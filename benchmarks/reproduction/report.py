@@ -127,6 +127,11 @@ def chosen_at(points: Sequence[Point], sizes: Sequence[int] = SIZES) -> list[Poi
     return chosen
 
 
+def stored_as(point: Point) -> str:
+    """Return the dimensions and bits of a point of the byte dial, such as "32 dimensions int4"."""
+    return " ".join(point.name.split()[-3:])
+
+
 def curves(measured: Measured) -> dict[str, tuple[str, list[Point]]]:
     """Return the label and the points of everything that is compared at equal bytes."""
     made = {}
@@ -139,11 +144,15 @@ def curves(measured: Measured) -> dict[str, tuple[str, list[Point]]]:
         reached = max(point.size for point in points)
         sizes = [size for size in SIZES if size < reached] + [reached]
         made[dial] = (ALL[dial].label, chosen_at(points, sizes))
-    for name in ("mmr", dial, "tokens"):
-        if name and measured.seeds(name):
-            points = [*measured.points(name), *measured.points(name, dial=True)]
-            chosen = chosen_at(points, (64, 128, *SIZES))
-            made[f"{name}-bytes"] = (f"{made[name][0].split(',')[0]}, byte dial", chosen)
+    dialled = {
+        name: measured.points(name, dial=True) for name in ("mmr", dial, "tokens") if measured.seeds(name or "")
+    }
+    forms = [{stored_as(point) for point in points} for points in dialled.values() if points]
+    fair = set.intersection(*forms) if forms else set()  # no method has a choice that another was not given
+    for name, points in dialled.items():
+        stored = [point for point in points if stored_as(point) in fair]
+        chosen = chosen_at([*measured.points(name), *stored], (64, 128, *SIZES))
+        made[f"{name}-bytes"] = (f"{made[name][0].split(',')[0]}, byte dial", chosen)
     return made
 
 
@@ -505,8 +514,9 @@ Methods:
 - **attention-guided clustering** (AGC, arXiv 2602.21202): 16 learned tokens after the document choose the most
   salient tokens by the attention of the last layer; these are the centres of clusters, whose means are weighted by
   saliency. Trained here at 1, 4, 8, 16 and 32 vectors at once; its authors train each size by itself.
-- **byte dial**: the vectors of MMR, the full dial or the tokens in fewer dimensions (PCA) and bits (int8, int4). The
-  combination for a size is chosen on one half of the queries and measured on the other.
+- **byte dial**: the vectors of MMR, the full dial or the tokens in fewer dimensions (PCA) and bits (int8, int4), those
+  that all three were measured with. The combination for a size is chosen on one half of the queries and measured on
+  the other.
 - **full dial**: Meta Tokens at (1,1), (2,4), (4,8) and, from the same forward pass, the tokens through a projection
   of their own, pooled with Ward's clusters; trained with the three budgets, query tokens x document tokens, and
   both cross terms. The term of query tokens x document tokens weighs 4, which was chosen on the pictures with seed 0,

@@ -138,7 +138,7 @@ PAPER = (
 )
 TOKENS = Method("tokens", "tokens, pooled afterwards", kind="tokens")
 EVEN = Method("dial", "full dial, every term weighs 1", kind="dial", budgets=SMALL, terms="tc", projection=True)
-DIAL = replace(EVEN, name="dial-t4", label="full dial", term_weights=(4.0, 1.0))  # what `token_terms=True` trains
+DIAL = replace(EVEN, name="dial-t4", label="full dial", term_weights=(4.0, 1.0))
 RIVALS = (
     TOKENS,
     Method("tokens-pooled", "tokens, pooled in the loss", kind="tokens", pooled=(1, 4, 8, 16, 32)),

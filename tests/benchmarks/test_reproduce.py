@@ -221,7 +221,8 @@ def test_the_dial_is_trained_with_the_loss_of_the_package():
     encoder = Encoder(tasks.task_of(run).task.model(run.method), run.method)
     features = tasks.task_of(run).get(0, encoder.model.processor, 0, False)
     sides = [encoder(column, side) for column, side in zip(features, ("query", "document"), strict=True)]
-    loss = MMRLoss(encoder.model.to_sentence_transformers(device="cpu"), normalize="sqrt", token_terms=True)
+    terms = {"tokens_tokens": 4, "meta_tokens": 1, "tokens_meta": 1}
+    loss = MMRLoss(encoder.model.to_sentence_transformers(device="cpu"), normalize="sqrt", token_terms=terms)
     parts = loss.losses(*(torch.cat([side.meta, side.tokens], dim=1) for side in sides), torch.arange(4))
     torch.testing.assert_close(objective(run.method, *sides), sum(parts.values()))
 

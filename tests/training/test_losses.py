@@ -103,13 +103,13 @@ def test_the_token_terms_are_the_formula_written_out(dial, weights):
         torch.testing.assert_close(actual[f"loss_{name}"], expected, atol=1e-6, rtol=0)
 
 
-def test_query_tokens_and_document_tokens_weigh_four_times_as_much_as_the_rest(dial):
-    """What docs/full-dial.md recommends is what True means, in both losses."""
-    once = dict.fromkeys(("tokens_tokens", "meta_tokens", "tokens_meta"), 1)
-    expected = MMRLoss(dial, token_terms=once)(features(dial))
+def test_the_recommended_weights_scale_their_terms_and_no_others(dial):
+    """Those of docs/full-dial.md, in both losses."""
+    weights = {"tokens_tokens": 4, "meta_tokens": 1, "tokens_meta": 1}
+    expected = MMRLoss(dial, token_terms=True)(features(dial))
     expected["loss_tokens_tokens"] = 4 * expected["loss_tokens_tokens"]
     for kind in (MMRLoss, CachedMMRLoss):
-        assert_equal_parts(kind(dial, token_terms=True)(features(dial)), expected)
+        assert_equal_parts(kind(dial, token_terms=weights)(features(dial)), expected)
 
 
 @pytest.mark.parametrize("negatives", [0, 2])
