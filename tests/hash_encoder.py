@@ -9,7 +9,7 @@ from PIL import Image
 from torch.nn.functional import normalize
 
 from metaembed.app.encoder import Encoder
-from metaembed.inputs_metaembed import InputPolicy, parse_all
+from metaembed.inputs_metaembed import InputPolicy, parse_all, read_image
 
 
 class HashEncoder(Encoder):
@@ -27,7 +27,8 @@ class HashEncoder(Encoder):
         prepared = []
         for item in parse_all(inputs):
             digest = hashlib.sha256()
-            for image in item.load(self.policy, None)[0]:
+            for given in item.images:
+                image = read_image(given, self.policy)
                 assert isinstance(image, Image.Image)
                 digest.update(image.tobytes())
             for message in item.messages:
