@@ -132,11 +132,12 @@ class Layout:
         if stack.numel() < _WORTH_COMPILING or {name for name, _ in self.kept.values()} != {"int8"}:
             return False
         kernel = choose_kernel(stack.device, (), 1, self.dim)
-        if not hasattr(kernel, "encode"):
+        if isinstance(kernel, str) or not hasattr(kernel, "encode_int8"):
             return False
         at = iter(encoded)
         return all(
-            kernel.encode(stack, [(next(at), next(at)) for _ in _slabs(vectors)]) for _, vectors in self.kept.values()
+            kernel.encode_int8(stack, [(next(at), next(at)) for _ in _slabs(vectors)])
+            for _, vectors in self.kept.values()
         )  # not with NaN or infinity: the error is raised where torch encodes
 
     def _encode(self, stack: Tensor) -> Iterator[Tensor]:

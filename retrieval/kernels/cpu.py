@@ -156,7 +156,7 @@ class CpuKernel:
         found = int(scored[0, 0])  # fewer may be allowed than are asked for
         return (values, positions, scored) if found >= width else (values[:, :found], positions[:, :found], scored)
 
-    def encode(self, vectors: Tensor, slabs: Slabs) -> bool:
+    def encode_int8(self, vectors: Tensor, slabs: Slabs) -> bool:
         """Encode documents in int8, exactly as `quantization.encode` does.
 
         Args:
@@ -314,7 +314,7 @@ def _disagreement(kernel: CpuKernel, quantization: str) -> float:
         vectors[0, 0] = 0
         expected_slabs = [encode(x, quantization) for x in vectors.split([1, 4], 1)]
         written = [tuple(torch.empty_like(x.contiguous()) for x in slab) for slab in expected_slabs]
-        errors.append(0.0 if kernel.encode(vectors, written) else math.inf)
+        errors.append(0.0 if kernel.encode_int8(vectors, written) else math.inf)
         for slab, reference in zip(written, expected_slabs, strict=True):
             errors += [0.0 if torch.equal(a, b) else math.inf for a, b in zip(slab, reference, strict=True)]
     return max(errors)

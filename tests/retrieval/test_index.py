@@ -388,15 +388,16 @@ def test_an_operation_that_raises_changes_nothing(place, change, error, match):
 
 def test_the_kernel_encodes_large_adds_as_torch_encodes_small_ones(place, monkeypatch):
     x, kept = vectors(0, 300, 8, 16), []
-    for least in (0, x.numel() + 1):
+    for least, kernels in ((0, "1"), (0, "0"), (x.numel() + 1, "1")):
         monkeypatch.setattr(storage, "_WORTH_COMPILING", least)
-        folder = None if place is None else place / str(least)
+        monkeypatch.setenv("METAEMBED_KERNELS", kernels)
+        folder = None if place is None else place / f"{least} {kernels}"
         index = MultiVectorIndex.create(folder, 8, 16, {"first": ("int8", 3), "main": "int8"})
         index.add(x, names(300))
         with pytest.raises(ValueError, match="NaN or infinity"):
             index.add(x / 0, names(300, 300))
         kept.append(index._snapshot.take(torch.arange(300)))
-    assert all(torch.equal(compiled, by_torch) for compiled, by_torch in zip(*kept, strict=True))
+    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(*kept, strict=True))
 
 
 @pytest.mark.parametrize("call", ["add", "upsert", "delete", "compact"])
