@@ -64,10 +64,7 @@ class MetaEmbedProcessor(ProcessorMixin):
         self.config = config
         self.policy = policy or InputPolicy()
         self.heard: dict[str, int] = {}  # with some options: samples of the longest recording that was taken whole
-        for name in (
-            "max_length",
-            "pad_to_multiple_of",
-        ):  # None of a tokenizer would be every feature extractor's, too
+        for name in ("max_length", "pad_to_multiple_of"):  # a tokenizer's None would be every feature extractor's
             if self.tokenizer.init_kwargs.get(name, 0) is None:
                 del self.tokenizer.init_kwargs[name]
         self.check()
