@@ -34,6 +34,29 @@ ALSO = ["modernvbert", "audioflamingo3", "qwen3", "llama", "bert", "modernbert"]
 TIME_LIMIT = 300  # seconds of the processor for one architecture
 LONGEST_REASON = 600  # characters
 
+# Why some do not work, read in their source, where the error alone does not say it. The error itself is printed.
+NEEDS = "Its base model needs {} with every text (pixel_values), so a text alone has no vectors."
+NAMELESS = "transformers names no processor for it, so the tiny model has none; a checkpoint brings its own."
+REASONS = {
+    **dict.fromkeys(("blip", "blip-2", "idefics", "instructblip", "kosmos-2"), NEEDS.format("an image")),
+    **dict.fromkeys(("fast_vlm", "kosmos-2.5"), NAMELESS),
+    "diffusion_gemma": "Its last hidden states are at a canvas of random tokens and not at the input's tokens.",
+    "evolla": "Its processor takes proteins and chats about them, and no texts.",
+    "fuyu": "Its processor drops the first token of a prompt with an image: with its own tokenizer that is an "
+    "underscore, with the tiny one it is a part of the image.",
+    "gemma3n": "Its vision tower, mobilenetv5_300m_enc of timm, has no small size: with it the tiny model has 295 "
+    "million parameters.",
+    "instructblipvideo": NEEDS.format("a video"),
+    "nemotron_h_omni": "transformers has no base model for it (AutoModel), only one with a head, and names no feature "
+    "extractor for its processor.",
+    "perception_lm": "Its vision tower is one of timm's, whose sizes (model_args) the default configuration lacks.",
+    "qwen2_5_omni": "It also speaks; the part that reads is by itself: qwen2_5_omni_thinker works.",
+    "qwen3_omni_moe": "It also speaks; the part that reads is by itself: qwen3_omni_moe_thinker works.",
+    "vision-encoder-decoder": "It is an encoder-decoder, and its encoder takes images alone.",
+    "voxtral": "Its processor takes recordings in chats alone, through the tokenizer of mistral-common, which is not "
+    "built here.",
+}
+
 HEADER = """\
 # Backbones
 
@@ -142,6 +165,8 @@ def write(results: dict[str, tuple[bool, list[str]]], path: Path) -> None:
         works: sorted([name, *cells] for name, (worked, cells) in results.items() if worked is works)
         for works in (True, False)
     }
+    for row in rows[False]:
+        row[-1] = REASONS.get(row[0], row[-1])
     text = HEADER.format(
         version=transformers.__version__,
         checks=", ".join(check.replace("_", " ") for check in CHECKS),

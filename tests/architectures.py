@@ -228,7 +228,12 @@ ARCHITECTURES: dict[str, Architecture] = {
         },
         options={"num_image_tokens": PATCHES},
     ),
-    "diffusion_gemma": Architecture(like="gemma4", image_options={"max_soft_tokens": 70}),
+    "diffusion_gemma": Architecture(
+        like="gemma4",
+        parts={"vision_config": "gemma4_vision"},
+        image_options={"max_soft_tokens": 70},
+        config=text(num_experts=4, top_k_experts=2, moe_intermediate_size=32),
+    ),
     "dots3_note": Architecture(
         image="<|imgpad|>",
         audio="<|audio_comp_pad|>",
@@ -240,6 +245,8 @@ ARCHITECTURES: dict[str, Architecture] = {
             "audio_config.downsample_hidden_size": 32,
             **text(**LATENT),
         },
+        image_options={"temporal_patch_size": 1},
+        video_options={"patch_size": PATCH_SIZE, "temporal_patch_size": 1},
     ),
     "embedding_gemma2": Architecture(
         parts={"vision_config": "gemma4_vision", "audio_config": "gemma4_audio"},
