@@ -248,10 +248,8 @@ class MetaEmbedModel(PreTrainedModel):
             if api.file_exists(repo_id, "README.md", revision=revision):  # saving keeps what a person wrote
                 shutil.copy(api.hf_hub_download(repo_id, "README.md", revision=revision), folder)
             self.save_pretrained(folder, repo_id=repo_id, **kwargs)
-            commit |= {
-                "revision": revision,
-                "delete_patterns": ["*_metaembed.py", "kernels_metaembed.*"],
-            }  # older ones
+            stale = ["*_metaembed.py", "kernels_metaembed.*"]  # what is not uploaded now
+            commit |= {"revision": revision, "delete_patterns": stale}
             return api.upload_folder(repo_id=repo_id, folder_path=folder, **commit)
 
     def to_sentence_transformers(self, **kwargs: Any) -> Any:

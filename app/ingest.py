@@ -7,9 +7,8 @@ import os
 import re
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
@@ -21,6 +20,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 from tqdm import tqdm
 
+from ..encoding.ahead import in_order
 from ..inputs_metaembed import InputPolicy
 from .encoder import Encoder
 from .journal import JOURNAL, Journal
@@ -168,7 +168,7 @@ def ingest(
         with tqdm(unit="doc", unit_scale=False, disable=not progress, smoothing=0.05, dynamic_ncols=True) as run.bar:
             found = run.found(places, pools[0], leave_out=[folder])
             chunks = _chunks(run.wanted(found), batch_size)
-            for batch in _ahead(run.missing(chunks), readers.read, pools[1], workers):
+            for batch in in_order(readers.read, run.missing(chunks), pools[1], workers):
                 run.store_batch(batch)
             run.finish()
         run.summary.seconds = time.monotonic() - started
@@ -340,7 +340,7 @@ class _Run:
                     self._plan(file.count)
                 return file
 
-            for file in _ahead(names, look, pool, _FILES_AHEAD):
+            for file in in_order(look, names, pool, _FILES_AHEAD):
                 if isinstance(file, Problem):
                     self._problem(file)
                     if file.status != "skipped":
@@ -474,17 +474,6 @@ def _brief(error: BaseException) -> str:
         return "the model ran out of memory"
     text = (error.strerror if isinstance(error, OSError) else None) or str(error)
     return re.sub(r"^(input \d+: )?(the image of type \w+ cannot be read: )?", "", text)
-
-
-def _ahead(items: Iterable[Any], work: Callable[[Any], Any], pool: ThreadPoolExecutor, window: int) -> Iterator[Any]:
-    """Yield `work(item)` of all items, in order, while threads work on the next `window` of them."""
-    waiting: deque[Future[Any]] = deque()
-    for item in items:
-        waiting.append(pool.submit(work, item))
-        if len(waiting) > window:
-            yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()
 
 
 def _chunks(items: Iterable[Any], size: int) -> Iterator[list[Any]]:

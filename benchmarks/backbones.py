@@ -36,7 +36,7 @@ LONGEST_REASON = 600  # characters
 
 # Why some do not work, read in their source, where the error alone does not say it. The error itself is printed.
 NEEDS = "Its base model needs {} with every text (pixel_values), so a text alone has no vectors."
-NAMELESS = "transformers names no processor for it, so the tiny model has none; a checkpoint brings its own."
+NAMELESS = "transformers names no processor for it, so the tiny model has none."
 REASONS = {
     **dict.fromkeys(("blip", "blip-2", "idefics", "instructblip", "kosmos-2"), NEEDS.format("an image")),
     **dict.fromkeys(("fast_vlm", "kosmos-2.5"), NAMELESS),
@@ -44,8 +44,8 @@ REASONS = {
     "evolla": "Its processor takes proteins and chats about them, and no texts.",
     "fuyu": "Its processor drops the first token of a prompt with an image: with its own tokenizer that is an "
     "underscore, with the tiny one it is a part of the image.",
-    "gemma3n": "Its vision tower, mobilenetv5_300m_enc of timm, has no small size: with it the tiny model has 295 "
-    "million parameters.",
+    "gemma3n": "With its vision tower, mobilenetv5_300m_enc of timm, the tiny model has 295 million parameters, too "
+    "many to try here.",
     "instructblipvideo": NEEDS.format("a video"),
     "nemotron_h_omni": "transformers has no base model for it (AutoModel), only one with a head, and names no feature "
     "extractor for its processor.",

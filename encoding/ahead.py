@@ -43,6 +43,13 @@ def ahead(
             pool.shutdown(wait=True, cancel_futures=True)
 
 
+def in_order(
+    function: Callable[[Work], Result], items: Iterable[Work], pool: ThreadPoolExecutor, window: int
+) -> Iterator[Result]:
+    """Yield `function(item)` of all items, in order, while threads of a pool work on the next `window` of them."""
+    yield from _awaited(_errors_as_futures(items, lambda item: pool.submit(function, item)), deque(), window)
+
+
 def _results(
     function: Callable[[Work], Result], items: Iterator[Work], workers: int, pool: ThreadPoolExecutor, first_here: bool
 ) -> Iterator[Result]:
@@ -52,14 +59,18 @@ def _results(
         waiting.extend(_first(submitted, workers))
         yield function(first)
         break
-    waiting.extend(_first(submitted, workers - len(waiting)))
+    yield from _awaited(submitted, waiting, workers)
+
+
+def _awaited(submitted: Iterator[Future[Result]], waiting: deque[Future[Result]], window: int) -> Iterator[Result]:
+    waiting.extend(_first(submitted, window - len(waiting)))
     while waiting:
         result = waiting.popleft()
-        waiting.extend(_first(submitted, workers - len(waiting)))
+        waiting.extend(_first(submitted, window - len(waiting)))
         yield result.result()
 
 
-def _errors_as_futures(items: Iterator[Any], submit: Callable[[Any], Future[Any]]) -> Iterator[Future[Any]]:
+def _errors_as_futures(items: Iterable[Any], submit: Callable[[Any], Future[Any]]) -> Iterator[Future[Any]]:
     """Yield what is submitted for each item; an error of `items` as the last one, to be raised in its turn."""
     try:
         for item in items:
